@@ -1,0 +1,61 @@
+"""Argument checks shared by the ops: each message names what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INDEX = (torch.int64, torch.int32)
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """``tensor`` is a tensor of one of ``dtypes``, else TypeError."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be {_names(dtypes)}, got {got}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """``tensor`` has one of the four floating dtypes, else TypeError."""
+    check_dtype(name, tensor, FLOATING)
+
+
+def check_device(**tensors: Tensor) -> None:
+    """All on one device, else ValueError."""
+    devices = {name: t.device for name, t in tensors.items()}
+    if len(set(devices.values())) > 1:
+        got = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all tensors must be on one device, got {got}")
+
+
+def check_codebook(x: Tensor, codebook: Tensor) -> None:
+    """Shapes of vectors and codebook fit together, else ValueError."""
+    if codebook.dim() not in (2, 3):
+        raise ValueError(
+            f"codebook must be (K, D) or (H, K, D), got shape {tuple(codebook.shape)}"
+        )
+    if codebook.shape[-2] < 1:
+        raise ValueError(
+            f"codebook must hold at least one code (K >= 1), got shape {tuple(codebook.shape)}"
+        )
+    least = 1 if codebook.dim() == 2 else 2
+    expected = "(..., D)" if least == 1 else "(H, ..., D)"
+    if x.dim() < least:
+        raise ValueError(f"x must be {expected}, got shape {tuple(x.shape)}")
+    if x.shape[-1] != codebook.shape[-1] or x.shape[-1] < 1:
+        raise ValueError(
+            f"x must be {expected} with the codebook's D = {codebook.shape[-1]} (at least 1), "
+            f"got shape {tuple(x.shape)}"
+        )
+    if least == 2 and x.shape[0] != codebook.shape[0]:
+        raise ValueError(
+            f"x must be (H, ..., D) with the codebook's H = {codebook.shape[0]}, "
+            f"got shape {tuple(x.shape)}"
+        )

@@ -1,0 +1,56 @@
+"""The only file that talks to torch.library: schemas, fakes and Python-side kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mmfast.registry import Backend, Op
+
+NAMESPACE = "mmfast"
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+# Dispatch keys of the Python-side backends. C++ kernels register themselves when the extension
+# is loaded, so "cpu" is absent here.
+_KEYS = {"cuda": "CUDA"}
+
+
+def _lazy(backend: Backend) -> Callable[..., Any]:
+    """A kernel that loads its backend at the first call (Triton is slow to import)."""
+
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        return backend.load()
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return load()(*args, **kwargs)
+
+    return kernel
+
+
+def define(op: Op) -> None:
+    """Define ``torch.ops.mmfast.<op.name>`` with its reference, fake and Python-side kernels."""
+    _library.define(op.name + op.schema)
+    qualified = f"{NAMESPACE}::{op.name}"
+    _library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, op.fake, lib=_library)
+    taken: set[str] = set()
+    for backend in op.backends.values():
+        if backend.name == "cpp" or backend.missing():
+            continue
+        for device_type in backend.device_types:
+            key = _KEYS.get(device_type)
+            if key is not None and key not in taken:
+                _library.impl(op.name, _lazy(backend), key)
+                taken.add(key)
+    if op.vmap is not None:
+        torch.library.register_vmap(qualified, op.vmap, lib=_library)
+
+
+def overload(name: str) -> Callable[..., Any]:
+    """The bound ``.default`` overload: the cheapest way into the dispatcher."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default

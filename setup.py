@@ -1,0 +1,133 @@
+"""The native build: one optional stable-ABI extension, ``mmfast._C``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CPU = "csrc/cpu"
+
+# The kernels are compiled once per instruction set; the processor chooses at run time.
+ISA_FLAGS = {
+    "baseline": ["-march=x86-64"],
+    "avx2": ["-march=x86-64-v3"],
+    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "avx512vnni": [
+        "-march=x86-64-v4",
+        "-mprefer-vector-width=512",
+        "-mavx512vnni",
+        "-mavx512vbmi",
+        "-mavx512vbmi2",
+        "-mavx512bf16",
+    ],
+}
+
+
+def torch_root() -> Path | None:
+    """Where torch is installed, found without importing it.
+
+    An isolated build does not see the environment's packages, but knows where they are; the
+    stable ABI needs no more than their headers and libraries.
+    """
+    spec = find_spec("torch")
+    places = [Path(spec.origin).parent] if spec and spec.origin else []
+    places.append(Path(sysconfig.get_path("purelib")) / "torch")
+    return next((p for p in places if (p / "include/torch/csrc/stable/library.h").exists()), None)
+
+
+def wanted() -> bool:
+    """Whether to try to build the extension here."""
+    if os.environ.get("MMFAST_NO_EXTENSION", "0") == "1":
+        print("mmfast: MMFAST_NO_EXTENSION=1, installing without the C++ kernels", file=sys.stderr)
+        return False
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        print(
+            f"mmfast: no C++ kernels for {sys.platform} {platform.machine()}, "
+            "the reference implementations will serve",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+class BuildExtension(build_ext):
+    """Adds each file's own flags, compiles files side by side, and never fails the install."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compile_one = self.compiler._compile
+
+        def with_isa_flags(obj, src, ext_name, cc_args, extra_args, pp_opts):
+            path = Path(src)
+            flags = ISA_FLAGS[path.stem] if path.parent.name == "isa" else ISA_FLAGS["baseline"]
+            compile_one(obj, src, ext_name, cc_args, [*extra_args, *flags], pp_opts)
+
+        self.compiler._compile = with_isa_flags
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            print(
+                f"mmfast: the C++ kernels were not built ({error}); the reference implementations "
+                "will serve. `python -m mmfast info` shows this.",
+                file=sys.stderr,
+            )
+            if os.environ.get("MMFAST_REQUIRE_EXTENSION", "0") == "1":
+                raise
+        finally:
+            self.compiler._compile = compile_one
+
+    def copy_extensions_to_source(self) -> None:
+        self.extensions = [
+            e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists() or
+            (Path(self.build_lib) / self.get_ext_filename(e.name)).exists()
+        ]
+        super().copy_extensions_to_source()
+
+
+def extension(torch: Path) -> Extension:
+    """The one extension: bindings, kernel glue, and the kernels per instruction set."""
+    import pybind11
+
+    sources = ["csrc/module.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"{CPU}/*.cpp"))]
+    sources += [f"{CPU}/isa/{name}.cpp" for name in ISA_FLAGS]
+    return Extension(
+        "mmfast._C",
+        sources=sources,
+        depends=[str(p.relative_to(ROOT)) for p in ROOT.glob(f"{CPU}/**/*.h")],
+        include_dirs=[
+            str(torch / "include"),
+            str(torch / "include/torch/csrc/api/include"),
+            pybind11.get_include(),
+            "csrc",
+        ],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch", "torch_cpu", "c10"],
+        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
+        extra_compile_args=[
+            "-std=c++20",
+            "-O3",
+            "-g0",
+            "-ffp-contract=off",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wno-psabi",
+        ],
+        language="c++",
+    )
+
+
+torch = torch_root()
+build = wanted()
+setup(
+    ext_modules=[extension(torch)] if build and torch else [],
+    cmdclass={"build_ext": BuildExtension},
+    # Read by the build frontend: with no torch in reach, ask for one to compile against.
+    setup_requires=["torch>=2.11"] if build and torch is None else [],
+)
