@@ -109,15 +109,20 @@ def extension(torch: Path) -> Extension:
         ],
         library_dirs=[str(torch / "lib")],
         libraries=["torch", "torch_cpu", "c10"],
-        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", "0x020b000000000000"),
+            ("MMFAST_TORCH_TARGET", "\"2.11\""),
+        ],
         extra_compile_args=[
             "-std=c++20",
             "-O3",
             "-g0",
             "-ffp-contract=off",
+            "-fno-math-errno",
             "-fvisibility=hidden",
             "-Wall",
             "-Wno-psabi",
+            "-Wno-maybe-uninitialized",
         ],
         language="c++",
     )

@@ -1,0 +1,65 @@
+// From torch's stable tensors to the kernels' views.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "cpu/tensor_view.h"
+
+namespace mmfast {
+
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Double: return Dtype::float64;
+    default: STD_TORCH_CHECK(false, "mmfast: expected float32, float16, bfloat16 or float64");
+  }
+}
+
+// Dimensions [first, dim - 1) of tensor as rows, its last as their width. Neighbouring dimensions
+// that one stride describes are joined.
+inline Rows rows_of(const Tensor& tensor, int64_t first, int64_t head) {
+  Rows rows{};
+  rows.dtype = dtype_of(tensor);
+  const int64_t size = size_of(rows.dtype), last = tensor.dim() - 1;
+  rows.data = (const char*)tensor.data_ptr() + (first ? head * tensor.stride(0) * size : 0);
+  rows.width = tensor.size(last);
+  rows.step = tensor.stride(last) * size;
+  rows.count = 1;
+  for (int64_t d = first; d < last; ++d) {
+    const int64_t n = tensor.size(d), stride = tensor.stride(d) * size;
+    rows.count *= n;
+    if (n == 1) continue;
+    if (rows.dims && rows.strides[rows.dims - 1] == stride * n) {
+      rows.sizes[rows.dims - 1] *= n;
+      rows.strides[rows.dims - 1] = stride;
+      continue;
+    }
+    STD_TORCH_CHECK(rows.dims < Rows::max_dims, "mmfast: x has more than ", Rows::max_dims,
+                    " leading dimensions that no common stride joins; call .contiguous() on it");
+    rows.sizes[rows.dims] = n;
+    rows.strides[rows.dims++] = stride;
+  }
+  if (rows.dims == 0) {
+    rows.dims = 1;
+    rows.sizes[0] = 1;
+    rows.strides[0] = 0;
+  }
+  return rows;
+}
+
+inline Parallel parallel() {
+  return {(int)torch::stable::get_num_threads(), [](int64_t count, Body body, void* context) {
+            torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
+              body(context, begin, end);
+            });
+          }};
+}
+
+}  // namespace mmfast

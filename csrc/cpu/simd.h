@@ -1,0 +1,191 @@
+// Vectors of one instruction set. Included only by the kernels compiled for it; MMFAST_ISA names
+// the namespace. Integer products need intrinsics, the rest is the compiler's vector extension.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/tensor_view.h"
+
+#define MMFAST_INLINE static inline __attribute__((always_inline))
+
+namespace mmfast::MMFAST_ISA {
+
+// Eight at a time in every instruction set: narrower ones split these.
+using f8 = float __attribute__((vector_size(32)));
+using d8 = double __attribute__((vector_size(64)));
+using i8x8 = int8_t __attribute__((vector_size(8)));
+using i16x8 = int16_t __attribute__((vector_size(16)));
+using i32x8 = int32_t __attribute__((vector_size(32)));
+using i64x8 = int64_t __attribute__((vector_size(64)));
+
+template <class V>
+MMFAST_INLINE V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+MMFAST_INLINE void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class V>
+MMFAST_INLINE auto sum(V v) -> std::remove_reference_t<decltype(v[0])> {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// Lanes of int32: the scores of as many codes.
+#if defined(__AVX512F__)
+using vi = __m512i;
+constexpr int lanes = 16;
+MMFAST_INLINE vi vload(const void* p) { return _mm512_loadu_si512(p); }
+MMFAST_INLINE void vstore(void* p, vi v) { _mm512_storeu_si512(p, v); }
+MMFAST_INLINE vi vset(int32_t v) { return _mm512_set1_epi32(v); }
+MMFAST_INLINE vi vadd(vi a, vi b) { return _mm512_add_epi32(a, b); }
+MMFAST_INLINE vi vmax(vi a, vi b) { return _mm512_max_epi32(a, b); }
+MMFAST_INLINE vi vmin(vi a, vi b) { return _mm512_min_epi32(a, b); }
+// (a & ~mask) | id
+MMFAST_INLINE vi vtag(vi a, vi mask, vi id) { return _mm512_ternarylogic_epi32(a, mask, id, 0xBA); }
+MMFAST_INLINE uint32_t vge(vi a, vi b) { return _mm512_cmpge_epi32_mask(a, b); }
+MMFAST_INLINE int32_t vhmax(vi a) { return _mm512_reduce_max_epi32(a); }
+// Nearest integers of p[...] * scale; what is below the range becomes INT32_MIN.
+MMFAST_INLINE vi vscale(const float* p, float scale) {
+  return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p), _mm512_set1_ps(scale)));
+}
+// acc + a0 b0 + a1 b1, int16 pairs in each lane.
+MMFAST_INLINE vi vdot16(vi acc, vi a, vi b) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(acc, a, b);
+#else
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
+#endif
+}
+#if defined(__AVX512VNNI__)
+#define MMFAST_HAS_DOT8 1
+// acc + a0 b0 + ... + a3 b3, a unsigned and b signed bytes.
+MMFAST_INLINE vi vdot8(vi acc, vi a, vi b) { return _mm512_dpbusd_epi32(acc, a, b); }
+#endif
+#elif defined(__AVX2__)
+using vi = __m256i;
+constexpr int lanes = 8;
+MMFAST_INLINE vi vload(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+MMFAST_INLINE void vstore(void* p, vi v) { _mm256_storeu_si256((__m256i*)p, v); }
+MMFAST_INLINE vi vset(int32_t v) { return _mm256_set1_epi32(v); }
+MMFAST_INLINE vi vadd(vi a, vi b) { return _mm256_add_epi32(a, b); }
+MMFAST_INLINE vi vmax(vi a, vi b) { return _mm256_max_epi32(a, b); }
+MMFAST_INLINE vi vmin(vi a, vi b) { return _mm256_min_epi32(a, b); }
+MMFAST_INLINE vi vtag(vi a, vi mask, vi id) {
+  return _mm256_or_si256(_mm256_andnot_si256(mask, a), id);
+}
+MMFAST_INLINE uint32_t vge(vi a, vi b) {
+  return 0xFFu & ~(uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(b, a)));
+}
+MMFAST_INLINE int32_t vhmax(vi a) {
+  int32_t v[8];
+  vstore(v, a);
+  int32_t m = v[0];
+  for (int i = 1; i < 8; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+MMFAST_INLINE vi vscale(const float* p, float scale) {
+  return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(p), _mm256_set1_ps(scale)));
+}
+MMFAST_INLINE vi vdot16(vi acc, vi a, vi b) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+}
+#else
+using vi = __m128i;
+constexpr int lanes = 4;
+MMFAST_INLINE vi vload(const void* p) { return _mm_loadu_si128((const __m128i*)p); }
+MMFAST_INLINE void vstore(void* p, vi v) { _mm_storeu_si128((__m128i*)p, v); }
+MMFAST_INLINE vi vset(int32_t v) { return _mm_set1_epi32(v); }
+MMFAST_INLINE vi vadd(vi a, vi b) { return _mm_add_epi32(a, b); }
+MMFAST_INLINE vi vselect(vi mask, vi a, vi b) {
+  return _mm_or_si128(_mm_and_si128(mask, a), _mm_andnot_si128(mask, b));
+}
+MMFAST_INLINE vi vmax(vi a, vi b) { return vselect(_mm_cmpgt_epi32(a, b), a, b); }
+MMFAST_INLINE vi vmin(vi a, vi b) { return vselect(_mm_cmpgt_epi32(a, b), b, a); }
+MMFAST_INLINE vi vtag(vi a, vi mask, vi id) { return _mm_or_si128(_mm_andnot_si128(mask, a), id); }
+MMFAST_INLINE uint32_t vge(vi a, vi b) {
+  return 0xFu & ~(uint32_t)_mm_movemask_ps(_mm_castsi128_ps(_mm_cmpgt_epi32(b, a)));
+}
+MMFAST_INLINE int32_t vhmax(vi a) {
+  int32_t v[4];
+  vstore(v, a);
+  int32_t m = v[0];
+  for (int i = 1; i < 4; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+MMFAST_INLINE vi vscale(const float* p, float scale) {
+  return _mm_cvtps_epi32(_mm_mul_ps(_mm_loadu_ps(p), _mm_set1_ps(scale)));
+}
+MMFAST_INLINE vi vdot16(vi acc, vi a, vi b) { return _mm_add_epi32(acc, _mm_madd_epi16(a, b)); }
+#endif
+
+// The 32 bits at p, in every lane.
+MMFAST_INLINE vi vbroadcast(const void* p) { return vset(load<int32_t>(p)); }
+
+MMFAST_INLINE float half_to_float(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  // Shift exponent and mantissa into place and let a multiplication do the rebias; it also
+  // normalises denormals. Infinities and NaNs need their exponent set by hand.
+  uint32_t bits = (uint32_t)(h & 0x7FFF) << 13;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  value *= 0x1p112f;
+  std::memcpy(&bits, &value, 4);
+  if ((h & 0x7C00) == 0x7C00) bits |= 0x7F800000;
+  bits |= (uint32_t)(h & 0x8000) << 16;
+  std::memcpy(&value, &bits, 4);
+  return value;
+#endif
+}
+
+template <class T>
+MMFAST_INLINE T load_one(const char* p, Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32: return (T)load<float>(p);
+    case Dtype::float64: return (T)load<double>(p);
+    case Dtype::float16: return (T)half_to_float(load<uint16_t>(p));
+    case Dtype::bfloat16: {
+      const uint32_t bits = (uint32_t)load<uint16_t>(p) << 16;
+      float value;
+      std::memcpy(&value, &bits, 4);
+      return (T)value;
+    }
+  }
+  return 0;
+}
+
+// A row as contiguous numbers of type T: in place where it already is, else copied to buffer.
+template <class T>
+static const T* read_row(const Rows& rows, int64_t i, T* buffer) {
+  const char* p = rows.row(i);
+  constexpr Dtype native = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
+  if (rows.dtype == native && rows.step == (int64_t)sizeof(T)) return (const T*)p;
+  int64_t d = 0;
+  if (rows.step == 2 && rows.dtype == Dtype::bfloat16) {
+    for (; d < rows.width; ++d) buffer[d] = load_one<T>(p + 2 * d, Dtype::bfloat16);
+    return buffer;
+  }
+#if defined(__F16C__)
+  if (rows.step == 2 && rows.dtype == Dtype::float16)
+    for (; d + 8 <= rows.width; d += 8) {
+      const f8 v = (f8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 2 * d)));
+      if constexpr (sizeof(T) == 4)
+        store(buffer + d, v);
+      else
+        store(buffer + d, __builtin_convertvector(v, d8));
+    }
+#endif
+  for (; d < rows.width; ++d) buffer[d] = load_one<T>(p + d * rows.step, rows.dtype);
+  return buffer;
+}
+
+}  // namespace mmfast::MMFAST_ISA

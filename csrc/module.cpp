@@ -1,0 +1,23 @@
+// The only pybind11 file: build information and the processor's capabilities. No torch headers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of mmfast; importing this registers them with torch.";
+  m.def("build_info", [] {
+    py::dict info;
+#if defined(__clang__)
+    info["compiler"] = "clang " __clang_version__;
+#else
+    info["compiler"] = "gcc " __VERSION__;
+#endif
+    info["torch_target_version"] = MMFAST_TORCH_TARGET;
+    return info;
+  });
+  m.def("isa", [] { return mmfast::kernels().isa; }, "The instruction set in use.");
+  m.def("supported_isas", &mmfast::supported_isas, "The instruction sets this processor has.");
+}
