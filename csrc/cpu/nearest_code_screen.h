@@ -85,6 +85,55 @@ struct Scratch {
   }
 };
 
+// Best and second best score of each lane for tile_rows rows x [tile_rows][depth] over `tiles`
+// tiles of codes. The low bits of a score, as id_mask says, hold the number of its vector.
+static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, const int16_t* codes,
+                                            const float* terms, int64_t tiles, float unit,
+                                            int32_t id_mask, int32_t (*best)[lanes],
+                                            int32_t (*second)[lanes]) {
+  const int64_t pairs = depth / 2;
+  const vi mask = vset(id_mask);
+  for (int r = 0; r < tile_rows; ++r) {
+    vstore(best[r], vset(INT32_MIN));
+    vstore(second[r], vset(INT32_MIN));
+  }
+  for (int64_t t = 0; t < tiles; ++t) {
+    vi acc[tile_rows][tile_vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < tile_vectors; ++v) {
+      const vi start = vscale(terms + v * lanes, unit);
+#pragma GCC unroll 8
+      for (int r = 0; r < tile_rows; ++r) acc[r][v] = start;
+    }
+    terms += tile_codes;
+    for (int64_t p = 0; p < pairs; ++p) {
+      vi c[tile_vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < tile_vectors; ++v) c[v] = vload(codes + v * lanes * 2);
+      codes += tile_codes * 2;
+#pragma GCC unroll 8
+      for (int r = 0; r < tile_rows; ++r) {
+        const vi b = vbroadcast(x + r * depth + 2 * p);
+#pragma GCC unroll 8
+        for (int v = 0; v < tile_vectors; ++v) acc[r][v] = vdot16(acc[r][v], c[v], b);
+      }
+    }
+    const int32_t id = (int32_t)t * tile_vectors;
+#pragma GCC unroll 8
+    for (int r = 0; r < tile_rows; ++r) {
+      vi high = vload(best[r]), low = vload(second[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < tile_vectors; ++v) {
+        const vi s = vtag(acc[r][v], mask, vset(id + v));
+        low = vmax(low, vmin(high, s));
+        high = vmax(high, s);
+      }
+      vstore(best[r], high);
+      vstore(second[r], low);
+    }
+  }
+}
+
 template <class T>
 struct Screen {
   const NearestCodeArgs& args;
@@ -552,7 +601,10 @@ struct Screen {
     const Chunk& chunk = chunks[c];
     const double unit = scratch.tile_scales[tile] * chunk.scale;
     alignas(64) int32_t best[tile_rows][lanes], second[tile_rows][lanes];
-    sweep(scratch.packed + tile * tile_rows * depth, chunk, unit, best, second);
+    sweep(scratch.packed + tile * tile_rows * depth, depth,
+          packed + chunk.first_tile * tile_codes * depth,
+          norm_terms + chunk.first_tile * tile_codes, chunk.tiles, (float)unit, chunk.id_mask, best,
+          second);
     const double per_unit = 1 / unit;
     const double noise =
         (2.0 * chunk.id_mask + 256) * per_unit;  // the id's bits, rounding of the norm term
@@ -616,54 +668,6 @@ struct Screen {
       }
     }
     state.candidates[state.count++] = candidate;
-  }
-
-  void sweep(const int16_t* x, const Chunk& chunk, double unit, int32_t (*best)[lanes],
-             int32_t (*second)[lanes]) const {
-    const int64_t pairs = depth / 2;
-    const int16_t* codes = packed + chunk.first_tile * tile_codes * depth;
-    const float* terms = norm_terms + chunk.first_tile * tile_codes;
-    const float scale = (float)unit;
-    const vi mask = vset(chunk.id_mask);
-    for (int r = 0; r < tile_rows; ++r) {
-      vstore(best[r], vset(INT32_MIN));
-      vstore(second[r], vset(INT32_MIN));
-    }
-    for (int64_t t = 0; t < chunk.tiles; ++t) {
-      vi acc[tile_rows][tile_vectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < tile_vectors; ++v) {
-        const vi start = vscale(terms + v * lanes, scale);
-#pragma GCC unroll 8
-        for (int r = 0; r < tile_rows; ++r) acc[r][v] = start;
-      }
-      terms += tile_codes;
-      for (int64_t p = 0; p < pairs; ++p) {
-        vi c[tile_vectors];
-#pragma GCC unroll 8
-        for (int v = 0; v < tile_vectors; ++v) c[v] = vload(codes + v * lanes * 2);
-        codes += tile_codes * 2;
-#pragma GCC unroll 8
-        for (int r = 0; r < tile_rows; ++r) {
-          const vi b = vbroadcast(x + r * depth + 2 * p);
-#pragma GCC unroll 8
-          for (int v = 0; v < tile_vectors; ++v) acc[r][v] = vdot16(acc[r][v], c[v], b);
-        }
-      }
-      const int32_t id = (int32_t)t * tile_vectors;
-#pragma GCC unroll 8
-      for (int r = 0; r < tile_rows; ++r) {
-        vi high = vload(best[r]), low = vload(second[r]);
-#pragma GCC unroll 8
-        for (int v = 0; v < tile_vectors; ++v) {
-          const vi s = vtag(acc[r][v], mask, vset(id + v));
-          low = vmax(low, vmin(high, s));
-          high = vmax(high, s);
-        }
-        vstore(best[r], high);
-        vstore(second[r], low);
-      }
-    }
   }
 
   void resolve(Scratch<T>& scratch, int64_t row, RowState& state) const {

@@ -59,7 +59,9 @@ MMFAST_INLINE vi vscale(const float* p, float scale) {
 // acc + a0 b0 + a1 b1, int16 pairs in each lane.
 MMFAST_INLINE vi vdot16(vi acc, vi a, vi b) {
 #if defined(__AVX512VNNI__)
-  return _mm512_dpwssd_epi32(acc, a, b);
+  // The intrinsic makes GCC copy and spill the accumulators of a full register tile.
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
 #else
   return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
 #endif
@@ -67,7 +69,10 @@ MMFAST_INLINE vi vdot16(vi acc, vi a, vi b) {
 #if defined(__AVX512VNNI__)
 #define MMFAST_HAS_DOT8 1
 // acc + a0 b0 + ... + a3 b3, a unsigned and b signed bytes.
-MMFAST_INLINE vi vdot8(vi acc, vi a, vi b) { return _mm512_dpbusd_epi32(acc, a, b); }
+MMFAST_INLINE vi vdot8(vi acc, vi a, vi b) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
+}
 #endif
 #elif defined(__AVX2__)
 using vi = __m256i;
