@@ -13,15 +13,19 @@
 namespace mmfast::MMFAST_ISA {
 
 constexpr int tile_rows = lanes == 16 ? 6 : 4;     // rows of a register tile
-constexpr int tile_vectors = lanes == 16 ? 4 : 2;  // vectors of codes of a register tile
+constexpr int tile_vectors = 2;  // vectors of codes of a register tile
 constexpr int tile_codes = tile_vectors * lanes;
 constexpr int64_t direct_rows = 6;      // below, packing the codebook does not pay
 constexpr int64_t serial_work = 1 << 15;  // multiplications below which threads do not pay
 constexpr int64_t chunk_bytes = 1 << 18;  // packed codes that stay in the second-level cache
-constexpr int64_t chunk_vectors = 128;    // limits the bits that an id takes from a score
+constexpr int64_t chunk_vectors = 256;    // limits the bits that an id takes from a score
+// With few dimensions the comparison costs as much as the products. There, both factors are
+// multiples of 2^tag_shift, so that the low bits of a score stay those it starts from: the id.
+constexpr int64_t tagged_depth = 16;
+constexpr int tag_shift = 4;
+static_assert(1 << 2 * tag_shift >= chunk_vectors);
 constexpr int64_t max_block_rows = 192;
 constexpr int capacity = 32;            // candidates of a row
-constexpr double largest_int16 = 32767;
 constexpr double norm_term_range = 1 << 29;
 constexpr double inflate = 1 + 1e-4;  // covers the rounding of norms summed in float32
 
@@ -87,26 +91,29 @@ struct Scratch {
 
 // Best and second best score of each lane for tile_rows rows x [tile_rows][depth] over `tiles`
 // tiles of codes. The low bits of a score, as id_mask says, hold the number of its vector.
+// Few pairs are a template parameter, so that the compiler unrolls them.
+template <int known_pairs, bool tagged>
 static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, const int16_t* codes,
                                             const float* terms, int64_t tiles, float unit,
                                             int32_t id_mask, int32_t (*best)[lanes],
                                             int32_t (*second)[lanes]) {
-  const int64_t pairs = depth / 2;
+  const int64_t pairs = known_pairs ? known_pairs : depth / 2;
   const vi mask = vset(id_mask);
-  for (int r = 0; r < tile_rows; ++r) {
-    vstore(best[r], vset(INT32_MIN));
-    vstore(second[r], vset(INT32_MIN));
-  }
+  vi high[tile_rows], low[tile_rows];
+#pragma GCC unroll 8
+  for (int r = 0; r < tile_rows; ++r) high[r] = low[r] = vset(INT32_MIN);
   for (int64_t t = 0; t < tiles; ++t) {
     vi acc[tile_rows][tile_vectors];
+    const int32_t id = (int32_t)t * tile_vectors;
 #pragma GCC unroll 8
     for (int v = 0; v < tile_vectors; ++v) {
-      const vi start = vscale(terms + v * lanes, unit);
+      vi start = vscale(terms + v * lanes, unit);
+      if constexpr (tagged) start = vtag(start, mask, vset(id + v));
 #pragma GCC unroll 8
       for (int r = 0; r < tile_rows; ++r) acc[r][v] = start;
     }
     terms += tile_codes;
-    for (int64_t p = 0; p < pairs; ++p) {
+    const auto accumulate = [&](int64_t p) __attribute__((always_inline)) {
       vi c[tile_vectors];
 #pragma GCC unroll 8
       for (int v = 0; v < tile_vectors; ++v) c[v] = vload(codes + v * lanes * 2);
@@ -117,20 +124,27 @@ static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, con
 #pragma GCC unroll 8
         for (int v = 0; v < tile_vectors; ++v) acc[r][v] = vdot16(acc[r][v], c[v], b);
       }
+    };
+    if constexpr (known_pairs > 0) {
+#pragma GCC unroll 16
+      for (int64_t p = 0; p < known_pairs; ++p) accumulate(p);
+    } else {
+      for (int64_t p = 0; p < pairs; ++p) accumulate(p);
     }
-    const int32_t id = (int32_t)t * tile_vectors;
 #pragma GCC unroll 8
     for (int r = 0; r < tile_rows; ++r) {
-      vi high = vload(best[r]), low = vload(second[r]);
 #pragma GCC unroll 8
       for (int v = 0; v < tile_vectors; ++v) {
-        const vi s = vtag(acc[r][v], mask, vset(id + v));
-        low = vmax(low, vmin(high, s));
-        high = vmax(high, s);
+        const vi s = tagged ? acc[r][v] : vtag(acc[r][v], mask, vset(id + v));
+        low[r] = vmax(low[r], vmin(high[r], s));
+        high[r] = vmax(high[r], s);
       }
-      vstore(best[r], high);
-      vstore(second[r], low);
     }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < tile_rows; ++r) {
+    vstore(best[r], high[r]);
+    vstore(second[r], low[r]);
   }
 }
 
@@ -163,6 +177,11 @@ struct Screen {
     std::free(packed);
     std::free(norm_terms);
   }
+
+  bool tagged() const { return depth <= tagged_depth; }
+  int shift() const { return tagged() ? tag_shift : 0; }
+  // The largest int16 that rounding to multiples of 2^shift cannot pass.
+  double largest() const { return 32768 - (1 << shift()); }
 
   int64_t block_rows(int threads) const {
     const int64_t share = (args.x.count + threads - 1) / threads;
@@ -261,25 +280,26 @@ struct Screen {
   }
 
   void measure(int64_t k, double* centred, T* buffer) {
-    const T* c = read_row<T>(args.codes, k, buffer);
-    centre(k, centred, c);
-    d8 total{};
+    centre(k, centred, read_row<T>(args.codes, k, buffer));
+    // Equal codes have equal norms and equal weighted sums: a hash with no chain of products.
+    d8 squares{}, weighted{}, weight{1.0, 1.414, 1.732, 2.236, 2.646, 3.317, 3.606, 4.123};
     int64_t d = 0;
     for (; d + 8 <= width; d += 8) {
       const d8 v = load<d8>(centred + d);
-      total += v * v;
+      squares += v * v;
+      weighted += v * weight;
+      weight += 0.618034;
     }
-    double rest = sum(total);
-    for (; d < width; ++d) rest += centred[d] * centred[d];
-    norms[k] = std::sqrt(rest);
-    uint64_t hash = 0x9E3779B97F4A7C15u;
-    for (d = 0; d < width; ++d) {
-      uint64_t bits = 0;
-      std::memcpy(&bits, c + d, sizeof(T));
-      hash = (hash ^ bits) * 0xFF51AFD7ED558CCDu;
-      hash ^= hash >> 29;
+    double square = sum(squares), hash = sum(weighted);
+    for (; d < width; ++d) {
+      square += centred[d] * centred[d];
+      hash += centred[d] * weight[d % 8];
     }
-    hashes[k] = hash;
+    norms[k] = std::sqrt(square);
+    uint64_t bits;
+    std::memcpy(&bits, &hash, 8);
+    bits *= 0x9E3779B97F4A7C15u;
+    hashes[k] = bits ^ bits >> 32;
   }
 
   // One position for each distinct code, large norms first where they differ much, so that an
@@ -375,7 +395,7 @@ struct Screen {
         high = norm > high ? norm : high;
       }
       chunk.max_norm = high * inflate;
-      chunk.scale = high > 0 ? largest_int16 / high : 1;
+      chunk.scale = high > 0 ? largest() / high : 1;
       if (args.metric == Metric::euclidean) {
         chunk.reference = (low * low + high * high) / 4;
         chunk.half_range = (high * high - low * low) / 4;
@@ -420,6 +440,7 @@ struct Screen {
   void pack(int64_t tile, double* centred, T* buffer) {
     Chunk& chunk = const_cast<Chunk&>(chunk_of(tile));
     int16_t* out = packed + tile * tile_codes * depth;
+    const double magic = std::ldexp(0x1.8p52, shift());  // adding it rounds to whole multiples
     double worst = 0;
     for (int j = 0; j < tile_codes; ++j) {
       const int32_t k = order[tile * tile_codes + j];
@@ -438,7 +459,7 @@ struct Screen {
       d8 error{};
       for (int64_t d = 0; d < depth; d += 8) {
         const d8 scaled = load<d8>(centred + d) * chunk.scale;
-        const d8 whole = (scaled + 0x1.8p52) - 0x1.8p52;
+        const d8 whole = (scaled + magic) - magic;
         const d8 e = scaled - whole;
         error += e * e;
         int16_t q[8];
@@ -530,12 +551,12 @@ struct Screen {
   }
 
   void quantise(Scratch<T>& scratch, int64_t begin, int64_t tile, int64_t n) const {
-    double largest = 0;
+    double highest = 0;
     for (int r = 0; r < tile_rows && tile * tile_rows + r < n; ++r) {
       const double norm = scratch.states[scratch.order[tile * tile_rows + r]].norm;
-      largest = norm > largest ? norm : largest;
+      highest = norm > highest ? norm : highest;
     }
-    double scale = largest > 0 ? largest_int16 / largest : std::numeric_limits<double>::infinity();
+    double scale = highest > 0 ? largest() / highest : std::numeric_limits<double>::infinity();
     for (int64_t c = 0; c < num_chunks; ++c) {
       const double limit = norm_term_range / (chunks[c].scale * chunks[c].half_range);
       scale = limit < scale ? limit : scale;
@@ -552,31 +573,31 @@ struct Screen {
       }
       const T* x = read_row<T>(args.x, begin + scratch.order[i], scratch.x);
       // Float32 serves where neither the values nor the scale come near its limits.
-      const bool plain = sizeof(T) == 4 && scale > 1e-20 && scale < 1e20 && largest > 1e-10;
+      const bool plain = sizeof(T) == 4 && scale > 1e-20 && scale < 1e20 && highest > 1e-10;
       state->residual = (plain ? round_float(x, scale, out) : round_double(x, scale, out)) *
                         inflate / scale;
     }
   }
 
   double round_float(const T* x, double scale, int16_t* out) const {
-    const float s = (float)scale;
+    const float s = (float)scale, magic = std::ldexp(0x1.8p23f, shift());
     float rest = 0;
     int64_t d = 0;
     if constexpr (sizeof(T) == 4) {
       f8 error{};
       for (; d + 8 <= width; d += 8) {
         const f8 scaled = row_value8(x, d) * s;
-        const f8 shifted = scaled + 0x1.8p23f;
-        const f8 e = scaled - (shifted - 0x1.8p23f);
+        const f8 shifted = scaled + magic;
+        const f8 e = scaled - (shifted - magic);
         error += e * e;
-        // The low bits of the shifted value are the integer.
-        store(out + d, __builtin_convertvector((i32x8)shifted, i16x8));
+        // The low bits of the shifted value are the multiple.
+        store(out + d, __builtin_convertvector((i32x8)shifted << shift(), i16x8));
       }
       rest = sum(error);
     }
     for (; d < width; ++d) {
       const float scaled = (float)row_value(x, d) * s;
-      const float whole = (scaled + 0x1.8p23f) - 0x1.8p23f;
+      const float whole = (scaled + magic) - magic;
       rest += (scaled - whole) * (scaled - whole);
       out[d] = (int16_t)whole;
     }
@@ -585,10 +606,11 @@ struct Screen {
   }
 
   double round_double(const T* x, double scale, int16_t* out) const {
+    const double magic = std::ldexp(0x1.8p52, shift());
     double rest = 0;
     for (int64_t d = 0; d < width; ++d) {
       const double v = (double)x[d] - (args.metric == Metric::euclidean ? (double)mean[d] : 0.0);
-      const double scaled = v * scale, whole = std::nearbyint(scaled);
+      const double scaled = v * scale, whole = (scaled + magic) - magic;
       rest += (scaled - whole) * (scaled - whole);
       out[d] = (int16_t)whole;
     }
@@ -601,7 +623,8 @@ struct Screen {
     const Chunk& chunk = chunks[c];
     const double unit = scratch.tile_scales[tile] * chunk.scale;
     alignas(64) int32_t best[tile_rows][lanes], second[tile_rows][lanes];
-    sweep(scratch.packed + tile * tile_rows * depth, depth,
+    const auto run = depth == 8 ? sweep<4, true> : tagged() ? sweep<0, true> : sweep<0, false>;
+    run(scratch.packed + tile * tile_rows * depth, depth,
           packed + chunk.first_tile * tile_codes * depth,
           norm_terms + chunk.first_tile * tile_codes, chunk.tiles, (float)unit, chunk.id_mask, best,
           second);
@@ -635,13 +658,18 @@ struct Screen {
   void collect(RowState& state, const Chunk& chunk, int64_t c, double unit, double per_unit,
                double noise, const int32_t* best, const int32_t* second) const {
     const double bound = error_bound(state, chunk, noise);
+    const auto threshold_of = [&](double lower) {
+      const double limit = (lower + chunk.reference - bound) * unit - 2;
+      return vset(limit < -2147483648.0 ? INT32_MIN : limit > 2147483647.0 ? INT32_MAX : (int32_t)limit);
+    };
     const vi top = vload(best);
-    const int32_t most = vhmax(top);
-    const double lower = most * per_unit - chunk.reference - bound;
-    if (lower > state.lower) state.lower = lower;
-    const double limit = std::floor((state.lower + chunk.reference - bound) * unit) - 1;
-    if (!(limit <= most)) return;
-    const vi threshold = vset(limit > -2147483648.0 ? (int32_t)limit : INT32_MIN);
+    vi threshold = threshold_of(state.lower);
+    if (!vge(top, threshold)) return;
+    const double lower = vhmax(top) * per_unit - chunk.reference - bound;
+    if (lower > state.lower) {
+      state.lower = lower;
+      threshold = threshold_of(lower);
+    }
     for (uint32_t left = vge(top, threshold); left; left &= left - 1) {
       const int lane = __builtin_ctz(left);
       const int64_t where =
