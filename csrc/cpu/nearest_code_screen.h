@@ -18,12 +18,12 @@ constexpr int tile_codes = tile_vectors * lanes;
 constexpr int64_t direct_rows = 6;      // below, packing the codebook does not pay
 constexpr int64_t serial_work = 1 << 15;  // multiplications below which threads do not pay
 constexpr int64_t chunk_bytes = 1 << 18;  // packed codes that stay in the second-level cache
-constexpr int64_t chunk_vectors = 256;    // limits the bits that an id takes from a score
+constexpr int64_t chunk_tiles = 256;      // limits the bits that an id takes from a score
 // With few dimensions the comparison costs as much as the products. There, both factors are
 // multiples of 2^tag_shift, so that the low bits of a score stay those it starts from: the id.
 constexpr int64_t tagged_depth = 16;
 constexpr int tag_shift = 4;
-static_assert(1 << 2 * tag_shift >= chunk_vectors);
+static_assert(1 << 2 * tag_shift >= chunk_tiles);
 constexpr int64_t max_block_rows = 192;
 constexpr int capacity = 32;            // candidates of a row
 constexpr double norm_term_range = 1 << 29;
@@ -37,12 +37,12 @@ struct Chunk {
   double max_residual;  // largest rounding error |c - c' / scale|
   double reference;     // |c|^2 / 2 is stored relative to this
   double half_range;    // largest deviation from it
-  int32_t id_mask;      // low bits of a score that hold the vector's number
+  int32_t id_mask;      // low bits of a score that hold the tile's number
 };
 
 struct Candidate {
   double upper;   // bound of the score
-  int64_t where;  // position of a code; or -1 - (chunk * lanes + lane), to look through that lane
+  int64_t where;  // tile * lanes + lane; or -1 - (chunk * lanes + lane), to look through that lane
 };
 
 struct RowState {
@@ -90,29 +90,38 @@ struct Scratch {
 };
 
 // Best and second best score of each lane for tile_rows rows x [tile_rows][depth] over `tiles`
-// tiles of codes. The low bits of a score, as id_mask says, hold the number of its vector.
-// Few pairs are a template parameter, so that the compiler unrolls them.
+// tiles of codes. The low bits of a score, as id_mask says, hold the number of its tile.
+// Few pairs are a template parameter, so that the compiler unrolls them. Reads the terms of one
+// tile more.
 template <int known_pairs, bool tagged>
 static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, const int16_t* codes,
                                             const float* terms, int64_t tiles, float unit,
                                             int32_t id_mask, int32_t (*best)[lanes],
                                             int32_t (*second)[lanes]) {
   const int64_t pairs = known_pairs ? known_pairs : depth / 2;
+  if (known_pairs) depth = 2 * known_pairs;
   const vi mask = vset(id_mask);
   vi high[tile_rows], low[tile_rows];
 #pragma GCC unroll 8
   for (int r = 0; r < tile_rows; ++r) high[r] = low[r] = vset(INT32_MIN);
-  for (int64_t t = 0; t < tiles; ++t) {
-    vi acc[tile_rows][tile_vectors];
-    const int32_t id = (int32_t)t * tile_vectors;
+  // What a tile's scores start from, made while the tile before it is multiplied: its latency
+  // would stand before every product.
+  vi start[tile_vectors];
+  const auto prepare = [&](int64_t t) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int v = 0; v < tile_vectors; ++v) {
-      vi start = vscale(terms + v * lanes, unit);
-      if constexpr (tagged) start = vtag(start, mask, vset(id + v));
-#pragma GCC unroll 8
-      for (int r = 0; r < tile_rows; ++r) acc[r][v] = start;
+      start[v] = vscale(terms + t * tile_codes + v * lanes, unit);
+      if constexpr (tagged) start[v] = vtag(start[v], mask, vset((int32_t)t));
     }
-    terms += tile_codes;
+  };
+  prepare(0);
+  for (int64_t t = 0; t < tiles; ++t) {
+    vi acc[tile_rows][tile_vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < tile_rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < tile_vectors; ++v) acc[r][v] = start[v];
+    prepare(t + 1);
     const auto accumulate = [&](int64_t p) __attribute__((always_inline)) {
       vi c[tile_vectors];
 #pragma GCC unroll 8
@@ -133,12 +142,13 @@ static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, con
     }
 #pragma GCC unroll 8
     for (int r = 0; r < tile_rows; ++r) {
+      // The codes of one tile and lane compete as one: whoever needs the winner compares them all.
+      vi s = acc[r][0];
 #pragma GCC unroll 8
-      for (int v = 0; v < tile_vectors; ++v) {
-        const vi s = tagged ? acc[r][v] : vtag(acc[r][v], mask, vset(id + v));
-        low[r] = vmax(low[r], vmin(high[r], s));
-        high[r] = vmax(high[r], s);
-      }
+      for (int v = 1; v < tile_vectors; ++v) s = vmax(s, acc[r][v]);
+      if constexpr (!tagged) s = vtag(s, mask, vset((int32_t)t));
+      low[r] = vmax(low[r], vmin(high[r], s));
+      high[r] = vmax(high[r], s);
     }
   }
 #pragma GCC unroll 8
@@ -163,7 +173,7 @@ struct Screen {
   Chunk* chunks = nullptr;
   int64_t num_chunks = 0, num_tiles = 0;
   int16_t* packed = nullptr;  // [tile][depth / 2][tile_vectors][lanes][2]
-  float* norm_terms = nullptr;  // [tile][tile_codes] reference - |c|^2 / 2
+  float* norm_terms = nullptr;  // [tile + 1][tile_codes] reference - |c|^2 / 2
 
   Screen(const NearestCodeArgs& a, const Exact<T>& e)
       : args(a), exact(e), width(a.x.width), depth((a.x.width + 1) / 2 * 2) {}
@@ -216,7 +226,7 @@ struct Screen {
     std::free(hashes);
     hashes = nullptr;
     packed = (int16_t*)std::aligned_alloc(64, (size_t)(num_tiles * tile_codes * depth * 2 + 63) / 64 * 64);
-    norm_terms = (float*)std::malloc((size_t)(num_tiles * tile_codes) * sizeof(float));
+    norm_terms = (float*)std::calloc((size_t)((num_tiles + 1) * tile_codes), sizeof(float));
     if (!packed || !norm_terms) return false;
     return over_codes(parallel, num_tiles, [](Screen& s, int64_t tile, double* c, T* buffer) {
       s.pack(tile, c, buffer);
@@ -364,7 +374,7 @@ struct Screen {
   // Cuts the order into chunks and fills them up to whole tiles.
   bool choose_chunks() {
     int64_t most = chunk_bytes / (2 * depth);
-    if (most > chunk_vectors * lanes) most = chunk_vectors * lanes;
+    if (most > chunk_tiles * tile_codes) most = chunk_tiles * tile_codes;
     most = most < tile_codes ? tile_codes : most / tile_codes * tile_codes;
     const auto length = [&](int64_t first) {
       double largest = 0;
@@ -401,7 +411,7 @@ struct Screen {
         chunk.half_range = (high * high - low * low) / 4;
       }
       int32_t ids = 1;
-      while (ids < chunk.tiles * tile_vectors) ids *= 2;
+      while (ids < chunk.tiles) ids *= 2;
       chunk.id_mask = ids - 1;
     }
     num_tiles = tiles;
@@ -672,10 +682,9 @@ struct Screen {
     }
     for (uint32_t left = vge(top, threshold); left; left &= left - 1) {
       const int lane = __builtin_ctz(left);
-      const int64_t where =
-          (chunk.first_tile * tile_vectors + (best[lane] & chunk.id_mask)) * lanes + lane;
-      if (order[where] < 0) continue;
-      add(state, {best[lane] * per_unit - chunk.reference + bound, where});
+      const int64_t tile = chunk.first_tile + (best[lane] & chunk.id_mask);
+      if (order[tile * tile_codes + lane] < 0) continue;
+      add(state, {best[lane] * per_unit - chunk.reference + bound, tile * lanes + lane});
     }
     for (uint32_t left = vge(vload(second), threshold); left; left &= left - 1) {
       const int lane = __builtin_ctz(left);
@@ -708,15 +717,17 @@ struct Screen {
     for (int i = 0; i < state.count; ++i) {
       const Candidate& candidate = state.candidates[i];
       if (candidate.upper < state.lower) continue;
-      if (candidate.where >= 0) {
-        exact.consider(best, order[candidate.where], scratch.c);
-        continue;
+      int64_t tile = candidate.where / lanes, tiles = 1, lane = candidate.where % lanes;
+      if (candidate.where < 0) {
+        const Chunk& chunk = chunks[(-1 - candidate.where) / lanes];
+        tile = chunk.first_tile;
+        tiles = chunk.tiles;
+        lane = (-1 - candidate.where) % lanes;
       }
-      const int64_t which = -1 - candidate.where;
-      const Chunk& chunk = chunks[which / lanes];
-      const int32_t* at = order + chunk.first_tile * tile_codes + which % lanes;
-      for (int64_t v = 0; v < chunk.tiles * tile_vectors; ++v)
-        if (at[v * lanes] >= 0) exact.consider(best, at[v * lanes], scratch.c);
+      for (int64_t j = 0; j < tiles * tile_vectors; ++j) {
+        const int32_t code = order[tile * tile_codes + j * lanes + lane];
+        if (code >= 0) exact.consider(best, code, scratch.c);
+      }
     }
     exact.write(row, best);
   }
