@@ -123,6 +123,7 @@ def extension(torch: Path) -> Extension:
             "-Wall",
             "-Wno-psabi",
             "-Wno-maybe-uninitialized",
+            "-Wno-uninitialized",
         ],
         language="c++",
     )

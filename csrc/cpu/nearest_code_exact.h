@@ -102,7 +102,7 @@ struct Exact {
     return finish(total, norm, k);
   }
 
-  static d8 wide8(const float* p) { return __builtin_convertvector(load<f8>(p), d8); }
+  static d8 wide8(const float* p) { return widen(load<f8>(p)); }
   static d8 wide8(const double* p) { return load<d8>(p); }
 
   // How far two evaluations of one value near `value` can lie apart.

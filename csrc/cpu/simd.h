@@ -38,6 +38,14 @@ MMFAST_INLINE auto sum(V v) -> std::remove_reference_t<decltype(v[0])> {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
+MMFAST_INLINE d8 widen(f8 v) {
+#if defined(__AVX512F__)
+  return (d8)_mm512_cvtps_pd((__m256)v);  // GCC 12 converts in halves
+#else
+  return __builtin_convertvector(v, d8);
+#endif
+}
+
 // Lanes of int32: the scores of as many codes.
 #if defined(__AVX512F__)
 using vi = __m512i;
@@ -186,7 +194,7 @@ static const T* read_row(const Rows& rows, int64_t i, T* buffer) {
       if constexpr (sizeof(T) == 4)
         store(buffer + d, v);
       else
-        store(buffer + d, __builtin_convertvector(v, d8));
+        store(buffer + d, widen(v));
     }
 #endif
   for (; d < rows.width; ++d) buffer[d] = load_one<T>(p + d * rows.step, rows.dtype);
