@@ -1,0 +1,75 @@
+# The commands a person types. Each sets up what it needs: a virtual environment, and the extension.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Further arguments for pip, pytest and the benchmarks, such as PIP_ARGS="--index-url ...",
+# TEST_ARGS="-k nearest_code", BENCH_ARGS=--quick.
+PIP_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+# Tests of the C++ kernels that silently ran the reference would be worth nothing.
+export MMFAST_REQUIRE_EXTENSION ?= 1
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c .ci/constraints.txt
+extras := triton,test,bench,examples,lint
+# pytest exits with 5 when TEST_ARGS select nothing in a file.
+none_selected := $(if $(TEST_ARGS),|| test $$$$? -eq 5)
+sources := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+installed := $(VENV)/.mmfast-installed
+built := $(VENV)/.mmfast-built
+
+.PHONY: help setup test bench lint types abi clean
+
+help:
+	@echo 'make setup   make $(VENV) and build mmfast there; the commands below do it by themselves'
+	@echo 'make test    the whole test suite             TEST_ARGS="-k nearest_code"'
+	@echo 'make bench   the benchmarks                   BENCH_ARGS="--quick"'
+	@echo 'make lint    ruff: rules and formatting'
+	@echo 'make types   mypy'
+	@echo 'make abi     does the extension keep to the stable ABI of torch 2.11?'
+	@echo 'make clean   remove what was built; $(VENV) stays'
+
+setup: $(built)
+
+$(installed): pyproject.toml setup.py .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	    f"mmfast needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(pip) setuptools wheel pybind11 ninja torch
+	$(pip) --no-build-isolation --editable '.[$(extras)]'
+	@touch $(installed) $(built)
+
+$(built): $(installed) $(sources)
+	$(python) setup.py --quiet build_ext --inplace
+	@touch $(built)
+
+# Triton decides at import whether it interprets, so that its interpreter has a process of its own.
+test: $(built)
+	@if $(python) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	    set -ex; \
+	    $(python) -m pytest $(TEST_ARGS); \
+	else \
+	    set -ex; \
+	    $(python) -m pytest --ignore=tests/test_triton.py $(TEST_ARGS); \
+	    TRITON_INTERPRET=1 $(python) -m pytest tests/test_triton.py $(TEST_ARGS) $(none_selected); \
+	fi
+
+bench: $(built)
+	$(python) -m benchmarks $(BENCH_ARGS)
+
+lint: $(installed)
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+
+types: $(installed)
+	$(python) -m mypy
+
+abi: $(built)
+	$(VENV)/bin/torch-abi-audit --verbose --check torch mmfast/_C*.so
+	$(python) -m pytest --quiet tests/test_packaging.py -k abi
+
+clean:
+	rm -rf build dist *.egg-info mmfast/_C*.so $(built)
