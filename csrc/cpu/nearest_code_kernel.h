@@ -7,70 +7,75 @@
 //
 // Scores are s = x.c - |c|^2 / 2 (euclidean) or x.c: larger is nearer.
 #pragma once
-#include <atomic>
-#include <cmath>
-#include <cstdlib>
-
-#include "cpu/nearest_code.h"
-#include "cpu/nearest_code_exact.h"
-#include "cpu/nearest_code_screen.h"
-#include "cpu/simd.h"
+#include "cpu/nearest_code_dense.h"
+#include "cpu/nearest_code_pruned.h"
 
 namespace mmfast::MMFAST_ISA {
 
-// Work of one call: the packed codebook, and the rows handed out in blocks.
-template <class T>
-struct NearestCode {
+constexpr int64_t direct_rows = 6;  // below, packing the codebook does not pay
+
+// The rows of one call, handed out in blocks.
+template <class T, class Method>
+struct Blocks {
   const NearestCodeArgs& args;
   const Exact<T>& exact;
-  const Screen<T>& screen;
+  const Codebook<T>& codebook;
   int64_t block_rows;
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
 
-  void run() {
-    Scratch<T> scratch;
-    if (!scratch.allocate(screen, block_rows)) {
+  Blocks(const NearestCodeArgs& a, const Exact<T>& e, const Codebook<T>& c, int threads)
+      : args(a), exact(e), codebook(c), block_rows(Method::rows_per_block(a.x.count, threads)) {}
+
+  void work() {
+    Method method(args, exact, codebook, block_rows);
+    if (!method.allocate()) {
       failed = true;
       return;
     }
     const int64_t rows = args.x.count;
-    for (;;) {
-      const int64_t begin = next.fetch_add(block_rows);
-      if (begin >= rows) break;
-      screen.rows(scratch, begin, begin + block_rows < rows ? begin + block_rows : rows);
-    }
+    for (int64_t begin; (begin = next.fetch_add(block_rows)) < rows;)
+      method.run(begin, begin + block_rows < rows ? begin + block_rows : rows);
+  }
+
+  bool run(const Parallel& parallel) {
+    const int64_t blocks = (args.x.count + block_rows - 1) / block_rows;
+    const int64_t threads = blocks < parallel.threads ? blocks : parallel.threads;
+    if (threads == 1)
+      work();
+    else
+      parallel.run(
+          threads, [](void* context, int64_t, int64_t) { ((Blocks*)context)->work(); }, this);
+    return !failed;
   }
 };
 
+// Compares all rows with all codes in float64.
+template <class T>
+static bool direct(const Exact<T>& exact, const Parallel& parallel) {
+  const Body scan = [](void* context, int64_t begin, int64_t end) {
+    const Exact<T>& e = *(const Exact<T>*)context;
+    for (int64_t row = begin; row < end; ++row) e.scan(row);
+  };
+  const int64_t rows = exact.args.x.count;
+  if (rows * exact.args.codes.count * exact.width < serial_work)
+    scan((void*)&exact, 0, rows);
+  else
+    parallel.run(rows, scan, (void*)&exact);
+  return true;
+}
+
 template <class T>
 static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& parallel) {
-  const int64_t rows = args.x.count, codes = args.codes.count, width = args.x.width;
   Exact<T> exact(args);
   if (!exact.prepare(parallel)) return false;
-  // Packing a code costs about as much as comparing it a few times.
-  if (rows < direct_rows) {
-    const auto scan = [](void* context, int64_t begin, int64_t end) {
-      const Exact<T>& e = *(const Exact<T>*)context;
-      for (int64_t row = begin; row < end; ++row) e.scan(row);
-    };
-    if (rows * codes * width < serial_work)
-      scan(&exact, 0, rows);
-    else
-      parallel.run(rows, scan, &exact);
-    return true;
-  }
-  Screen<T> screen(args, exact);
-  if (!screen.prepare(parallel)) return false;
-  NearestCode<T> work{args, exact, screen, screen.block_rows(parallel.threads)};
-  const auto body = [](void* context, int64_t, int64_t) { ((NearestCode<T>*)context)->run(); };
-  const int64_t blocks = (rows + work.block_rows - 1) / work.block_rows;
-  const int64_t threads = blocks < parallel.threads ? blocks : parallel.threads;
-  if (threads == 1)
-    body(&work, 0, 1);
-  else
-    parallel.run(threads, body, &work);
-  return !work.failed;
+  if (args.x.count < direct_rows) return direct(exact, parallel);
+  Codebook<T> codebook(args, exact);
+  const char* e = getenv("MMG");
+  if (!codebook.prepare(parallel, e ? atoi(e) : 0)) return false;
+  if (codebook.beyond) return direct(exact, parallel);
+  if (codebook.grouped) return Blocks<T, Pruned<T>>(args, exact, codebook, parallel.threads).run(parallel);
+  return Blocks<T, Dense<T>>(args, exact, codebook, parallel.threads).run(parallel);
 }
 
 static bool nearest_code(const NearestCodeArgs& args, const Parallel& parallel) {

@@ -139,6 +139,36 @@ MMFAST_INLINE vi vscale(const float* p, float scale) {
 MMFAST_INLINE vi vdot16(vi acc, vi a, vi b) { return _mm_add_epi32(acc, _mm_madd_epi16(a, b)); }
 #endif
 
+// As many float32.
+using vf = float __attribute__((vector_size(4 * lanes)));
+MMFAST_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+MMFAST_INLINE vf sqrt(vf a) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)a);
+#else
+  return (vf)_mm_sqrt_ps((__m128)a);
+#endif
+}
+MMFAST_INLINE uint32_t le(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LE_OQ));
+#else
+  return (uint32_t)_mm_movemask_ps(_mm_cmple_ps((__m128)a, (__m128)b));
+#endif
+}
+
 // The 32 bits at p, in every lane.
 MMFAST_INLINE vi vbroadcast(const void* p) { return vset(load<int32_t>(p)); }
 

@@ -1,0 +1,395 @@
+// The codebook as the screening reads it: centred, rounded to integers, in chunks.
+#pragma once
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+
+#include "cpu/nearest_code.h"
+#include "cpu/nearest_code_exact.h"
+#include "cpu/nearest_code_groups.h"
+#include "cpu/nearest_code_sweep.h"
+#include "cpu/simd.h"
+
+namespace mmfast::MMFAST_ISA {
+
+constexpr int64_t serial_work = 1 << 15;  // multiplications below which threads do not pay
+constexpr int64_t chunk_bytes = 1 << 18;  // packed codes that stay in the second-level cache
+constexpr double norm_term_range = 1 << 29;
+constexpr double inflate = 1 + 1e-4;  // covers the rounding of norms summed in float32
+
+// Codes that share a scale, and whose packed form stays in cache while rows stream past. In a
+// grouped codebook, a group: its codes are rounded relative to its own centre.
+struct Chunk {
+  int64_t first_tile, tiles;
+  double scale;         // integers per unit
+  double max_norm;      // largest |c - centre|
+  double max_residual;  // largest rounding error |c - centre - c' / scale|
+  double reference;     // |c|^2 / 2 is stored relative to this
+  double half_range;    // largest deviation from it
+  double far_norm;      // largest |c|
+  double centre_norm;   // |centre|
+  int32_t id_mask;      // low bits of a score that hold the tile's number
+};
+
+template <class T>
+struct Codebook {
+  const NearestCodeArgs& args;
+  const Exact<T>& exact;
+  int64_t width, depth;       // D, and D rounded up to pairs
+  bool beyond = false;        // a code is not finite, or so large or small that scores cannot be
+  bool grouped = false;
+  double max_norm = 0, mean_norm = 0;
+  T* mean = nullptr;          // [D]
+  double* norms = nullptr;    // [K] |c|, less the mean
+  uint64_t* hashes = nullptr;  // [K]
+  int64_t unique = 0;
+  int32_t* order = nullptr;   // [tile][tile_codes] the codes; -1 for padding
+  Chunk* chunks = nullptr;
+  int64_t num_chunks = 0, num_tiles = 0;
+  float* centres = nullptr;   // [D][centre_stride] of the groups, less the mean
+  int64_t centre_stride = 0;
+  int16_t* packed = nullptr;  // [tile][depth / 2][tile_vectors][lanes][2]
+  float* norm_terms = nullptr;  // [tile + 1][tile_codes] reference - |c|^2 / 2
+
+  Codebook(const NearestCodeArgs& a, const Exact<T>& e)
+      : args(a), exact(e), width(a.x.width), depth((a.x.width + 1) / 2 * 2) {}
+  Codebook(const Codebook&) = delete;
+  ~Codebook() {
+    std::free(mean);
+    std::free(norms);
+    std::free(hashes);
+    std::free(order);
+    std::free(chunks);
+    std::free(centres);
+    std::free(packed);
+    std::free(norm_terms);
+  }
+
+  int shift() const { return depth <= tagged_depth ? tag_shift : 0; }
+  // The largest int16 that rounding to multiples of 2^shift cannot pass.
+  double largest() const { return 32768 - (1 << shift()); }
+
+  // group_codes: 0, or the codes of a group.
+  bool prepare(const Parallel& parallel, int64_t group_codes) {
+    const int64_t codes = args.codes.count;
+    norms = (double*)std::malloc((size_t)codes * sizeof(double));
+    hashes = (uint64_t*)std::malloc((size_t)codes * sizeof(uint64_t));
+    order = (int32_t*)std::malloc((size_t)codes * sizeof(int32_t));
+    if (!norms || !hashes || !order || !find_mean()) return false;
+    if (!over(parallel, codes, &Codebook::measure)) return false;
+    if (!representable()) {
+      beyond = true;
+      return true;
+    }
+    if (!drop_duplicates()) return false;
+    // Centres and their distances are kept in float32, whose range their squares must not leave.
+    grouped = group_codes > 0 && unique >= 4 * group_codes && max_norm > 1e-15 && max_norm < 1e15;
+    if (grouped) {
+      Halving<T> halving{args.codes, group_codes, order};
+      if (!halving.run(unique, parallel)) return false;
+    } else if (spread()) {
+      sort_by_norm();
+    }
+    if (!cut(group_codes)) return false;
+    packed = (int16_t*)std::aligned_alloc(
+        64, (size_t)(num_tiles * tile_codes * depth * 2 + 63) / 64 * 64);
+    norm_terms = (float*)std::calloc((size_t)((num_tiles + 1) * tile_codes), sizeof(float));
+    if (!packed || !norm_terms) return false;
+    return over(parallel, num_chunks, &Codebook::pack);
+  }
+
+  // Runs (this->*body)(i, [D + 16] doubles, [D] numbers) for all i < count.
+  using PerItem = void (Codebook::*)(int64_t, double*, T*);
+  bool over(const Parallel& parallel, int64_t count, PerItem body) {
+    struct Context {
+      Codebook& codebook;
+      PerItem body;
+      std::atomic<bool> failed{false};
+    } context{*this, body};
+    const Body run = [](void* opaque, int64_t begin, int64_t end) {
+      Context& c = *(Context*)opaque;
+      double* centred = (double*)std::malloc((size_t)(c.codebook.width + 16) * sizeof(double));
+      T* buffer = (T*)std::malloc((size_t)c.codebook.width * sizeof(T));
+      if (centred && buffer)
+        for (int64_t i = begin; i < end; ++i) (c.codebook.*c.body)(i, centred, buffer);
+      else
+        c.failed = true;
+      std::free(centred);
+      std::free(buffer);
+    };
+    if (args.codes.count * width < serial_work)
+      run(&context, 0, count);
+    else
+      parallel.run(count, run, &context);
+    return !context.failed;
+  }
+
+  double factor(int64_t k) const {
+    if (args.metric != Metric::cosine) return 1;
+    return exact.norms[k] > 0 ? 1 / exact.norms[k] : 0;
+  }
+
+  // Any point near the codes serves as their centre, so a sample of them is enough.
+  bool find_mean() {
+    const int64_t codes = args.codes.count, most = 512;
+    const int64_t step = (codes + most - 1) / most;
+    mean = (T*)std::calloc((size_t)width, sizeof(T));
+    T* buffer = (T*)std::malloc((size_t)width * sizeof(T));
+    double* total = (double*)std::calloc((size_t)width, sizeof(double));
+    const bool ok = mean && buffer && total;
+    int64_t used = 0;
+    for (int64_t k = 0; ok && k < codes; k += step, ++used) {
+      const T* c = read_row<T>(args.codes, k, buffer);
+      const double f = factor(k);
+      for (int64_t d = 0; d < width; ++d) total[d] += (double)c[d] * f;
+    }
+    double square = 0;
+    for (int64_t d = 0; ok && d < width; ++d) {
+      mean[d] = (T)(total[d] / (double)used);
+      square += (double)mean[d] * (double)mean[d];
+    }
+    mean_norm = std::sqrt(square);
+    std::free(buffer);
+    std::free(total);
+    return ok;
+  }
+
+  // The code as the scores see it: normalised for cosine, less the mean.
+  void centre(int64_t k, double* centred, T* buffer) const {
+    const T* c = read_row<T>(args.codes, k, buffer);
+    const double f = factor(k);
+    for (int64_t d = 0; d < width; ++d) centred[d] = (double)c[d] * f - (double)mean[d];
+  }
+
+  void measure(int64_t k, double* centred, T* buffer) {
+    centre(k, centred, buffer);
+    // Equal codes have equal norms and equal weighted sums: a hash with no chain of products.
+    d8 squares{}, weighted{}, weight{1.0, 1.414, 1.732, 2.236, 2.646, 3.317, 3.606, 4.123};
+    int64_t d = 0;
+    for (; d + 8 <= width; d += 8) {
+      const d8 v = load<d8>(centred + d);
+      squares += v * v;
+      weighted += v * weight;
+      weight += 0.618034;
+    }
+    double square = sum(squares), hash = sum(weighted);
+    for (; d < width; ++d) {
+      square += centred[d] * centred[d];
+      hash += centred[d] * weight[d % 8];
+    }
+    norms[k] = std::sqrt(square);
+    uint64_t bits;
+    std::memcpy(&bits, &hash, 8);
+    bits *= 0x9E3779B97F4A7C15u;
+    hashes[k] = bits ^ bits >> 32;
+  }
+
+  bool representable() {
+    bool ok = true;  // the comparisons fail for NaN
+    for (int64_t k = 0; k < args.codes.count; ++k) {
+      ok &= norms[k] < 1e140 && (norms[k] == 0 || norms[k] > 1e-140);
+      if (args.metric == Metric::cosine)
+        ok &= exact.norms[k] == 0 || (exact.norms[k] > 1e-140 && exact.norms[k] < 1e140);
+      if (norms[k] > max_norm) max_norm = norms[k];
+    }
+    return ok;
+  }
+
+  // The first of each set of equal codes goes into order: it is the one that a tie chooses.
+  bool drop_duplicates() {
+    const int64_t codes = args.codes.count;
+    int64_t slots = 16;
+    while (slots < 2 * codes) slots *= 2;
+    int32_t* table = (int32_t*)std::malloc((size_t)slots * sizeof(int32_t));
+    T* a = (T*)std::malloc((size_t)width * sizeof(T));
+    T* b = (T*)std::malloc((size_t)width * sizeof(T));
+    const bool ok = table && a && b;
+    if (ok) std::memset(table, 0xFF, (size_t)slots * sizeof(int32_t));
+    for (int64_t k = 0; ok && k < codes; ++k) {
+      int64_t at = (int64_t)(hashes[k] & (uint64_t)(slots - 1));
+      bool duplicate = false;
+      for (; table[at] >= 0; at = (at + 1) & (slots - 1)) {
+        const int32_t other = table[at];
+        if (hashes[other] != hashes[k]) continue;
+        duplicate = std::memcmp(read_row<T>(args.codes, k, a), read_row<T>(args.codes, other, b),
+                                (size_t)width * sizeof(T)) == 0;
+        if (duplicate) break;
+      }
+      if (duplicate) continue;
+      table[at] = (int32_t)k;
+      order[unique++] = (int32_t)k;
+    }
+    std::free(table);
+    std::free(a);
+    std::free(b);
+    std::free(hashes);
+    hashes = nullptr;
+    return ok;
+  }
+
+  // Whether norms differ so much that an outlier's scale must not be everyone's.
+  bool spread() const {
+    double total = 0;
+    for (int64_t i = 0; i < unique; ++i) total += norms[order[i]];
+    return max_norm > 4 * total / (double)unique;
+  }
+
+  // Heapsort of the order by falling norm.
+  void sort_by_norm() {
+    const auto swap = [&](int64_t i, int64_t j) {
+      const int32_t t = order[i];
+      order[i] = order[j];
+      order[j] = t;
+    };
+    const auto sift = [&](int64_t i, int64_t end) {
+      for (int64_t child; (child = 2 * i + 1) < end; i = child) {
+        if (child + 1 < end && norms[order[child + 1]] < norms[order[child]]) ++child;
+        if (norms[order[i]] <= norms[order[child]]) break;
+        swap(i, child);
+      }
+    };
+    for (int64_t i = unique / 2 - 1; i >= 0; --i) sift(i, unique);
+    for (int64_t end = unique - 1; end > 0; --end) {
+      swap(0, end);
+      sift(0, end);
+    }
+  }
+
+  // Cuts the order into chunks and fills them up to whole tiles.
+  bool cut(int64_t group_codes) {
+    int64_t most = chunk_bytes / (2 * depth);
+    if (most > chunk_tiles * tile_codes) most = chunk_tiles * tile_codes;
+    most = most < tile_codes ? tile_codes : most / tile_codes * tile_codes;
+    if (grouped) most = group_codes;
+    const bool falling = !grouped && spread();
+    const auto length = [&](int64_t first) {
+      int64_t n = 1;
+      while (n < most && first + n < unique &&
+             !(falling && norms[order[first + n]] < norms[order[first]] / 4))
+        ++n;
+      return n;
+    };
+    int64_t tiles = 0;
+    for (int64_t first = 0, n; first < unique; first += n, ++num_chunks) {
+      n = length(first);
+      tiles += (n + tile_codes - 1) / tile_codes;
+    }
+    num_tiles = tiles;
+    chunks = (Chunk*)std::calloc((size_t)num_chunks, sizeof(Chunk));
+    int32_t* padded = (int32_t*)std::malloc((size_t)(tiles * tile_codes) * sizeof(int32_t));
+    if (grouped) {
+      centre_stride = (num_chunks + 15) / 16 * 16;
+      centres = (float*)std::calloc((size_t)(width * centre_stride), sizeof(float));
+    }
+    if (!chunks || !padded || (grouped && !centres)) {
+      std::free(padded);
+      return false;
+    }
+    int64_t tile = 0, i = 0;
+    for (int64_t first = 0, n; first < unique; first += n, ++i) {
+      n = length(first);
+      chunks[i].first_tile = tile;
+      chunks[i].tiles = (n + tile_codes - 1) / tile_codes;
+      while (chunks[i].id_mask < chunks[i].tiles - 1) chunks[i].id_mask = 2 * chunks[i].id_mask + 1;
+      for (int64_t j = 0; j < chunks[i].tiles * tile_codes; ++j)
+        padded[tile * tile_codes + j] = j < n ? order[first + j] : -1;
+      tile += chunks[i].tiles;
+    }
+    std::free(order);
+    order = padded;
+    return true;
+  }
+
+  // Less the group's centre too.
+  void centre_in_group(int64_t i, int32_t k, double* centred, T* buffer) const {
+    centre(k, centred, buffer);
+    if (grouped)
+      for (int64_t d = 0; d < width; ++d) centred[d] -= (double)centres[d * centre_stride + i];
+    for (int64_t d = width; d < depth + 8; ++d) centred[d] = 0;
+  }
+
+  void pack(int64_t i, double* centred, T* buffer) {
+    Chunk& chunk = chunks[i];
+    const int32_t* codes = order + chunk.first_tile * tile_codes;
+    const int64_t count = chunk.tiles * tile_codes;
+    double low = std::numeric_limits<double>::infinity(), high = 0, widest = 0;
+    for (int64_t j = 0; j < count && codes[j] >= 0; ++j) {
+      low = norms[codes[j]] < low ? norms[codes[j]] : low;
+      high = norms[codes[j]] > high ? norms[codes[j]] : high;
+    }
+    if (grouped) {
+      find_centre(i, centred, buffer);
+      for (int64_t j = 0; j < count && codes[j] >= 0; ++j) {
+        centre_in_group(i, codes[j], centred, buffer);
+        double square = 0;
+        for (int64_t d = 0; d < width; ++d) square += centred[d] * centred[d];
+        widest = square > widest ? square : widest;
+      }
+      widest = std::sqrt(widest);
+    } else {
+      widest = high;
+    }
+    chunk.max_norm = widest * inflate;
+    chunk.far_norm = high * inflate;
+    chunk.scale = widest > 0 ? largest() / widest : 1;
+    if (args.metric == Metric::euclidean) {
+      chunk.reference = (low * low + high * high) / 4;
+      chunk.half_range = (high * high - low * low) / 4;
+    }
+    for (int64_t t = 0; t < chunk.tiles; ++t) pack_tile(i, chunk.first_tile + t, centred, buffer);
+  }
+
+  void find_centre(int64_t i, double* centred, T* buffer) {
+    Chunk& chunk = chunks[i];
+    const int32_t* codes = order + chunk.first_tile * tile_codes;
+    int64_t n = 0;
+    for (; n < chunk.tiles * tile_codes && codes[n] >= 0; ++n) {
+      centre(codes[n], centred, buffer);
+      for (int64_t d = 0; d < width; ++d) centres[d * centre_stride + i] += (float)centred[d];
+    }
+    double square = 0;
+    for (int64_t d = 0; d < width; ++d) {
+      float& c = centres[d * centre_stride + i];
+      c /= (float)n;
+      square += (double)c * (double)c;
+    }
+    chunk.centre_norm = std::sqrt(square) * inflate;
+  }
+
+  void pack_tile(int64_t i, int64_t tile, double* centred, T* buffer) {
+    Chunk& chunk = chunks[i];
+    int16_t* out = packed + tile * tile_codes * depth;
+    const double magic = std::ldexp(0x1.8p52, shift());  // adding it rounds to whole multiples
+    double worst = 0;
+    for (int j = 0; j < tile_codes; ++j) {
+      const int32_t k = order[tile * tile_codes + j];
+      float& term = norm_terms[tile * tile_codes + j];
+      int16_t* at = out + 2 * j;
+      if (k < 0) {
+        term = -std::numeric_limits<float>::infinity();
+        for (int64_t d = 0; d < depth; d += 2, at += 2 * tile_codes) store<int32_t>(at, 0);
+        continue;
+      }
+      centre_in_group(i, k, centred, buffer);
+      term = args.metric == Metric::euclidean ? (float)(chunk.reference - norms[k] * norms[k] / 2)
+                                              : 0.0f;
+      d8 error{};
+      for (int64_t d = 0; d < depth; d += 8) {
+        const d8 scaled = load<d8>(centred + d) * chunk.scale;
+        const d8 whole = (scaled + magic) - magic;
+        const d8 e = scaled - whole;
+        error += e * e;
+        int16_t q[8];
+        store(q, __builtin_convertvector(__builtin_convertvector(whole, i32x8), i16x8));
+        for (int64_t p = 0; p < 8 && d + p < depth; p += 2, at += 2 * tile_codes)
+          store(at, load<int32_t>(q + p));
+      }
+      const double norm = std::sqrt(sum(error)) / chunk.scale;
+      worst = norm > worst ? norm : worst;
+    }
+    if (worst * inflate > chunk.max_residual) chunk.max_residual = worst * inflate;
+  }
+};
+
+}  // namespace mmfast::MMFAST_ISA

@@ -1,0 +1,79 @@
+// Every row against every chunk: a block of rows stays in cache while the chunks pass.
+#pragma once
+#include "cpu/nearest_code_rows.h"
+
+namespace mmfast::MMFAST_ISA {
+
+template <class T>
+struct Dense {
+  static constexpr int64_t max_block_rows = 192 / tile_rows * tile_rows;
+  RowScreen<T> screen;
+  int64_t block_rows;
+  Tile* tiles = nullptr;      // [block_rows / tile_rows]
+  int16_t* packed = nullptr;  // [block_rows][depth]
+  int32_t* order = nullptr;   // [block_rows]
+  double* norms = nullptr;    // [block_rows]
+
+  Dense(const NearestCodeArgs& args, const Exact<T>& exact, const Codebook<T>& codebook,
+        int64_t rows)
+      : screen(args, exact, codebook), block_rows(rows) {}
+  ~Dense() {
+    std::free(tiles);
+    std::free(packed);
+    std::free(order);
+    std::free(norms);
+  }
+
+  static int64_t rows_per_block(int64_t rows, int threads) {
+    const int64_t share = (rows + threads - 1) / threads;
+    const int64_t most = share < max_block_rows ? share : max_block_rows;
+    return (most + tile_rows - 1) / tile_rows * tile_rows;
+  }
+
+  bool allocate() {
+    const size_t n = (size_t)block_rows;
+    tiles = (Tile*)std::aligned_alloc(64, n / tile_rows * sizeof(Tile));
+    packed = (int16_t*)std::malloc(n * (size_t)screen.depth * 2);
+    order = (int32_t*)std::malloc(n * sizeof(int32_t));
+    norms = (double*)std::malloc(n * sizeof(double));
+    return tiles && packed && order && norms && screen.allocate();
+  }
+
+  void run(int64_t begin, int64_t end) {
+    const int64_t n = end - begin, depth = screen.depth;
+    double low = infinity, high = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      norms[i] = screen.norm(read_row<T>(screen.args.x, begin + i, screen.x));
+      low = norms[i] < low ? norms[i] : low;
+      high = norms[i] > high ? norms[i] : high;
+      order[i] = (int32_t)i;
+    }
+    // Rows of one tile share a scale: bring those of like norm together.
+    if (!(high <= 4 * low)) sort(n);
+    const int64_t count = (n + tile_rows - 1) / tile_rows;
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t first = t * tile_rows;
+      screen.start(tiles[t], begin, order + first, n - first < tile_rows ? n - first : tile_rows,
+                   norms, packed + first * depth);
+    }
+    for (int64_t c = 0; c < screen.codebook.num_chunks; ++c) {
+      const d8 offset = d8{} - screen.codebook.chunks[c].reference;
+      for (int64_t t = 0; t < count; ++t)
+        screen.screen(tiles[t], packed + t * tile_rows * depth, c, offset);
+    }
+    for (int64_t t = 0; t < count; ++t) screen.resolve(tiles[t], begin);
+  }
+
+  // Insertion sort by exponent: a block is short.
+  void sort(int64_t n) {
+    for (int64_t i = 1; i < n; ++i) {
+      const int32_t row = order[i];
+      const int key = std::ilogb(norms[row]);
+      int64_t j = i;
+      for (; j > 0 && std::ilogb(norms[order[j - 1]]) > key; --j) order[j] = order[j - 1];
+      order[j] = row;
+    }
+  }
+};
+
+}  // namespace mmfast::MMFAST_ISA
