@@ -29,7 +29,7 @@ def collect() -> dict[str, Any]:
         ``runs`` and the reasons ``against`` each other one.
     """
     devices = _devices()
-    ops = {}
+    ops: dict[str, dict[str, Any]] = {}
     for name, op in OPS.items():
         ops[name] = {}
         for device_type in devices:

@@ -13,6 +13,7 @@ struct Dense {
   int16_t* packed = nullptr;  // [block_rows][depth]
   int32_t* order = nullptr;   // [block_rows]
   double* norms = nullptr;    // [block_rows]
+  int64_t screened = 0;       // rows so far
 
   Dense(const NearestCodeArgs& args, const Exact<T>& exact, const Codebook<T>& codebook,
         int64_t rows)
@@ -41,6 +42,7 @@ struct Dense {
 
   void run(int64_t begin, int64_t end) {
     const int64_t n = end - begin, depth = screen.depth;
+    screened += n;
     double low = infinity, high = 0;
     for (int64_t i = 0; i < n; ++i) {
       norms[i] = screen.norm(read_row<T>(screen.args.x, begin + i, screen.x));
@@ -63,6 +65,12 @@ struct Dense {
     }
     for (int64_t t = 0; t < count; ++t) screen.resolve(tiles[t], begin);
   }
+
+  // Whether comparing codes in float64 has cost more than the screening of all of them.
+  bool too_hard() const {
+    return screen.compared * (width() + 60) / 2 > screened * screen.codebook.unique * width() / 32;
+  }
+  int64_t width() const { return screen.width; }
 
   // Insertion sort by exponent: a block is short.
   void sort(int64_t n) {

@@ -12,7 +12,8 @@
 
 namespace mmfast::MMFAST_ISA {
 
-constexpr int64_t direct_rows = 6;  // below, packing the codebook does not pay
+constexpr int64_t direct_rows = 6;           // below, packing the codebook does not pay
+constexpr int64_t pruning_pairs = 1 << 20;   // rows times codes from which grouping can pay
 
 // The rows of one call, handed out in blocks.
 template <class T, class Method>
@@ -21,11 +22,17 @@ struct Blocks {
   const Exact<T>& exact;
   const Codebook<T>& codebook;
   int64_t block_rows;
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
+  bool stay = true;  // however hard the rows are
+  std::atomic<int64_t> next;
+  std::atomic<bool> failed{false}, give_up{false};
 
-  Blocks(const NearestCodeArgs& a, const Exact<T>& e, const Codebook<T>& c, int threads)
-      : args(a), exact(e), codebook(c), block_rows(Method::rows_per_block(a.x.count, threads)) {}
+  Blocks(const NearestCodeArgs& a, const Exact<T>& e, const Codebook<T>& c, int64_t first,
+         int threads)
+      : args(a),
+        exact(e),
+        codebook(c),
+        block_rows(Method::rows_per_block(a.x.count - first, threads)),
+        next(first) {}
 
   void work() {
     Method method(args, exact, codebook, block_rows);
@@ -34,12 +41,14 @@ struct Blocks {
       return;
     }
     const int64_t rows = args.x.count;
-    for (int64_t begin; (begin = next.fetch_add(block_rows)) < rows;)
+    for (int64_t begin; !give_up && (begin = next.fetch_add(block_rows)) < rows;) {
       method.run(begin, begin + block_rows < rows ? begin + block_rows : rows);
+      if (!stay && method.too_hard()) give_up = true;
+    }
   }
 
   bool run(const Parallel& parallel) {
-    const int64_t blocks = (args.x.count + block_rows - 1) / block_rows;
+    const int64_t blocks = (args.x.count - next + block_rows - 1) / block_rows;
     const int64_t threads = blocks < parallel.threads ? blocks : parallel.threads;
     if (threads == 1)
       work();
@@ -65,17 +74,58 @@ static bool direct(const Exact<T>& exact, const Parallel& parallel) {
   return true;
 }
 
+// Whether groups of codes look worth skipping: how near the nearest of a few codes is to a few
+// rows, against all of these. 0.02 on patches of photographs, 0.2 on Gaussian data of 8
+// dimensions, 0.6 of 64; pruning paid below about 0.07.
+template <class T>
+static bool clustered(const Exact<T>& exact) {
+  constexpr int64_t most_rows = 32, most_codes = 128;
+  const Rows &x = exact.args.x, &codes = exact.args.codes;
+  T* buffer = (T*)std::malloc(2 * (size_t)exact.width * sizeof(T));
+  if (!buffer) return false;
+  const int64_t rows = x.count < most_rows ? x.count : most_rows;
+  const int64_t count = codes.count < most_codes ? codes.count : most_codes;
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* v = read_row<T>(x, x.count / rows * i, buffer);
+    double least = infinity, sum = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t k = codes.count / count * j;
+      const double d = exact.quick(v, 0, read_row<T>(codes, k, buffer + exact.width), k);
+      least = d < least ? d : least;
+      sum += d;
+    }
+    total += sum > 0 ? least / sum * (double)count : 1;
+  }
+  std::free(buffer);
+  return total < 0.06 * (double)rows;
+}
+
 template <class T>
 static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& parallel) {
   Exact<T> exact(args);
   if (!exact.prepare(parallel)) return false;
-  if (args.x.count < direct_rows) return direct(exact, parallel);
-  Codebook<T> codebook(args, exact);
-  const char* e = getenv("MMG");
-  if (!codebook.prepare(parallel, e ? atoi(e) : 0)) return false;
-  if (codebook.beyond) return direct(exact, parallel);
-  if (codebook.grouped) return Blocks<T, Pruned<T>>(args, exact, codebook, parallel.threads).run(parallel);
-  return Blocks<T, Dense<T>>(args, exact, codebook, parallel.threads).run(parallel);
+  const int64_t rows = args.x.count, codes = args.codes.count;
+  if (rows < direct_rows) return direct(exact, parallel);
+  int64_t group_codes = 64;
+  while (codes / group_codes > 1024) group_codes *= 2;
+  const bool can_prune = args.metric == Metric::euclidean && codes >= 4 * group_codes;
+  bool prune = can_prune && rows * codes > pruning_pairs && clustered(exact);
+  int64_t first = 0;
+  for (;;) {
+    Codebook<T> codebook(args, exact);
+    if (!codebook.prepare(parallel, prune ? group_codes : 0)) return false;
+    if (codebook.beyond) return direct(exact, parallel);
+    if (codebook.grouped)
+      return Blocks<T, Pruned<T>>(args, exact, codebook, first, parallel.threads).run(parallel);
+    Blocks<T, Dense<T>> blocks(args, exact, codebook, first, parallel.threads);
+    blocks.stay = prune || !can_prune;
+    if (!blocks.run(parallel)) return false;
+    first = blocks.next;
+    if (first >= rows) return true;
+    // Too many codes had to be compared exactly: groups have finer scales.
+    prune = true;
+  }
 }
 
 static bool nearest_code(const NearestCodeArgs& args, const Parallel& parallel) {

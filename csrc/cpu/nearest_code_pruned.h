@@ -42,6 +42,8 @@ struct Pruned {
     return share < 8192 ? share : 8192;
   }
 
+  bool too_hard() const { return false; }
+
   bool allocate() {
     const size_t n = (size_t)block_rows, s = (size_t)stride;
     tile = (Tile*)std::aligned_alloc(64, sizeof(Tile));

@@ -43,6 +43,7 @@ struct RowScreen {
   const float shift_magic;  // adding it rounds to whole multiples of 2^shift
   T* x = nullptr;           // [D]
   T* c = nullptr;           // [D]
+  mutable int64_t compared = 0;  // codes compared in float64
   double max_factor = 0;    // limits a tile's scale so that no norm term leaves its range
 
   RowScreen(const NearestCodeArgs& a, const Exact<T>& e, const Codebook<T>& b)
@@ -265,6 +266,7 @@ struct RowScreen {
       const T* v = read_row<T>(args.x, row, x);
       if (tile.exact[r]) {
         exact.scan(row, v, c);
+        compared += args.codes.count;
         continue;
       }
       Nearest<T> best = exact.start(v);
@@ -285,6 +287,7 @@ struct RowScreen {
       lane = (-1 - where) % lanes;
     }
     const int32_t* codes = codebook.order + first * tile_codes + lane;
+    compared += tiles * tile_vectors;
     for (int64_t j = 0; j < tiles * tile_vectors; ++j)
       if (codes[j * lanes] >= 0) exact.consider(best, codes[j * lanes], c);
   }

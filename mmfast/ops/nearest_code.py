@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,7 +89,15 @@ def _norm(x: Tensor) -> Tensor:
     total = x.new_zeros(x.shape[0])
     for a in x.unbind(1):
         total += a.square()
-    return total.sqrt()
+    if total.device.type != "cpu":
+        return total.sqrt()
+    # On the CPU torch.sqrt may be wrong in the last bit (it is MKL's); numpy's is the processor's.
+    return torch.from_numpy(np.sqrt(total.detach().numpy()))
+
+
+def _tame(norm: Tensor) -> Tensor:
+    """Whether the square of ``norm`` is far from float64's limits."""
+    return (norm == 0) | ((norm > 1e-140) & (norm < 1e140))
 
 
 def reference(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
@@ -122,18 +131,21 @@ def _nearest_rows(x: Tensor, codes: Tensor, metric: str) -> tuple[Tensor, Tensor
         approximate = -(x @ codes.T)
         scale = x.norm(dim=1) * codes.norm(dim=1).max()
     else:
-        unit = codes / codes.norm(dim=1, keepdim=True).clamp_min(torch.finfo(codes.dtype).tiny)
-        norm = x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        approximate = -(x / norm) @ unit.T
-        scale = torch.ones_like(x[:, 0]) if num_dims else x.new_zeros(x.shape[0])
+        norm, norms = x.norm(dim=1), codes.norm(dim=1)  # [N], [K]
+        # 1 / inf = 0, the similarity with a zero vector.
+        unit = codes / norms.where(norms > 0, torch.inf)[:, None]
+        approximate = -(x / norm.where(norm > 0, torch.inf)[:, None]) @ unit.T
+        # Norms whose squares overflow or lose bits exclude nothing.
+        scale = torch.where(_tame(norm) & _tame(norms).all(), 1.0, torch.inf)
     bound = 8 * (num_dims + 16) * _UNIT_ROUNDOFF * scale + torch.finfo(x.dtype).tiny  # [N]
     limit = approximate.amin(1) + 2 * bound
     # Written so that a NaN anywhere keeps the code in the running.
     row, code = (~(approximate > limit[:, None])).nonzero(as_tuple=True)  # [P] each
     value = float64_metric(x[row], codes[code], metric)  # [P]
-    rank = torch.where(value.isnan(), -torch.inf, value)
-    best = rank.new_full((x.shape[0],), torch.inf).scatter_reduce(0, row, rank, "amin")
-    code = torch.where(rank == best[row], code, codes.shape[0])
+    # The minimum of values with a NaN among them is NaN.
+    best = value.new_full((x.shape[0],), torch.inf).scatter_reduce(0, row, value, "amin")
+    nearest = (value == best[row]) | (value.isnan() & best[row].isnan())
+    code = torch.where(nearest, code, codes.shape[0])
     index = code.new_full((x.shape[0],), codes.shape[0]).scatter_reduce(0, row, code, "amin")
     return index, float64_metric(x, codes[index], metric)
 
