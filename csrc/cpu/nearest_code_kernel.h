@@ -13,6 +13,7 @@
 namespace mmfast::MMFAST_ISA {
 
 constexpr int64_t direct_rows = 6;           // below, packing the codebook does not pay
+constexpr int64_t direct_work = 40000;       // nor for fewer comparisons than this
 constexpr int64_t pruning_pairs = 1 << 20;   // rows times codes from which grouping can pay
 
 // The rows of one call, handed out in blocks.
@@ -106,7 +107,8 @@ static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& para
   Exact<T> exact(args);
   if (!exact.prepare(parallel)) return false;
   const int64_t rows = args.x.count, codes = args.codes.count;
-  if (rows < direct_rows) return direct(exact, parallel);
+  if (rows < direct_rows || rows * codes * (args.x.width + 64) < direct_work)
+    return direct(exact, parallel);
   int64_t group_codes = 64;
   while (codes / group_codes > 1024) group_codes *= 2;
   const bool can_prune = args.metric == Metric::euclidean && codes >= 4 * group_codes;
