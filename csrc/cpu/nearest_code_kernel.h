@@ -13,7 +13,7 @@
 namespace mmfast::MMFAST_ISA {
 
 constexpr int64_t direct_rows = 6;           // below, packing the codebook does not pay
-constexpr int64_t direct_work = 40000;       // nor for fewer comparisons than this
+constexpr int64_t direct_work = 20000;       // nor for fewer comparisons than this
 constexpr int64_t pruning_pairs = 1 << 20;   // rows times codes from which grouping can pay
 
 // The rows of one call, handed out in blocks.
