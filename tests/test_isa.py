@@ -1,0 +1,87 @@
+"""Every instruction set that this processor has gives the same results."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmfast import backends
+
+pytestmark = pytest.mark.skipif(
+    bool(backends.extension_missing()), reason="the compiled extension is absent"
+)
+
+HERE = Path(__file__).parent
+LEVELS = [] if backends.extension_missing() else backends.extension().supported_isas()
+
+
+def run(code: str, level: str) -> subprocess.CompletedProcess[str]:
+    """Python ``code`` with MMFAST_ISA set to ``level``."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MMFAST_ISA": level},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_highest_is_the_default():
+    code = "from mmfast import backends; print(backends.extension().isa())"
+    assert run(code, "").stdout.split() == [LEVELS[-1]]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_level_is_used(level):
+    code = "from mmfast import backends; print(backends.extension().isa())"
+    assert run(code, level).stdout.split() == [level]
+
+
+def test_unknown_level_is_an_error():
+    code = "import torch, mmfast; mmfast.nearest_code(torch.zeros(1, 1), torch.zeros(1, 1))"
+    ran = run(code, "fast")
+    assert ran.returncode == 1
+    assert "MMFAST_ISA must be one of baseline, avx2, avx512, avx512vnni, got fast" in ran.stderr
+
+
+@pytest.mark.parametrize("level", LEVELS[:-1])
+def test_parity(level):
+    """The tests of single ops, which have run at the highest level, at a lower one."""
+    files = ["test_nearest_code.py", "test_code_statistics.py"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpp", *files],
+        env={**os.environ, "MMFAST_ISA": level},
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:]
+
+
+RESULTS = """
+import hashlib, torch, mmfast
+from cases import METRICS
+from test_determinism import PROBLEMS, bits, problem
+
+digest = hashlib.sha256()
+for name in PROBLEMS:
+    for metric in METRICS:
+        x, codebook = problem(name)
+        for tensor in mmfast.nearest_code(x, codebook, metric=metric):
+            digest.update(bits(tensor).numpy().tobytes())
+    indices = mmfast.nearest_code(x, codebook)[0]
+    for tensor in mmfast.code_statistics(x, indices, len(codebook)):
+        digest.update(bits(tensor).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_same_bits_at_every_level():
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r})\n{RESULTS}"
+    digests = {level: run(code, level).stdout.strip() for level in LEVELS}
+    assert all(digests.values())
+    assert len(set(digests.values())) == 1, digests

@@ -1,0 +1,63 @@
+"""The workspace is bounded: never an N x K matrix."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmfast import backends
+
+MEASURE = """
+import sys, torch, mmfast
+
+def kib(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+n, k, d = map(int, sys.argv[2:])
+x, codebook = torch.randn(n, d), torch.randn(k, d)
+outputs = n * 12 if sys.argv[1] == "nearest_code" else k * (d + 1) * 4
+if sys.argv[1] == "nearest_code":
+    call = lambda rows: mmfast.nearest_code(x[:rows], codebook)
+else:
+    indices = torch.randint(k, (n,))
+    call = lambda rows: mmfast.code_statistics(x[:rows], indices[:rows], k)
+call(8)  # starts threads
+open("/proc/self/clear_refs", "w").write("5")  # resets the high-water mark
+before = kib("VmRSS")
+result = call(n)
+print(kib("VmHWM") - before - outputs // 1024)
+"""
+
+
+def extra_kib(op: str, *sizes: int) -> int:
+    """How far a call raises the process's memory, less its outputs."""
+    ran = subprocess.run(
+        [sys.executable, "-c", MEASURE, op, *map(str, sizes)],
+        env=os.environ,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(ran.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(bool(backends.extension_missing()), reason="the compiled extension is absent")
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ("nearest_code", 65536, 4096, 8),  # N x K float32: 1 GiB
+        ("nearest_code", 8192, 16384, 64),
+        ("nearest_code", 65536, 1024, 64),
+        ("code_statistics", 65536, 4096, 64),
+    ],
+    ids=str,
+)
+def test_peak_memory(sizes):
+    assert extra_kib(*sizes) < 16 * 1024
