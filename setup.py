@@ -85,8 +85,10 @@ class BuildExtension(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         self.extensions = [
-            e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists() or
-            (Path(self.build_lib) / self.get_ext_filename(e.name)).exists()
+            e
+            for e in self.extensions
+            if Path(self.get_ext_fullpath(e.name)).exists()
+            or (Path(self.build_lib) / self.get_ext_filename(e.name)).exists()
         ]
         super().copy_extensions_to_source()
 
@@ -95,7 +97,10 @@ def extension(torch: Path) -> Extension:
     """The one extension: bindings, kernel glue, and the kernels per instruction set."""
     import pybind11
 
-    sources = ["csrc/module.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"{CPU}/*.cpp"))]
+    sources = [
+        "csrc/module.cpp",
+        *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"{CPU}/*.cpp")),
+    ]
     sources += [f"{CPU}/isa/{name}.cpp" for name in ISA_FLAGS]
     return Extension(
         "mmfast._C",
@@ -111,7 +116,7 @@ def extension(torch: Path) -> Extension:
         libraries=["torch", "torch_cpu", "c10"],
         define_macros=[
             ("TORCH_TARGET_VERSION", "0x020b000000000000"),
-            ("MMFAST_TORCH_TARGET", "\"2.11\""),
+            ("MMFAST_TORCH_TARGET", '"2.11"'),
         ],
         extra_compile_args=[
             "-std=c++20",

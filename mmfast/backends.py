@@ -36,7 +36,9 @@ def extension() -> Any:
 def extension_missing() -> list[str]:
     """Why the compiled extension is not there; empty when it is."""
     loaded = extension()
-    return [f"the compiled extension is absent ({loaded})"] if isinstance(loaded, ImportError) else []
+    if not isinstance(loaded, ImportError):
+        return []
+    return [f"the compiled extension is absent ({loaded})"]
 
 
 def interpreting() -> bool:
@@ -122,7 +124,8 @@ def call(op: Op, *args: Any) -> Any:
     """Run ``op`` on checked arguments: through the dispatcher, or on the forced backend."""
     if _forced is None:
         return library.overload(op.name)(*args)
-    return select(op, _forced, *args)(*args)
+    with torch.no_grad():
+        return select(op, _forced, *args)(*args)
 
 
 def select(op: Op, name: str, *args: Any) -> Callable[..., Any]:
@@ -139,7 +142,9 @@ def select(op: Op, name: str, *args: Any) -> Callable[..., Any]:
         raise BackendError(f"{op.name} has no backend {name!r}; it has {have}")
     reasons = backend.missing() or backend.supported(*args)
     if reasons:
-        raise BackendError(f"{op.name}: backend {name!r} cannot serve this call: {'; '.join(reasons)}")
+        raise BackendError(
+            f"{op.name}: backend {name!r} cannot serve this call: {'; '.join(reasons)}"
+        )
     return backend.load()
 
 
@@ -158,5 +163,3 @@ def automatic(op: Op, device_type: str) -> tuple[str, dict[str, list[str]]]:
         else:
             against[name] = [f"{chosen} is preferred"]
     return chosen, against
-
-

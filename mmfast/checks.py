@@ -38,9 +38,7 @@ def check_device(**tensors: Tensor) -> None:
 def check_codebook(x: Tensor, codebook: Tensor) -> None:
     """Shapes of vectors and codebook fit together, else ValueError."""
     if codebook.dim() not in (2, 3):
-        raise ValueError(
-            f"codebook must be (K, D) or (H, K, D), got shape {tuple(codebook.shape)}"
-        )
+        raise ValueError(f"codebook must be (K, D) or (H, K, D), got shape {tuple(codebook.shape)}")
     if codebook.shape[-2] < 1:
         raise ValueError(
             f"codebook must hold at least one code (K >= 1), got shape {tuple(codebook.shape)}"

@@ -26,6 +26,7 @@ def _lazy(backend: Backend) -> Callable[..., Any]:
     def load() -> Callable[..., Any]:
         return backend.load()
 
+    @torch.no_grad()
     def kernel(*args: Any, **kwargs: Any) -> Any:
         return load()(*args, **kwargs)
 
@@ -36,7 +37,10 @@ def define(op: Op) -> None:
     """Define ``torch.ops.mmfast.<op.name>`` with its reference, fake and Python-side kernels."""
     _library.define(op.name + op.schema)
     qualified = f"{NAMESPACE}::{op.name}"
-    _library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+    _library.impl(op.name, torch.no_grad()(op.reference), "CompositeExplicitAutograd")
+    # No op has a backward. Outputs that require no gradient say so; torch's fallback would warn
+    # only when one is asked for, and give none.
+    _library.impl(op.name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(qualified, op.fake, lib=_library)
     taken: set[str] = set()
     for backend in op.backends.values():
