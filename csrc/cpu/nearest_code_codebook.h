@@ -50,7 +50,7 @@ struct Codebook {
   float* centres = nullptr;   // [D][centre_stride] of the groups, less the mean
   int64_t centre_stride = 0;
   int16_t* packed = nullptr;  // [tile][depth / 2][tile_vectors][lanes][2]
-  float* norm_terms = nullptr;  // [tile + 1][tile_codes] reference - |c|^2 / 2
+  float* norm_terms = nullptr;  // [tile + 1][tile_codes] (reference - |c|^2 / 2) / half_range
 
   Codebook(const NearestCodeArgs& a, const Exact<T>& e)
       : args(a), exact(e), width(a.x.width), depth((a.x.width + 1) / 2 * 2) {}
@@ -372,8 +372,9 @@ struct Codebook {
         continue;
       }
       centre_in_group(i, k, centred, buffer);
-      term = args.metric == Metric::euclidean ? (float)(chunk.reference - norms[k] * norms[k] / 2)
-                                              : 0.0f;
+      term = chunk.half_range > 0
+                 ? (float)((chunk.reference - norms[k] * norms[k] / 2) / chunk.half_range)
+                 : 0.0f;
       d8 error{};
       for (int64_t d = 0; d < depth; d += 8) {
         const d8 scaled = load<d8>(centred + d) * chunk.scale;

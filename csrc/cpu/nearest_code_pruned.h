@@ -143,6 +143,8 @@ struct Pruned {
 
   void run_tile(int64_t begin, const int32_t* rows, int64_t n) {
     screen.start(*tile, begin, rows, n, norms, packed);
+    // Distances to centres are float32, which the squares of such rows would leave.
+    for (int r = 0; r < n; ++r) tile->exact[r] |= norms[rows[r]] > 1e15;
     load_rows(begin, rows, n);
     measure();
     d8 square{};

@@ -206,7 +206,8 @@ struct RowScreen {
     const double unit = tile.scale * chunk.scale, per_unit = 1 / unit;
     alignas(64) int32_t best[tile_rows][lanes], second[tile_rows][lanes];
     sweep(rows, depth, codebook.packed + chunk.first_tile * tile_codes * depth,
-          codebook.norm_terms + chunk.first_tile * tile_codes, chunk.tiles, (float)unit,
+          codebook.norm_terms + chunk.first_tile * tile_codes, chunk.tiles,
+          (float)(chunk.half_range * unit),
           chunk.id_mask, best, second);
     const d8 bound = error_bound(tile, chunk, per_unit);
     i32x8 threshold = thresholds(tile.lower - offset - bound, unit);

@@ -20,7 +20,7 @@ constexpr int64_t chunk_tiles = 1 << 2 * tag_shift;  // limits the bits that an 
 // tile more.
 template <int known_pairs, bool tagged>
 static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, const int16_t* codes,
-                                            const float* terms, int64_t tiles, float unit,
+                                            const float* terms, int64_t tiles, float term_unit,
                                             int32_t id_mask, int32_t (*best)[lanes],
                                             int32_t (*second)[lanes]) {
   const int64_t pairs = known_pairs ? known_pairs : depth / 2;
@@ -35,7 +35,7 @@ static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, con
   const auto prepare = [&](int64_t t) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int v = 0; v < tile_vectors; ++v) {
-      start[v] = vscale(terms + t * tile_codes + v * lanes, unit);
+      start[v] = vscale(terms + t * tile_codes + v * lanes, term_unit);
       if constexpr (tagged) start[v] = vtag(start[v], mask, vset((int32_t)t));
     }
   };
