@@ -1,0 +1,219 @@
+"""The ops inside torch: opcheck, compile, export, vmap, autograd, meta tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import METRICS, backends_here, device_of, normal
+from torch.utils._pytree import tree_leaves
+
+import mmfast
+from mmfast.ops import nearest_code
+from mmfast.registry import OPS
+
+SAMPLES = [
+    pytest.param(op, sample, id=f"{op.name}-{sample.name}")
+    for op in OPS.values()
+    for sample in op.samples()
+    if not sample.bench
+]
+
+
+def overload(name: str) -> Any:
+    return getattr(torch.ops.mmfast, name).default
+
+
+def same(got: Any, expected: Any) -> bool:
+    pairs = zip(tree_leaves(got), tree_leaves(expected), strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """No compiled code of another test."""
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(("op", "sample"), SAMPLES)
+def test_opcheck(op, sample, gradients):
+    for dtype in op.dtypes:
+        arguments = sample.make(torch.device("cpu"), dtype, 0)
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor) and argument.is_floating_point():
+                argument.requires_grad_(gradients)
+        torch.library.opcheck(overload(op.name), arguments)
+
+
+def quantise(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Both ops, among others: the quantised vectors, how full the codes are, their mean."""
+    indices, distances = mmfast.nearest_code(x * 2, codebook)
+    counts, sums = mmfast.code_statistics(x, indices, codebook.shape[0])
+    return codebook[indices], distances.sqrt(), counts, sums / counts.clamp_min(1)[:, None]
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_a_break(compiler, dynamic):
+    compiled = torch.compile(quantise, fullgraph=True, dynamic=dynamic, backend=compiler)
+    for n in (33, 50, 7) if dynamic else (33,):
+        x, codebook = normal(n, 8), normal(20, 8, seed=1)
+        torch.testing.assert_close(compiled(x, codebook), quantise(x, codebook))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_compile_each_metric(metric):
+    def nearest(x, codebook):
+        return mmfast.nearest_code(x, codebook, metric=metric)
+
+    compiled = torch.compile(nearest, fullgraph=True, backend="aot_eager")
+    for x, codebook in (
+        (normal(2, 3, 8), normal(20, 8, seed=1)),
+        (normal(3, 2, 8), normal(3, 20, 8, seed=1)),
+    ):
+        assert same(compiled(x, codebook), nearest(x, codebook))
+
+
+def test_one_compilation_serves_every_batch_size():
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(quantise, fullgraph=True, dynamic=True, backend=count)
+    for n in (40, 33, 2, 70):
+        compiled(normal(n, 8), normal(20, 8, seed=1))
+    assert len(graphs) == 1
+
+
+class Quantiser(torch.nn.Module):
+    """A codebook as a module, as models hold it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codebook", normal(20, 8, seed=1))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return quantise(x, self.codebook)
+
+
+def test_export_with_any_batch_size():
+    module = Quantiser()
+    batch = {"x": {0: torch.export.Dim("batch", min=2)}}
+    program = torch.export.export(module, (normal(33, 8),), dynamic_shapes=batch)
+    assert "mmfast.nearest_code" in str(program.graph)
+    for n in (33, 5, 64):
+        assert same(program.module()(normal(n, 8)), module(normal(n, 8)))
+
+
+def test_export_survives_a_file(tmp_path):
+    module = Quantiser()
+    path = tmp_path / "quantiser.pt2"
+    torch.export.save(torch.export.export(module, (normal(33, 8),)), path)
+    assert same(torch.export.load(path).module()(normal(33, 8)), module(normal(33, 8)))
+
+
+# in_dims of x and codebook, and their shapes: 4 is the batch, 3 the heads.
+VMAPS = [
+    ((0, None), (4, 10, 5), (20, 5)),
+    ((1, None), (10, 4, 5), (20, 5)),
+    ((2, None), (10, 5, 4), (20, 5)),
+    ((None, 0), (10, 5), (4, 20, 5)),
+    ((0, 0), (4, 10, 5), (4, 20, 5)),
+    ((1, 2), (10, 4, 5), (20, 5, 4)),
+    ((0, None), (4, 5), (20, 5)),
+    ((0, None), (4, 3, 10, 5), (3, 20, 5)),
+    ((2, None), (3, 10, 4, 5), (3, 20, 5)),
+    ((None, 0), (3, 10, 5), (4, 3, 20, 5)),
+    ((0, 0), (4, 3, 10, 5), (4, 3, 20, 5)),
+    ((1, 1), (3, 4, 10, 5), (3, 4, 20, 5)),
+]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("in_dims", "x_shape", "codebook_shape"), VMAPS, ids=str)
+@pytest.mark.parametrize("backend", backends_here(nearest_code.OP))
+def test_vmap_of_nearest_code(backend, in_dims, x_shape, codebook_shape, metric):
+    device = device_of(backend)
+    x, codebook = normal(*x_shape).to(device), normal(*codebook_shape, seed=1).to(device)
+
+    def nearest(x, codebook):
+        return overload("nearest_code")(x, codebook, metric)
+
+    got = torch.func.vmap(nearest, in_dims=in_dims)(x, codebook)
+    for i in range(4):
+        one = [
+            t if dim is None else t.select(dim, i)
+            for t, dim in zip((x, codebook), in_dims, strict=True)
+        ]
+        assert same([t[i] for t in got], nearest(*one))
+
+
+def test_vmap_of_the_public_function():
+    x, codebook = normal(4, 10, 5), normal(20, 5, seed=1)
+    got = torch.func.vmap(mmfast.nearest_code, in_dims=(0, None))(x, codebook)
+    assert same(got, mmfast.nearest_code(x, codebook))
+
+
+def test_nested_vmap():
+    x, codebook = normal(4, 6, 10, 5), normal(6, 20, 5, seed=1)
+    inner = torch.func.vmap(mmfast.nearest_code)
+    got = torch.func.vmap(inner, in_dims=(0, None))(x, codebook)
+    expected = [mmfast.nearest_code(x[:, i], codebook[i]) for i in range(6)]
+    assert same(got, [torch.stack(tensors, 1) for tensors in zip(*expected, strict=True)])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_gradient_modes(mode):
+    x, codebook = normal(10, 5), normal(20, 5, seed=1)
+    expected = quantise(x, codebook)
+    with mode():
+        assert same(quantise(normal(10, 5), normal(20, 5, seed=1)), expected)
+
+
+@pytest.mark.parametrize("forced", [None, *backends_here(nearest_code.OP)])
+def test_outputs_require_no_gradient(forced):
+    device = torch.device("cpu") if forced is None else device_of(forced)
+    x = normal(10, 5).to(device).requires_grad_()
+    codebook = normal(20, 5, seed=1).to(device).requires_grad_()
+    weights = normal(10).to(device).requires_grad_()
+    before, mmfast.backends._forced = mmfast.backends._forced, forced
+    try:
+        indices, distances = mmfast.nearest_code(x, codebook)
+        counts, sums = mmfast.code_statistics(x, indices, 20, weights=weights)
+    finally:
+        mmfast.backends._forced = before
+    assert not any(t.requires_grad for t in (indices, distances, counts, sums))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        distances.sum().backward()
+
+
+def test_gradients_pass_by_the_lookup():
+    """The straight-through estimator: only what torch computed has a gradient."""
+    x, codebook = normal(10, 5).requires_grad_(), normal(20, 5, seed=1).requires_grad_()
+    quantised = codebook[mmfast.nearest_code(x, codebook)[0]]
+    (x + (quantised - x).detach()).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert codebook.grad is None
+
+
+@pytest.mark.parametrize(("op", "sample"), SAMPLES)
+def test_meta_tensors(op, sample):
+    arguments = sample.make(torch.device("cpu"), torch.float32, 0)
+    result = overload(op.name)(*arguments)
+    on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    for meta, real in zip(overload(op.name)(*on_meta), result, strict=True):
+        assert meta.device.type == "meta"
+        assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (3, 0, 5)])
+def test_no_vectors(shape):
+    indices, distances = mmfast.nearest_code(torch.zeros(shape), normal(4, 5))
+    assert indices.shape == distances.shape == shape[:-1]
+    counts, sums = mmfast.code_statistics(torch.zeros(0, 5), indices.flatten(), 4)
+    assert torch.equal(counts, torch.zeros(4))
+    assert torch.equal(sums, torch.zeros(4, 5))
