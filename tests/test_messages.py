@@ -189,9 +189,7 @@ CODE_STATISTICS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("x", "index", "num_codes", "weights", "error", "message"), CODE_STATISTICS
-)
+@pytest.mark.parametrize(("x", "index", "k", "weights", "error", "message"), CODE_STATISTICS)
 def test_code_statistics(x, index, k, weights, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         mmfast.code_statistics(x, index, k, weights=weights)

@@ -12,7 +12,7 @@ struct Dense {
   Tile* tiles = nullptr;      // [block_rows / tile_rows]
   int16_t* packed = nullptr;  // [block_rows][depth]
   int32_t* order = nullptr;   // [block_rows]
-  double* norms = nullptr;    // [block_rows]
+  double* squares = nullptr;    // [block_rows]
   int64_t screened = 0;       // rows so far
 
   Dense(const NearestCodeArgs& args, const Exact<T>& exact, const Codebook<T>& codebook,
@@ -22,7 +22,7 @@ struct Dense {
     std::free(tiles);
     std::free(packed);
     std::free(order);
-    std::free(norms);
+    std::free(squares);
   }
 
   static int64_t rows_per_block(int64_t rows, int threads) {
@@ -36,8 +36,8 @@ struct Dense {
     tiles = (Tile*)std::aligned_alloc(64, n / tile_rows * sizeof(Tile));
     packed = (int16_t*)std::malloc(n * (size_t)screen.depth * 2);
     order = (int32_t*)std::malloc(n * sizeof(int32_t));
-    norms = (double*)std::malloc(n * sizeof(double));
-    return tiles && packed && order && norms && screen.allocate();
+    squares = (double*)std::malloc(n * sizeof(double));
+    return tiles && packed && order && squares && screen.allocate();
   }
 
   void run(int64_t begin, int64_t end) {
@@ -45,18 +45,18 @@ struct Dense {
     screened += n;
     double low = infinity, high = 0;
     for (int64_t i = 0; i < n; ++i) {
-      norms[i] = screen.norm(read_row<T>(screen.args.x, begin + i, screen.x));
-      low = norms[i] < low ? norms[i] : low;
-      high = norms[i] > high ? norms[i] : high;
+      squares[i] = screen.square(read_row<T>(screen.args.x, begin + i, screen.x));
+      low = squares[i] < low ? squares[i] : low;
+      high = squares[i] > high ? squares[i] : high;
       order[i] = (int32_t)i;
     }
     // Rows of one tile share a scale: bring those of like norm together.
-    if (!(high <= 4 * low)) sort(n);
+    if (!(high <= 16 * low)) sort(n);
     const int64_t count = (n + tile_rows - 1) / tile_rows;
     for (int64_t t = 0; t < count; ++t) {
       const int64_t first = t * tile_rows;
       screen.start(tiles[t], begin, order + first, n - first < tile_rows ? n - first : tile_rows,
-                   norms, packed + first * depth);
+                   squares, packed + first * depth);
     }
     for (int64_t c = 0; c < screen.codebook.num_chunks; ++c) {
       const d8 offset = d8{} - screen.codebook.chunks[c].reference;
@@ -76,9 +76,9 @@ struct Dense {
   void sort(int64_t n) {
     for (int64_t i = 1; i < n; ++i) {
       const int32_t row = order[i];
-      const int key = std::ilogb(norms[row]);
+      const int key = std::ilogb(squares[row]);
       int64_t j = i;
-      for (; j > 0 && std::ilogb(norms[order[j - 1]]) > key; --j) order[j] = order[j - 1];
+      for (; j > 0 && std::ilogb(squares[order[j - 1]]) > key; --j) order[j] = order[j - 1];
       order[j] = row;
     }
   }

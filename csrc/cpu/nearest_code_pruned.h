@@ -20,7 +20,7 @@ struct Pruned {
   float* radii = nullptr;     // [stride]
   int32_t* order = nullptr;   // [block_rows]
   int32_t* nearest = nullptr;  // [block_rows] group
-  double* norms = nullptr;    // [block_rows]
+  double* row_squares = nullptr;    // [block_rows]
   int32_t* starts = nullptr;  // [groups + 1]
 
   Pruned(const NearestCodeArgs& args, const Exact<T>& exact, const Codebook<T>& codebook,
@@ -32,7 +32,7 @@ struct Pruned {
         block_rows(rows) {}
   ~Pruned() {
     for (void* p : {(void*)tile, (void*)packed, (void*)x, (void*)dots, (void*)gaps,
-                    (void*)squares, (void*)radii, (void*)order, (void*)nearest, (void*)norms,
+                    (void*)squares, (void*)radii, (void*)order, (void*)nearest, (void*)row_squares,
                     (void*)starts})
       std::free(p);
   }
@@ -55,10 +55,10 @@ struct Pruned {
     radii = (float*)std::calloc(s, sizeof(float));
     order = (int32_t*)std::malloc(n * sizeof(int32_t));
     nearest = (int32_t*)std::malloc(n * sizeof(int32_t));
-    norms = (double*)std::malloc(n * sizeof(double));
+    row_squares = (double*)std::malloc(n * sizeof(double));
     starts = (int32_t*)std::malloc((size_t)(groups + 1) * sizeof(int32_t));
     if (!tile || !packed || !x || !dots || !gaps || !squares || !radii || !order || !nearest ||
-        !norms || !starts || !screen.allocate())
+        !row_squares || !starts || !screen.allocate())
       return false;
     for (int64_t g = 0; g < groups; ++g) {
       const double norm = screen.codebook.chunks[g].centre_norm / inflate;
@@ -75,7 +75,7 @@ struct Pruned {
       int32_t rows[tile_rows];
       for (int r = 0; r < m; ++r) {
         rows[r] = (int32_t)(i + r);
-        norms[i + r] = screen.norm(read_row<T>(screen.args.x, begin + i + r, screen.x));
+        row_squares[i + r] = screen.square(read_row<T>(screen.args.x, begin + i + r, screen.x));
       }
       load_rows(begin, rows, m);
       measure();
@@ -142,9 +142,9 @@ struct Pruned {
   }
 
   void run_tile(int64_t begin, const int32_t* rows, int64_t n) {
-    screen.start(*tile, begin, rows, n, norms, packed);
+    screen.start(*tile, begin, rows, n, row_squares, packed);
     // Distances to centres are float32, which the squares of such rows would leave.
-    for (int r = 0; r < n; ++r) tile->exact[r] |= norms[rows[r]] > 1e15;
+    for (int r = 0; r < n; ++r) tile->exact[r] |= row_squares[rows[r]] > 1e30;
     load_rows(begin, rows, n);
     measure();
     d8 square{};

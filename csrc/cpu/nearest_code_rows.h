@@ -80,44 +80,49 @@ struct RowScreen {
                        : load<f8>(v + d);
   }
 
-  // An upper bound of |x|, x less the mean; not finite if x is not.
-  double norm(const T* v) const {
+  // |x|^2, x less the mean; not finite if x is not.
+  double square(const T* v) const {
     if constexpr (sizeof(T) == 4) {
-      f8 total{};
+      f8 total0{}, total1{};
       int64_t d = 0;
-      for (; d + 8 <= width; d += 8) {
-        const f8 t = value8(v, d);
-        total += t * t;
+      for (; d + 16 <= width; d += 16) {
+        const f8 a = value8(v, d), b = value8(v, d + 8);
+        total0 += a * a;
+        total1 += b * b;
       }
-      float rest = sum(total);
+      for (; d + 8 <= width; d += 8) {
+        const f8 a = value8(v, d);
+        total0 += a * a;
+      }
+      float rest = sum(total0 + total1);
       for (; d < width; ++d) rest += value(v, d) * value(v, d);
       // Squares neither overflowed nor vanished.
-      if (rest > 1e-24f && rest < 1e30f) return std::sqrt((double)rest) * inflate;
+      if (rest > 1e-24f && rest < 1e30f) return rest;
     }
     double total = 0;
     for (int64_t d = 0; d < width; ++d) {
       const double t = (double)v[d] - (euclidean() ? (double)codebook.mean[d] : 0.0);
       total += t * t;
     }
-    return std::sqrt(total) * inflate;
+    return total;
   }
 
-  // Starts a tile on rows[0, n) of the block that begins at row `begin`, whose norms are known.
-  void start(Tile& tile, int64_t begin, const int32_t* rows, int64_t n, const double* norms,
+  // Starts a tile on rows[0, n) of the block that begins at row `begin`, whose squares are known.
+  void start(Tile& tile, int64_t begin, const int32_t* rows, int64_t n, const double* squares,
              int16_t* packed) const {
-    tile.norm = tile.residual = d8{};
     tile.lower = d8{} - infinity;
-    double highest = 0;
+    d8 square{}, error{};
     for (int r = 0; r < tile_rows; ++r) {
       tile.rows[r] = r < n ? rows[r] : -1;
       tile.count[r] = 0;
       tile.exact[r] = false;
       if (r >= n) continue;
-      const double norm = norms[rows[r]];
-      tile.exact[r] = !(norm < 1e140);
-      tile.norm[r] = tile.exact[r] ? 0 : norm;
-      if (!tile.exact[r] && norm > highest) highest = norm;
+      tile.exact[r] = !(squares[rows[r]] < 1e280);
+      square[r] = tile.exact[r] ? 0 : squares[rows[r]];
     }
+    tile.norm = sqrt(square) * inflate;
+    double highest = 0;
+    for (int r = 0; r < tile_rows; ++r) highest = tile.norm[r] > highest ? tile.norm[r] : highest;
     double scale = highest > 0 ? codebook.largest() / highest : infinity;
     if (norm_term_range < scale * max_factor) scale = norm_term_range / max_factor;
     if (!(scale < 1e200)) scale = 1;
@@ -131,12 +136,12 @@ struct RowScreen {
         continue;
       }
       const T* v = read_row<T>(args.x, begin + tile.rows[r], x);
-      const double error = plain ? round_float(v, scale, out) : round_double(v, scale, out);
-      tile.residual[r] = error * inflate / scale;
+      error[r] = plain ? round_float(v, scale, out) : round_double(v, scale, out);
     }
+    tile.residual = sqrt(error) * (inflate / scale);
   }
 
-  // Rounds a row to out [depth]; returns the norm of the rounding errors, in integers.
+  // Rounds a row to out [depth]; returns the sum of the squared rounding errors, in integers.
   double round_float(const T* v, double scale, int16_t* out) const {
     const float s = (float)scale;
     float rest = 0;
@@ -160,7 +165,7 @@ struct RowScreen {
       out[d] = (int16_t)whole;
     }
     for (; d < depth; ++d) out[d] = 0;
-    return std::sqrt((double)rest);
+    return rest;
   }
 
   double round_double(const T* v, double scale, int16_t* out) const {
@@ -173,7 +178,7 @@ struct RowScreen {
       out[d] = (int16_t)whole;
     }
     for (int64_t d = width; d < depth; ++d) out[d] = 0;
-    return std::sqrt(rest);
+    return rest;
   }
 
   // How far a score can be from the true one.
@@ -210,47 +215,67 @@ struct RowScreen {
           (float)(chunk.half_range * unit),
           chunk.id_mask, best, second);
     const d8 bound = error_bound(tile, chunk, per_unit);
-    i32x8 threshold = thresholds(tile.lower - offset - bound, unit);
-    for (int r = 0; r < tile_rows; ++r)
-      if (vge(vload(best[r]), vset(threshold[r])) && tile.screened(r))
-        collect(tile, r, i, unit, offset[r], bound[r], best[r], second[r]);
+    // Stored as a whole and read by element: the other way round would stall.
+    alignas(64) double offsets[8], bounds[8], lowers[8];
+    store(offsets, offset);
+    store(bounds, bound);
+    store(lowers, tile.lower);
+    for (int r = 0; r < tile_rows; ++r) {
+      const vi threshold = vset(smallest(lowers[r] - offsets[r] - bounds[r], unit));
+      if (vge(vload(best[r]), threshold) && tile.screened(r))
+        lowers[r] = collect(tile, r, i, unit, offsets[r], bounds[r], lowers[r], best[r], second[r]);
+    }
+    tile.lower = load<d8>(lowers);
   }
 
-  // The smallest integers that scores of at least `score` can have.
-  static i32x8 thresholds(d8 score, double unit) {
-    d8 limit = score * unit - 2;
-    limit = limit < -2147483648.0 ? d8{} - 2147483648.0 : limit;
-    limit = limit > 2147483647.0 ? d8{} + 2147483647.0 : limit;
-    return __builtin_convertvector(limit, i32x8);
+  // The smallest integer that a score of at least `score` can have.
+  static int32_t smallest(double score, double unit) {
+    const double limit = score * unit - 2;
+    return limit < -2147483648.0 ? INT32_MIN : limit > 2147483647.0 ? INT32_MAX : (int32_t)limit;
   }
 
-  void collect(Tile& tile, int r, int64_t i, double unit, double offset, double bound,
-               const int32_t* best, const int32_t* second) const {
+  // Adds the row's candidates in chunk i; returns what its best score now is at least.
+  double collect(Tile& tile, int r, int64_t i, double unit, double offset, double bound,
+                 double lower, const int32_t* best, const int32_t* second) const {
     const Chunk& chunk = codebook.chunks[i];
     const double per_unit = 1 / unit;
     const vi top = vload(best);
-    const double lower = vhmax(top) * per_unit + offset - bound;
-    if (lower > tile.lower[r]) tile.lower[r] = lower;
-    const vi threshold = vset(thresholds(tile.lower - offset - bound, unit)[r]);
+    const double reached = vhmax(top) * per_unit + offset - bound;
+    lower = reached > lower ? reached : lower;
+    const vi threshold = vset(smallest(lower - offset - bound, unit));
     for (uint32_t left = vge(top, threshold); left; left &= left - 1) {
       const int lane = __builtin_ctz(left);
       const int64_t at = chunk.first_tile + (best[lane] & chunk.id_mask);
-      if (codebook.order[at * tile_codes + lane] >= 0)
-        add(tile, r, {best[lane] * per_unit + offset + bound, at * lanes + lane});
+      if (codebook.order[at * tile_codes + lane] < 0) continue;
+      add(tile, r, lower, {best[lane] * per_unit + offset + bound, at * lanes + lane});
+      prefetch(at * tile_codes + lane);
     }
     for (uint32_t left = vge(vload(second), threshold); left; left &= left - 1) {
       const int lane = __builtin_ctz(left);
       if (second[lane] > INT32_MIN + chunk.id_mask)
-        add(tile, r, {second[lane] * per_unit + offset + bound, -1 - (i * lanes + lane)});
+        add(tile, r, lower,
+            {second[lane] * per_unit + offset + bound, -1 - (i * lanes + lane)});
+    }
+    return lower;
+  }
+
+  // The codes of one tile and lane, which will be compared in float64.
+  void prefetch(int64_t position) const {
+    for (int v = 0; v < tile_vectors; ++v) {
+      const int32_t k = codebook.order[position + v * lanes];
+      if (k < 0) continue;
+      const char* p = args.codes.row(k);
+      for (int64_t at = 0; at < width * args.codes.step && at < 1024; at += 64)
+        __builtin_prefetch(p + at);
     }
   }
 
-  static void add(Tile& tile, int r, Candidate candidate) {
+  static void add(Tile& tile, int r, double lower, Candidate candidate) {
     if (tile.count[r] == capacity) {
       Candidate* all = tile.candidates[r];
       int kept = 0;
       for (int j = 0; j < capacity; ++j)
-        if (all[j].upper >= tile.lower[r]) all[kept++] = all[j];
+        if (all[j].upper >= lower) all[kept++] = all[j];
       tile.count[r] = kept;
       if (kept == capacity) {
         tile.exact[r] = true;

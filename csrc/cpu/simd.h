@@ -46,6 +46,15 @@ MMFAST_INLINE d8 widen(f8 v) {
 #endif
 }
 
+MMFAST_INLINE d8 sqrt(d8 v) {
+#if defined(__AVX512F__)
+  return (d8)_mm512_sqrt_pd((__m512d)v);
+#else
+  for (int i = 0; i < 8; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+#endif
+}
+
 // Lanes of int32: the scores of as many codes.
 #if defined(__AVX512F__)
 using vi = __m512i;

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -264,15 +265,15 @@ def _initial(
     if isinstance(init, Tensor):
         codes = init.detach().to(dtype, copy=True).view(x.shape[0], num_codes, x.shape[2])
         return codes if metric == "euclidean" else _unit(codes)
-    codes = []
+    drawn = []
     for head, candidates in zip(x, points, strict=True):
         generator = torch.Generator().manual_seed(seed)
         if init == "random":
             chosen = torch.randperm(len(head), generator=generator)[:num_codes]
         else:
             chosen = _plus_plus(head, candidates, num_codes, generator, metric)
-        codes.append(candidates[chosen.to(x.device)].to(dtype))
-    return torch.stack(codes)
+        drawn.append(candidates[chosen.to(x.device)].to(dtype))
+    return torch.stack(drawn)
 
 
 def _plus_plus(
@@ -327,14 +328,14 @@ def _accept(
     candidates = points[drawn.to(points.device)].cpu().double()  # [S, D]
     # Differences, not products: the distance of equal points must be 0.
     between = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
-    between = between.square_().mul_(1 if metric == "euclidean" else 0.5).numpy()  # [S, S]
+    squared = between.square_().mul_(1 if metric == "euclidean" else 0.5).numpy()  # [S, S]
     current = weights.clone().numpy()
     threshold = (uniform * weights).numpy()
     accepted = []
     for i in range(len(drawn)):
         if threshold[i] < current[i]:
             accepted.append(i)
-            current = current.clip(max=between[i])
+            current = np.minimum(current, squared[i])
     return accepted
 
 
