@@ -1,6 +1,7 @@
 // Segment sums: the rows of each code are found by a counting sort and added in their order, in
 // double, by one thread, so that the bits do not depend on the number of threads.
 #pragma once
+#include <atomic>
 #include <cstdlib>
 
 #include "cpu/code_statistics.h"
@@ -12,7 +13,7 @@ struct CodeStatistics {
   const CodeStatisticsArgs& args;
   const int64_t* start;  // [K + 1] first position of each code in order
   const int32_t* order;  // [N] rows, sorted by code
-  char* scratch;
+  std::atomic<bool> failed{false};
 
   double weight(int64_t row) const {
     return args.weights
@@ -21,25 +22,26 @@ struct CodeStatistics {
   }
 
   template <class T>
-  void run(int64_t first, int64_t last) const {
+  void run(int64_t first, int64_t last) {
     const int64_t width = args.x.width;
     T* buffer = (T*)std::malloc((size_t)width * sizeof(T));
     double* total = (double*)std::malloc((size_t)width * sizeof(double));
-    for (int64_t k = first; k < last; ++k) {
+    if (!buffer || !total) failed = true;
+    for (int64_t k = first; k < last && !failed; ++k) {
       double count = 0;
-      for (int64_t d = 0; d < width; ++d) total[d] = 0;
       for (int64_t i = start[k]; i < start[k + 1]; ++i) {
-        if (i + 4 < start[last]) __builtin_prefetch(args.x.row(order[i + 4]));
+        // Rows of a code lie anywhere: ask for a later one while this one is added.
+        if (i + 6 < start[last]) prefetch(order[i + 6]);
+        const double w = weight(order[i]);
+        count += w;
         const T* x = read_row<T>(args.x, order[i], buffer);
-        if (args.weights) {
-          const double w = weight(order[i]);
-          count += w;
+        if (i == start[k])
+          for (int64_t d = 0; d < width; ++d) total[d] = w * (double)x[d];
+        else
           for (int64_t d = 0; d < width; ++d) total[d] += w * (double)x[d];
-        } else {
-          count += 1;
-          for (int64_t d = 0; d < width; ++d) total[d] += (double)x[d];
-        }
       }
+      if (start[k] == start[k + 1])
+        for (int64_t d = 0; d < width; ++d) total[d] = 0;
       if (args.wide) {
         ((double*)args.counts)[k] = count;
         std::memcpy((double*)args.sums + k * width, total, (size_t)width * sizeof(double));
@@ -51,6 +53,12 @@ struct CodeStatistics {
     }
     std::free(buffer);
     std::free(total);
+  }
+
+  void prefetch(int64_t row) const {
+    const char* p = args.x.row(row);
+    for (int64_t at = 0; at < args.x.width * args.x.step && at < 1024; at += 64)
+      __builtin_prefetch(p + at);
   }
 };
 
@@ -78,11 +86,11 @@ static bool code_statistics(const CodeStatisticsArgs& args, const Parallel& para
     const int64_t k = index(i);
     if (k >= 0 && k < codes) order[start[k + 1]++] = (int32_t)i;
   }
-  CodeStatistics work{args, start, order, nullptr};
+  CodeStatistics work{args, start, order};
   parallel.run(
       codes,
       [](void* context, int64_t begin, int64_t end) {
-        const CodeStatistics& w = *(const CodeStatistics*)context;
+        CodeStatistics& w = *(CodeStatistics*)context;
         if (w.args.x.dtype == Dtype::float64)
           w.run<double>(begin, end);
         else
@@ -91,7 +99,7 @@ static bool code_statistics(const CodeStatisticsArgs& args, const Parallel& para
       &work);
   std::free(start);
   std::free(order);
-  return true;
+  return !work.failed;
 }
 
 }  // namespace mmfast::MMFAST_ISA
