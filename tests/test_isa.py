@@ -51,11 +51,11 @@ def test_unknown_level_is_an_error():
 @pytest.mark.parametrize("level", LEVELS[:-1])
 def test_parity(level):
     """The tests of single ops, which have run at the highest level, at a lower one."""
-    files = ["test_nearest_code.py", "test_code_statistics.py"]
+    files = [HERE / "test_nearest_code.py", HERE / "test_code_statistics.py"]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpp", *files],
         env={**os.environ, "MMFAST_ISA": level},
-        cwd=HERE,
+        cwd=HERE.parent,
         capture_output=True,
         text=True,
     )
