@@ -16,7 +16,7 @@ namespace mmfast::MMFAST_ISA {
 constexpr int64_t serial_work = 1 << 15;  // multiplications below which threads do not pay
 constexpr int64_t chunk_bytes = 1 << 18;  // packed codes that stay in the second-level cache
 constexpr double norm_term_range = 1 << 29;
-constexpr double inflate = 1 + 1e-4;  // covers the rounding of norms summed in float32
+constexpr double inflate = 1 + 1e-4;  // covers the rounding of norms
 
 // Codes that share a scale, and whose packed form stays in cache while rows stream past. In a
 // grouped codebook, a group: its codes are rounded relative to its own centre.

@@ -39,6 +39,7 @@ struct RowScreen {
   const Exact<T>& exact;
   const Codebook<T>& codebook;
   const int64_t width, depth;
+  const double inflation;  // covers the rounding of the float32 sums of D squares
   const Sweep sweep;
   const float shift_magic;  // adding it rounds to whole multiples of 2^shift
   T* x = nullptr;           // [D]
@@ -52,6 +53,7 @@ struct RowScreen {
         codebook(b),
         width(b.width),
         depth(b.depth),
+        inflation(inflate + (double)b.width * 0x1p-27),
         sweep(sweep_for(b.depth)),
         shift_magic(std::ldexp(0x1.8p23f, b.shift())) {
     for (int64_t i = 0; i < b.num_chunks; ++i) {
@@ -120,7 +122,7 @@ struct RowScreen {
       tile.exact[r] = !(squares[rows[r]] < 1e280);
       square[r] = tile.exact[r] ? 0 : squares[rows[r]];
     }
-    tile.norm = sqrt(square) * inflate;
+    tile.norm = sqrt(square) * inflation;
     double highest = 0;
     for (int r = 0; r < tile_rows; ++r) highest = tile.norm[r] > highest ? tile.norm[r] : highest;
     double scale = highest > 0 ? codebook.largest() / highest : infinity;
@@ -138,7 +140,7 @@ struct RowScreen {
       const T* v = read_row<T>(args.x, begin + tile.rows[r], x);
       error[r] = plain ? round_float(v, scale, out) : round_double(v, scale, out);
     }
-    tile.residual = sqrt(error) * (inflate / scale);
+    tile.residual = sqrt(error) * (inflation / scale);
   }
 
   // Rounds a row to out [depth]; returns the sum of the squared rounding errors, in integers.
