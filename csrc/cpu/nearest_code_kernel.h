@@ -8,6 +8,7 @@
 // Scores are s = x.c - |c|^2 / 2 (euclidean) or x.c: larger is nearer.
 #pragma once
 #include "cpu/nearest_code_dense.h"
+#include "cpu/nearest_code_plain.h"
 #include "cpu/nearest_code_pruned.h"
 
 namespace mmfast::MMFAST_ISA {
@@ -109,6 +110,12 @@ static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& para
   const int64_t rows = args.x.count, codes = args.codes.count;
   if (rows < direct_rows || rows * codes * (args.x.width + 64) < direct_work)
     return direct(exact, parallel);
+  if constexpr (sizeof(T) == 4)
+    if (Plain::pays(codes, args.x.width)) {
+      Plain plain(args, exact);
+      if (!plain.allocate()) return false;
+      return plain.prepare() ? plain.run(parallel) : direct(exact, parallel);
+    }
   int64_t group_codes = 64;
   while (codes / group_codes > 1024) group_codes *= 2;
   const bool can_prune = args.metric == Metric::euclidean && codes >= 4 * group_codes;
