@@ -7,7 +7,7 @@
     python examples/compress_image.py learn-codebook *.png shared.npz
     python examples/compress_image.py compress photo.png photo.mmf --codebook shared.npz
 
-Needs the packages of ``pip install 'mmfast[examples]'``.
+Needs the packages of ``pip install '.[examples]'``.
 
 A compressed file is, all little-endian: HEADER; the codebook, or the SHA-256 of a shared one;
 the indices; CRC-32 of all that. Codes are bytes, ordered by brightness, so that neighbouring
@@ -43,7 +43,7 @@ try:
     import zstandard
     from PIL import Image, ImageDraw, ImageOps
 except ImportError as error:
-    raise SystemExit(f"error: {error}; pip install 'mmfast[examples]' brings it") from None
+    raise SystemExit(f"error: {error}; pip install '.[examples]' brings it") from None
 
 MAGIC = b"\x89MMF\r\n\x1a\n"  # as PNG's: a transfer as text or through 7 bits breaks it
 VERSION = 1
@@ -420,7 +420,7 @@ def demo_picture() -> Path:
     try:
         import skimage.data
     except ImportError as error:
-        raise RefusedError(f"{error}; pip install 'mmfast[examples]' brings it") from None
+        raise RefusedError(f"{error}; pip install '.[examples]' brings it") from None
     return Path(skimage.data.__file__).parent / "coffee.png"
 
 
