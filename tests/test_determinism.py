@@ -18,9 +18,8 @@ def problem(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     if name == "few dimensions":
         return normal(1000, 6), normal(700, 6, seed=1)
     if name == "clusters":
-        return clusters(1000, 700, 24, spread=1e-2)
-    x, codebook = HARD[name](24)
-    return x.repeat(8, 1), codebook
+        return clusters(2000, 700, 24, spread=1e-2)
+    return HARD[name](400, 130, 24)
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:

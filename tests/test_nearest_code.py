@@ -128,14 +128,14 @@ def _last_bits(k: int, d: int, centre: float) -> torch.Tensor:
     return torch.where(normal(k, d, seed=5) > 0, up, torch.full((k, d), centre))
 
 
-def _outlier_row(d: int, factor: float) -> torch.Tensor:
-    x = normal(50, d)
+def _outlier_row(n: int, d: int, factor: float) -> torch.Tensor:
+    x = normal(n, d)
     x[7] *= factor
     return x
 
 
-def _outlier_code(d: int, factor: float) -> torch.Tensor:
-    codebook = normal(130, d, seed=1)
+def _outlier_code(k: int, d: int, factor: float) -> torch.Tensor:
+    codebook = normal(k, d, seed=1)
     codebook[77] *= factor
     return codebook
 
@@ -156,61 +156,67 @@ def _lattice(n: int, d: int, seed: int) -> torch.Tensor:
     return torch.randint(-1, 2, (n, d), generator=torch.Generator().manual_seed(seed)).float()
 
 
-def _two_far_clusters(d: int):
-    codebook = torch.cat([_last_bits(65, d, 1000.0), _last_bits(65, d, -1000.0)])
-    x = torch.cat([codebook[::3], codebook[::3] + 0.01 * normal(44, d), normal(6, d)])
+def _two_far_clusters(n: int, k: int, d: int):
+    half = k // 2
+    codebook = torch.cat([_last_bits(half, d, 1000.0), _last_bits(half, d, -1000.0)])
+    x = codebook[torch.arange(n) * 7 % (2 * half)]
+    x[::3] += 0.01 * normal(len(x[::3]), d)
+    x[1::9] = normal(len(x[1::9]), d)
     return x, codebook
 
 
 _HUGE = torch.finfo(torch.float32).max / 4
 
-# name: (D) -> vectors and codes
+# name: (N, K, D) -> vectors and codes
 HARD = {
-    "offset 100": lambda d: (normal(50, d) + 100, normal(130, d, seed=1) + 100),
-    "offset 1e6": lambda d: (normal(50, d) + 1e6, normal(130, d, seed=1) + 1e6),
-    "offset of one side": lambda d: (normal(50, d) + 1e4, normal(130, d, seed=1)),
-    "norms 1e18": lambda d: (normal(50, d) * 1e18, normal(130, d, seed=1) * 1e18),
-    "norms 1e30": lambda d: (normal(50, d) * 1e30, normal(130, d, seed=1) * 1e30),
-    "norms near the largest": lambda d: (
-        normal(50, d).clamp(-1, 1) * _HUGE,
-        normal(130, d, seed=1).clamp(-1, 1) * _HUGE,
+    "offset 100": lambda n, k, d: (normal(n, d) + 100, normal(k, d, seed=1) + 100),
+    "offset 1e6": lambda n, k, d: (normal(n, d) + 1e6, normal(k, d, seed=1) + 1e6),
+    "offset of one side": lambda n, k, d: (normal(n, d) + 1e4, normal(k, d, seed=1)),
+    "norms 1e18": lambda n, k, d: (normal(n, d) * 1e18, normal(k, d, seed=1) * 1e18),
+    "norms 1e30": lambda n, k, d: (normal(n, d) * 1e30, normal(k, d, seed=1) * 1e30),
+    "norms near the largest": lambda n, k, d: (
+        normal(n, d).clamp(-1, 1) * _HUGE,
+        normal(k, d, seed=1).clamp(-1, 1) * _HUGE,
     ),
-    "norms 1e-20": lambda d: (normal(50, d) * 1e-20, normal(130, d, seed=1) * 1e-20),
-    "norms 1e-30": lambda d: (normal(50, d) * 1e-30, normal(130, d, seed=1) * 1e-30),
-    "denormals": lambda d: (normal(50, d) * 1e-41, normal(130, d, seed=1) * 1e-41),
-    "huge vectors": lambda d: (normal(50, d) * 1e25, normal(130, d, seed=1)),
-    "tiny vectors": lambda d: (normal(50, d) * 1e-25, normal(130, d, seed=1)),
-    "mixed magnitudes of vectors": lambda d: (_scaled_rows(50, d, 0), normal(130, d, seed=1)),
-    "mixed magnitudes": lambda d: (_scaled_rows(50, d, 0), _scaled_rows(130, d, 1)),
-    "one outlier vector": lambda d: (_outlier_row(d, 1e8), normal(130, d, seed=1)),
-    "one outlier code": lambda d: (normal(50, d), _outlier_code(d, 1e8)),
-    "one moderate outlier code": lambda d: (normal(50, d), _outlier_code(d, 300)),
-    "one outlier dimension": lambda d: (
-        normal(50, d) * _one_dimension(d, 1e6),
-        normal(130, d, seed=1) * _one_dimension(d, 1e6),
+    "norms 1e-20": lambda n, k, d: (normal(n, d) * 1e-20, normal(k, d, seed=1) * 1e-20),
+    "norms 1e-30": lambda n, k, d: (normal(n, d) * 1e-30, normal(k, d, seed=1) * 1e-30),
+    "denormals": lambda n, k, d: (normal(n, d) * 1e-41, normal(k, d, seed=1) * 1e-41),
+    "huge vectors": lambda n, k, d: (normal(n, d) * 1e25, normal(k, d, seed=1)),
+    "tiny vectors": lambda n, k, d: (normal(n, d) * 1e-25, normal(k, d, seed=1)),
+    "mixed magnitudes of vectors": lambda n, k, d: (_scaled_rows(n, d, 0), normal(k, d, seed=1)),
+    "mixed magnitudes": lambda n, k, d: (_scaled_rows(n, d, 0), _scaled_rows(k, d, 1)),
+    "one outlier vector": lambda n, k, d: (_outlier_row(n, d, 1e8), normal(k, d, seed=1)),
+    "one outlier code": lambda n, k, d: (normal(n, d), _outlier_code(k, d, 1e8)),
+    "one moderate outlier code": lambda n, k, d: (normal(n, d), _outlier_code(k, d, 300)),
+    "one outlier dimension": lambda n, k, d: (
+        normal(n, d) * _one_dimension(d, 1e6),
+        normal(k, d, seed=1) * _one_dimension(d, 1e6),
     ),
-    "codes that differ in the last bit": lambda d: (normal(50, d), _last_bits(130, d, 1.0)),
-    "vectors among such codes": lambda d: (_last_bits(150, d, 1.0)[:50], _last_bits(130, d, 1.0)),
+    "codes that differ in the last bit": lambda n, k, d: (normal(n, d), _last_bits(k, d, 1.0)),
+    "vectors among such codes": lambda n, k, d: (
+        _last_bits(n + 7, d, 1.0)[:n],
+        _last_bits(k, d, 1.0),
+    ),
     "two far clusters of such codes": _two_far_clusters,
-    "all codes equal": lambda d: (normal(50, d), _ones(130, d)),
-    "all equal": lambda d: (_ones(50, d), _ones(130, d)),
-    "all zero": lambda d: (0 * _ones(50, d), 0 * _ones(130, d)),
-    "signed zeros": lambda d: (normal(50, d), -0.0 * _ones(130, d) * _lattice(130, 1, 1)),
-    "zero vectors": lambda d: (normal(50, d) * _lattice(50, 1, 0), normal(130, d, seed=1)),
-    "zero codes": lambda d: (normal(50, d), normal(130, d, seed=1) * _lattice(130, 1, 0)),
-    "each code twice": lambda d: (normal(50, d), normal(65, d, seed=1).repeat(2, 1)),
-    "each code many times": lambda d: (normal(50, d), normal(5, d, seed=1).repeat(26, 1)),
-    "vectors are codes": lambda d: (normal(130, d, seed=1)[40:90], normal(130, d, seed=1)),
-    "lattice": lambda d: (_lattice(50, d, 0), _lattice(130, d, 1)),
-    "between lattice points": lambda d: (_lattice(50, d, 0) + 0.5, _lattice(130, d, 1)),
-    "lattice far away": lambda d: (_lattice(50, d, 0) + 4096, _lattice(130, d, 1) + 4096),
-    "mirrored codes": lambda d: (
-        0 * normal(50, d),
-        torch.cat([normal(65, d, seed=1), -normal(65, d, seed=1)]),
+    "all codes equal": lambda n, k, d: (normal(n, d), _ones(k, d)),
+    "all equal": lambda n, k, d: (_ones(n, d), _ones(k, d)),
+    "all zero": lambda n, k, d: (0 * _ones(n, d), 0 * _ones(k, d)),
+    "signed zeros": lambda n, k, d: (normal(n, d), -0.0 * _ones(k, d) * _lattice(k, 1, 1)),
+    "zero vectors": lambda n, k, d: (normal(n, d) * _lattice(n, 1, 0), normal(k, d, seed=1)),
+    "zero codes": lambda n, k, d: (normal(n, d), normal(k, d, seed=1) * _lattice(k, 1, 0)),
+    "each code twice": lambda n, k, d: (normal(n, d), normal(k // 2, d, seed=1).repeat(2, 1)),
+    "each code many times": lambda n, k, d: (normal(n, d), normal(5, d, seed=1).repeat(k // 5, 1)),
+    "vectors are codes": lambda n, k, d: (normal(k, d, seed=1)[40:90], normal(k, d, seed=1)),
+    "lattice": lambda n, k, d: (_lattice(n, d, 0), _lattice(k, d, 1)),
+    "between lattice points": lambda n, k, d: (_lattice(n, d, 0) + 0.5, _lattice(k, d, 1)),
+    "lattice far away": lambda n, k, d: (_lattice(n, d, 0) + 4096, _lattice(k, d, 1) + 4096),
+    "mirrored codes": lambda n, k, d: (
+        0 * normal(n, d),
+        torch.cat([normal(k // 2, d, seed=1), -normal(k // 2, d, seed=1)]),
     ),
-    "tight clusters": lambda d: clusters(60, 200, d, spread=1e-2),
-    "very tight clusters": lambda d: clusters(60, 200, d, spread=1e-5),
-    "loose clusters": lambda d: clusters(60, 200, d, spread=0.3),
+    "tight clusters": lambda n, k, d: clusters(n, k, d, spread=1e-2),
+    "very tight clusters": lambda n, k, d: clusters(n, k, d, spread=1e-5),
+    "loose clusters": lambda n, k, d: clusters(n, k, d, spread=0.3),
 }
 
 
@@ -218,14 +224,22 @@ HARD = {
 @pytest.mark.parametrize("name", HARD)
 def test_hard_data(backend, name, metric):
     for d in (3, 16, 37):
-        x, codebook = HARD[name](d)
+        x, codebook = HARD[name](50, 130, d)
         check(backend, x, codebook, metric)
         check(backend, x[:3], codebook, metric)
 
 
 @pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_more_hard_data(backend, name):
+    """Enough of it that grouping the codes can pay."""
+    for d in (5, 24):
+        check(backend, *HARD[name](1700, 700, d))
+
+
+@pytest.mark.parametrize("name", HARD)
 def test_hard_data_in_float64(backend, name):
-    x, codebook = HARD[name](9)
+    x, codebook = HARD[name](50, 130, 9)
     jitter = 1 + 1e-12 * normal(*codebook.shape, seed=9, dtype=torch.float64)
     check(backend, x.double(), codebook.double() * jitter)
     check(backend, x, codebook.double() * jitter)
@@ -277,12 +291,27 @@ def test_lowest_index_on_ties(backend):
     assert distances.tolist() == [3.0] * 15 + [0.0] * 15
 
 
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("spread", [1e-4, 1e-2, 0.1])
-@pytest.mark.parametrize("d", [8, 48])
-def test_clustered_data(backend, d, spread):
-    x, codebook = clusters(1000, 600, d, spread)
-    check(backend, x, codebook)
-    check(backend, x + 100, codebook + 100)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_clustered_data(backend, spread, dtype):
+    for d in (8, 48):
+        x, codebook = (t.to(dtype) for t in clusters(2000, 600, d, spread))
+        check(backend, x, codebook)
+        check(backend, x + 100, codebook + 100)
+        check(backend, VIEWS["stepped"](x), VIEWS["transposed"](codebook))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_clustered_data_with_nan_and_infinity(backend, value):
+    x, codebook = clusters(2000, 600, 12, 1e-2)
+    bad_x, bad_codebook = x.clone(), codebook.clone()
+    bad_x[[0, 777, 1999], [0, 5, 11]] = value
+    bad_codebook[[100, 599], [3, 11]] = value
+    check(backend, bad_x, codebook)
+    check(backend, x, bad_codebook)
+    check(backend, bad_x, bad_codebook)
 
 
 @st.composite

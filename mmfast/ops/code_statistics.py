@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -151,7 +151,7 @@ def samples() -> Iterable[Sample]:
     yield _uniform(65, 7, 5, heads=3, weighted=True)
 
 
-def _load_triton():  # type: ignore[no-untyped-def]
+def _load_triton() -> Callable[..., tuple[Tensor, Tensor]]:
     from mmfast.kernels.code_statistics import code_statistics as launch
 
     return launch

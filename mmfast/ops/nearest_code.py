@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -171,6 +171,7 @@ def vmap(
     heads = codebook.dim() - (codebook_dim is not None) == 3
     size = info.batch_size
     if codebook_dim is None:
+        assert x_dim is not None  # something is batched
         x = x.movedim(x_dim, 1 if heads else 0)
         return backends.call(OP, x, codebook, metric), ((1, 1) if heads else (0, 0))
     codebook = codebook.movedim(codebook_dim, 0)
@@ -251,7 +252,7 @@ def samples() -> Iterable[Sample]:
     yield _gaussian(17, 33, 5, heads=3)
 
 
-def _load_triton():  # type: ignore[no-untyped-def]
+def _load_triton() -> Callable[..., tuple[Tensor, Tensor]]:
     from mmfast.kernels.nearest_code import nearest_code as launch
 
     return launch
