@@ -1,0 +1,61 @@
+"""Other people's ways of computing an op: ``peers/<op>.py`` has a mapping ``PEERS``.
+
+A file may also define ``PLAIN``, the formulation that users write and ``torch.compile`` gets, and
+``first_rows(arguments, rows)``, for an op whose outputs belong to single rows: it lets slow peers
+be measured on fewer rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+
+def nothing(*_: Any) -> list[str]:
+    """No reasons against."""
+    return []
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A contender that is not mmfast.
+
+    Attributes:
+        make: takes the op's arguments, does what a user does once (moving the codebook into an
+            index, say), and returns the call to be timed. The call returns what the op returns,
+            or only its first output.
+        missing: why this installation cannot run it.
+        unsupported: why it cannot run these arguments.
+        workspace: bytes it needs beside its inputs, so that rows can be cut before memory runs out.
+        cut: whether it may be measured on fewer rows when it is slow.
+        floor: it does less than the op (a bare matrix product) and returns nothing to compare.
+        note: what a reader must know about it.
+    """
+
+    make: Callable[..., Callable[[], Any]]
+    missing: Callable[[], list[str]] = nothing
+    unsupported: Callable[..., list[str]] = nothing
+    workspace: Callable[..., int] = lambda *_: 0
+    cut: bool = True
+    floor: bool = False
+    note: str = ""
+
+
+def needs(package: str) -> Callable[[], list[str]]:
+    """``missing`` of a peer that lives in ``package``."""
+
+    def missing() -> list[str]:
+        found = importlib.util.find_spec(package) is not None
+        return [] if found else [f"the package {package} is not installed"]
+
+    return missing
+
+
+def of(op: str) -> ModuleType | None:
+    """The peers of ``op``; None where nobody wrote any."""
+    name = f"{__name__}.{op}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
