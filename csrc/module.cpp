@@ -18,6 +18,11 @@ PYBIND11_MODULE(_C, m) {
     info["torch_target_version"] = MMFAST_TORCH_TARGET;
     return info;
   });
+  m.def(
+      "dot_products",
+      [](int64_t rounds, bool bfloat16) { return mmfast::kernels().dot_products(rounds, bfloat16); },
+      py::arg("rounds"), py::arg("bfloat16"), py::call_guard<py::gil_scoped_release>(),
+      "Run rounds of dot-product instructions, int16 or bfloat16; the multiply-adds they were.");
   m.def("isa", [] { return mmfast::kernels().isa; }, "The instruction set in use.");
   m.def("supported_isas", &mmfast::supported_isas, "The instruction sets this processor has.");
 }

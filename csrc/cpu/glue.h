@@ -22,7 +22,12 @@ inline Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-// Dimensions [first, dim - 1) of tensor as rows, its last as their width. Neighbouring dimensions
+// tensor, or a copy of it where its dimensions are too many for rows_of.
+inline Tensor for_rows(const Tensor& tensor) {
+  return tensor.dim() <= Rows::max_dims + 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Dimensions [first, dim - 1) of tensor, which for_rows returned, as rows, its last as their width. Neighbouring dimensions
 // that one stride describes are joined.
 inline Rows rows_of(const Tensor& tensor, int64_t first, int64_t head) {
   Rows rows{};
@@ -41,8 +46,6 @@ inline Rows rows_of(const Tensor& tensor, int64_t first, int64_t head) {
       rows.strides[rows.dims - 1] = stride;
       continue;
     }
-    STD_TORCH_CHECK(rows.dims < Rows::max_dims, "mmfast: x has more than ", Rows::max_dims,
-                    " leading dimensions that no common stride joins; call .contiguous() on it");
     rows.sizes[rows.dims] = n;
     rows.strides[rows.dims++] = stride;
   }

@@ -13,6 +13,7 @@ struct Kernels {
   // Each returns false when memory ran out.
   bool (*nearest_code)(const NearestCodeArgs&, const Parallel&);
   bool (*code_statistics)(const CodeStatisticsArgs&, const Parallel&);
+  int64_t (*dot_products)(int64_t rounds, bool bfloat16);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -5,6 +5,7 @@
 // code the linker would share with processors that lack these instructions.
 #include "cpu/code_statistics_kernel.h"
 #include "cpu/nearest_code_kernel.h"
+#include "cpu/peak.h"
 
 #define MMFAST_STRING_(name) #name
 #define MMFAST_STRING(name) MMFAST_STRING_(name)
@@ -13,5 +14,6 @@
 
 namespace mmfast {
 extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
-    MMFAST_STRING(MMFAST_ISA), &MMFAST_ISA::nearest_code, &MMFAST_ISA::code_statistics};
+    MMFAST_STRING(MMFAST_ISA), &MMFAST_ISA::nearest_code, &MMFAST_ISA::code_statistics,
+    &MMFAST_ISA::dot_products};
 }

@@ -19,8 +19,9 @@ Metric metric_of(const std::string& name) {
   return Metric::dot;
 }
 
-std::tuple<Tensor, Tensor> nearest_code(const Tensor& x, const Tensor& codebook,
+std::tuple<Tensor, Tensor> nearest_code(const Tensor& vectors, const Tensor& codebook,
                                         const std::string& metric) {
+  const Tensor x = for_rows(vectors);
   const bool heads = codebook.dim() == 3;
   const int64_t num_heads = heads ? x.size(0) : 1;
   const bool wide = dtype_of(x) == Dtype::float64 || dtype_of(codebook) == Dtype::float64;

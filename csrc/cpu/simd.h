@@ -83,14 +83,6 @@ MMFAST_INLINE vi vdot16(vi acc, vi a, vi b) {
   return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
 #endif
 }
-#if defined(__AVX512VNNI__)
-#define MMFAST_HAS_DOT8 1
-// acc + a0 b0 + ... + a3 b3, a unsigned and b signed bytes.
-MMFAST_INLINE vi vdot8(vi acc, vi a, vi b) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-  return acc;
-}
-#endif
 #elif defined(__AVX2__)
 using vi = __m256i;
 constexpr int lanes = 8;

@@ -1,0 +1,37 @@
+// The rate of dot-product instructions: the ceiling that benchmarks hold nearest_code against.
+#pragma once
+#include "cpu/simd.h"
+
+namespace mmfast::MMFAST_ISA {
+
+// Makes `rounds` rounds of independent dot products; returns how many multiply-adds they were, 0
+// if this instruction set has none of the kind.
+static int64_t dot_products(int64_t rounds, bool bfloat16) {
+  constexpr int chains = lanes == 4 ? 8 : 12;  // hide the latency, leave registers for the factors
+  vi acc[chains], a = vset(0), b = vset(0);
+#pragma GCC unroll 12
+  for (int c = 0; c < chains; ++c) acc[c] = vset(0);
+  if (bfloat16) {
+#if defined(__AVX512BF16__)
+    if (!__builtin_cpu_supports("avx512bf16")) return 0;
+    for (int64_t r = 0; r < rounds; ++r)
+#pragma GCC unroll 12
+      for (int c = 0; c < chains; ++c)
+        __asm__ volatile("vdpbf16ps %2, %1, %0" : "+v"(acc[c]) : "v"(a), "v"(b));
+#else
+    return 0;
+#endif
+  } else {
+    for (int64_t r = 0; r < rounds; ++r)
+#pragma GCC unroll 12
+      for (int c = 0; c < chains; ++c) {
+        __asm__ volatile("" : "+v"(a), "+v"(b));  // opaque, or one product would serve all
+        acc[c] = vdot16(acc[c], a, b);
+      }
+  }
+#pragma GCC unroll 12
+  for (int c = 0; c < chains; ++c) __asm__ volatile("" ::"v"(acc[c]));
+  return rounds * chains * lanes * 2;
+}
+
+}  // namespace mmfast::MMFAST_ISA
