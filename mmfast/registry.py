@@ -60,8 +60,9 @@ class Op:
         backends: the others, by name, in the order of preference.
         samples: inputs for tests and benchmarks.
         cost: lower bounds for given arguments.
-        compare: ``compare(result, arguments) -> list of complaints``; empty when ``result`` is
-            what the reference promises for ``arguments``.
+        compare: ``compare(result, arguments, expected=None) -> list of complaints``; empty when
+            ``result`` is what the reference promises for ``arguments``. ``expected`` is the
+            reference's result, where the caller has it already.
         dtypes: the floating dtypes the op takes.
         vmap: batching rule, as ``torch.library.register_vmap`` wants it.
     """
@@ -73,7 +74,7 @@ class Op:
     backends: Mapping[str, Backend]
     samples: Callable[[], Iterable[Sample]]
     cost: Callable[..., Cost]
-    compare: Callable[[Any, Arguments], list[str]]
+    compare: Callable[..., list[str]]
     dtypes: tuple[torch.dtype, ...]
     vmap: Callable[..., Any] | None = None
 
