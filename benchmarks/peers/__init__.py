@@ -1,8 +1,8 @@
 """Other people's ways of computing an op: ``peers/<op>.py`` has a mapping ``PEERS``.
 
-A file may also define ``PLAIN``, the formulation that users write and ``torch.compile`` gets, and
-``first_rows(arguments, rows)``, for an op whose outputs belong to single rows: it lets slow peers
-be measured on fewer rows.
+A file may also define ``PLAIN``, the formulation that users write and ``torch.compile`` gets, with
+``PLAIN_WORKSPACE``, as ``Peer.workspace``. For an op whose outputs belong to single rows,
+``first_rows(arguments, rows)`` lets slow peers be measured on fewer rows.
 """
 
 from __future__ import annotations

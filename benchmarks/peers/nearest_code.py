@@ -90,6 +90,8 @@ def _product(x: Tensor, codebook: Tensor, metric: str) -> int:
     return 4 * x.shape[0] * codebook.shape[0]
 
 
+PLAIN_WORKSPACE = _product
+
 PEERS = {
     "torch.mm": Peer(
         lambda x, codebook, metric: lambda: torch.mm(x, codebook.T),
@@ -98,7 +100,7 @@ PEERS = {
         floor=True,
         note="only the products x.c, the supposed floor; returns no indices",
     ),
-    "addmm+argmin": Peer(_plain(addmm_argmin), workspace=_product, cut=False),
+    "addmm+argmin": Peer(_plain(addmm_argmin), workspace=_product),
     "cdist+argmin": Peer(_plain(cdist_argmin), workspace=_product),
     "faiss flat": Peer(
         _faiss,

@@ -1,0 +1,156 @@
+"""``python -m benchmarks``: check every op against its reference, time it against everybody."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import contest, levels, machine, report, tables, timing
+from benchmarks.cases import Case, all_cases
+from benchmarks.results import FILE, Results
+
+_HERE = Path(__file__).parent
+_CURVE_SHARE = 0.15  # of a table's case's time
+
+
+def main() -> int:
+    """The command; returns its exit status: 1 if a result of mmfast was wrong."""
+    options = _parse()
+    device = torch.device(options.device)
+    folder = options.out or _HERE / "results" / machine.slug(device)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    chosen = _choose(options)
+    counts = _thread_counts(device, options.threads)
+    results = _start(device, folder, options.resume)
+    done = {f"{r.op}/{r.case}" for r in results.rows}
+    if not options.bare:
+        console.print(report.summary(results), highlight=False)
+    with _progress(console, len(chosen) + 2) as tell:
+        for count in counts:
+            tell("ceilings", 0)
+            with timing.threads(count):
+                results.ceilings[count] = machine.ceilings(device, count)
+        tell("", 1)
+        for case in chosen:
+            if case.key in done:
+                tell("", 1)
+                continue
+            results.replace(_run(case, device, counts, options, tell))
+            results.save(folder)
+            tell("", 1)
+        if device.type == "cpu" and not options.bare and not (options.only or options.subjects):
+            results.replace(levels.run(options.quick, lambda what: tell(f"level {what}", 0)))
+            results.save(folder)
+        tell("", 1)
+    if not options.bare:
+        for table in tables.all_tables(results):
+            console.print(table.rich())
+        console.print(f"{report.write(results, folder)}: the report; {FILE} and plots beside it")
+        if options.readme:
+            report.update_readme(results, _HERE.parent / "README.md")
+    wrong = [r for r in results.rows if r.kind in ("mmfast", "level") and r.match]
+    for row in wrong:
+        console.print(f"WRONG: {row.op}/{row.case}, {row.subject}: {row.match}", style="bold red")
+    return 1 if wrong else 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, less time for each")
+    parser.add_argument("--only", metavar="REGEX", help="cases, as op/name")
+    parser.add_argument("--subjects", metavar="REGEX", help="contenders, by their names")
+    parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all")
+    parser.add_argument("--seconds", type=float, help="per case and number of threads")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
+    parser.add_argument("--resume", action="store_true", help="keep what the folder has already")
+    parser.add_argument("--readme", action="store_true", help="put the table into the README")
+    parser.add_argument("--bare", action="store_true", help=f"write {FILE}, no report or tables")
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    options = parser.parse_args()
+    if options.list:
+        for case in all_cases():
+            print(f"{case.key}: N x K x D = {case.title}, {case.data}")
+        parser.exit()
+    for name in ("only", "subjects"):
+        try:
+            re.compile(getattr(options, name) or "")
+        except re.error as error:
+            parser.error(f"--{name} is no regular expression: {error}")
+    if options.threads and min(options.threads) < 1:
+        parser.error(f"--threads must be at least 1, got {min(options.threads)}")
+    if options.seconds is None:
+        options.seconds = 0.3 if options.quick else 1.5
+    if not _choose(options):
+        parser.error(f"no case matches --only {options.only!r}; --list shows them")
+    return options
+
+
+def _choose(options: argparse.Namespace) -> list[Case]:
+    cases = [c for c in all_cases() if c.quick or not options.quick]
+    return [c for c in cases if re.search(options.only or "", c.key)]
+
+
+def _thread_counts(device: torch.device, wanted: list[int] | None) -> list[int]:
+    if device.type != "cpu":
+        return [torch.get_num_threads()]
+    return sorted(set(wanted or [1, torch.get_num_threads()]))
+
+
+def _start(device: torch.device, folder: Path, resume: bool) -> Results:
+    facts = machine.facts(device)
+    if resume and (folder / FILE).exists():
+        found = Results.load(folder)
+        if found.facts != facts:
+            raise SystemExit(f"error: {folder / FILE} is of another machine or other versions")
+        return found
+    return Results(facts)
+
+
+def _run(
+    case: Case,
+    device: torch.device,
+    counts: list[int],
+    options: argparse.Namespace,
+    tell: Callable[[str, int], None],
+) -> list[contest.Row]:
+    seconds = options.seconds * (_CURVE_SHARE if case.sweep else 1)
+    return contest.run(
+        case,
+        device,
+        counts[-1:] if case.sweep else counts,
+        seconds,
+        lambda name: bool(re.search(options.subjects or "", name)),
+        lambda what: tell(f"{case.key} {what}", 0),
+    )
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[str, int], None]]:
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda what, steps: bar.update(task, advance=steps, description=what)
+
+
+if __name__ == "__main__":
+    # Libraries of contenders warn about each other; nothing of it concerns the results.
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("KEOPS_VERBOSE", "0")
+    sys.exit(main())

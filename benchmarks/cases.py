@@ -1,0 +1,135 @@
+"""What is measured: named problems, made from the registry's samples and from real pictures."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import patches
+from mmfast.registry import OPS, Sample
+
+Make = Callable[[torch.device], tuple[Any, ...]]
+
+_ITERATIONS = 3  # of k-means
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem for the contenders of one op.
+
+    Attributes:
+        op: name in the registry, or ``"kmeans"``.
+        name: unique within the op.
+        shape: sizes by their letters.
+        data: what the numbers are.
+        make: the op's arguments on a device.
+        sweep: the curve whose point it is; None for what goes into the tables.
+        quick: part of ``--quick``.
+    """
+
+    op: str
+    name: str
+    shape: Mapping[str, int] = field(hash=False)
+    data: str
+    make: Make
+    sweep: str | None = None
+    quick: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.op}/{self.name}"
+
+    @property
+    def title(self) -> str:
+        return " x ".join(str(self.shape[letter]) for letter in "NKD")
+
+
+def all_cases() -> list[Case]:
+    """Every case, those of the tables first."""
+    return [*_tables(), *_sweeps()]
+
+
+def _tables() -> Iterator[Case]:
+    for op in OPS.values():
+        for sample in op.samples():
+            if sample.bench:
+                quick = sample.shape["N"] * sample.shape["K"] <= 1 << 26
+                yield Case(
+                    op.name,
+                    sample.name,
+                    sample.shape,
+                    "Gaussian + 100" if "offset" in sample.name else "Gaussian",
+                    functools.partial(_sample, sample),
+                    quick=quick,
+                )
+        if op.name == "nearest_code":
+            for num_codes in (1024, 8192):
+                yield _patches(num_codes)
+            yield _gaussian(8, 8, 8, f"tiny_{8}")
+    yield Case(
+        "kmeans",
+        "n65536_k1024_d64",
+        {"N": 65536, "K": 1024, "D": 64},
+        "Gaussian",
+        lambda device: _kmeans(_normal(65536, 64, 0).to(device), 1024),
+        quick=True,
+    )
+    yield Case(
+        "kmeans",
+        "patches_k1024",
+        {"N": patches.COUNT, "K": 1024, "D": patches.DIMENSIONS},
+        "image patches",
+        lambda device: _kmeans(patches.patches().to(device), 1024),
+    )
+
+
+def _sample(sample: Sample, device: torch.device) -> tuple[Any, ...]:
+    return sample.make(device, torch.float32, 0)
+
+
+def _sweeps() -> Iterator[Case]:
+    for n in (16, 64, 256, 1024, 4096, 16384, 65536):
+        yield _gaussian(n, 1024, 64, f"sweep_n{n}", "N")
+    for k in (4, 16, 64, 256, 1024, 4096, 16384):
+        yield _gaussian(16384, k, 64, f"sweep_k{k}", "K")
+    for d in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
+        yield _gaussian(16384, 1024, d, f"sweep_d{d}", "D")
+    for k in (64, 256, 1024, 4096, 8192):
+        yield _patches(k, f"sweep_patches_k{k}", "K, image patches")
+
+
+def _normal(rows: int, dims: int, seed: int) -> Tensor:
+    return torch.randn(rows, dims, generator=torch.Generator().manual_seed(seed))
+
+
+def _gaussian(n: int, k: int, d: int, name: str, sweep: str | None = None) -> Case:
+    def make(device: torch.device) -> tuple[Any, ...]:
+        return _normal(n, d, 0).to(device), _normal(k, d, 1).to(device), "euclidean"
+
+    shape = {"N": n, "K": k, "D": d}
+    return Case("nearest_code", name, shape, "Gaussian", make, sweep, quick=sweep is None)
+
+
+def _patches(num_codes: int, name: str = "", sweep: str | None = None) -> Case:
+    def make(device: torch.device) -> tuple[Any, ...]:
+        return patches.patches().to(device), patches.codebook(num_codes).to(device), "euclidean"
+
+    return Case(
+        "nearest_code",
+        name or f"patches_k{num_codes}",
+        {"N": patches.COUNT, "K": num_codes, "D": patches.DIMENSIONS},
+        "image patches",
+        make,
+        sweep,
+        quick=num_codes == 1024 and sweep is None,
+    )
+
+
+def _kmeans(x: Tensor, num_codes: int) -> tuple[Any, ...]:
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:num_codes]
+    return x, x[chosen.to(x.device)].clone(), _ITERATIONS

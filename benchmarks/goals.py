@@ -1,0 +1,116 @@
+"""What mmfast sets out to reach on a CPU, held against what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks.results import Results, Row
+
+# Of nearest_code: times faster than torch.mm of that shape, and than the fastest peer with indices.
+RATIOS: dict[str, tuple[float | None, float]] = {
+    "n65536_k1024_d64": (2.5, 3.2),
+    "n65536_k512_d64": (2.5, 3.0),
+    "n65536_k8192_d32": (4.5, 2.4),
+    "n16384_k16384_d256": (2.8, 2.3),
+    "n65536_k16384_d8": (10.0, 1.6),
+    "patches_k1024": (1.5, 2.0),
+    "patches_k8192": (3.0, 4.0),
+    "n256_k512_d64": (None, 1.0),
+}
+KMEANS_RATIO = 3.0  # than scikit-learn
+OVERHEAD = 10e-6  # seconds of a tiny call
+MEMORY = 16 << 20  # bytes that nearest_code needs at most
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One goal with one number of threads."""
+
+    what: str
+    threads: int
+    wanted: str
+    reached: str
+    met: bool
+
+
+def goals(results: Results) -> list[Goal]:
+    """Every goal whose cases were measured."""
+    rows = [r for r in results.rows if r.seconds is not None]
+    return [*_ratios(rows), *_kmeans(rows), *_limits(rows)]
+
+
+def fastest(rows: list[Row], *kinds: str) -> Row | None:
+    """The fastest of the rows of ``kinds``; None without any."""
+    found = [r for r in rows if r.kind in kinds and r.seconds is not None]
+    return min(found, key=lambda r: r.seconds or 0.0, default=None)
+
+
+def _ratios(rows: list[Row]) -> Iterator[Goal]:
+    for case, (floor_wanted, peer_wanted) in RATIOS.items():
+        here = [r for r in rows if r.op == "nearest_code" and r.case == case]
+        for threads in sorted({r.threads for r in here}):
+            same = [r for r in here if r.threads == threads]
+            own = fastest(same, "mmfast")
+            pairs = [
+                (floor_wanted, fastest(same, "floor")),
+                (peer_wanted, fastest(same, "peer", "compile")),
+            ]
+            for wanted, other in pairs:
+                if own is None or other is None or wanted is None:
+                    continue
+                ratio = (other.seconds or 0.0) / (own.seconds or 1.0)
+                yield Goal(
+                    f"{own.title}, {own.data}: against {other.subject}",
+                    threads,
+                    f"{wanted:g}x",
+                    f"{ratio:.1f}x",
+                    ratio >= wanted,
+                )
+
+
+def _kmeans(rows: list[Row]) -> Iterator[Goal]:
+    here = [r for r in rows if r.op == "kmeans" and r.data == "Gaussian"]
+    for other in (r for r in here if r.subject == "scikit-learn"):
+        own = fastest([r for r in here if r.threads == other.threads], "mmfast")
+        if own is not None:
+            ratio = (other.seconds or 0.0) / (own.seconds or 1.0)
+            yield Goal(
+                f"kmeans, {own.title}: against scikit-learn",
+                other.threads,
+                f"{KMEANS_RATIO:g}x",
+                f"{ratio:.1f}x",
+                ratio >= KMEANS_RATIO,
+            )
+
+
+def _limits(rows: list[Row]) -> Iterator[Goal]:
+    own = [r for r in rows if r.kind == "mmfast" and r.op == "nearest_code"]
+    for row in own:
+        if row.case.startswith("tiny"):
+            yield Goal(
+                f"overhead of a call of {row.title}",
+                row.threads,
+                f"{OVERHEAD * 1e6:g} us",
+                f"{(row.seconds or 0.0) * 1e6:.1f} us",
+                (row.seconds or 0.0) < OVERHEAD,
+            )
+    known = [r for r in own if r.memory is not None]
+    if known:
+        most = max(known, key=lambda r: r.memory or 0)
+        yield Goal(
+            f"memory of nearest_code at most, outputs included ({most.title})",
+            most.threads,
+            f"{MEMORY >> 20} MiB",
+            f"{(most.memory or 0) / 2**20:.1f} MiB",
+            (most.memory or 0) < MEMORY,
+        )
+    if own:
+        wrong = [r for r in own if r.match]
+        yield Goal(
+            "every index the float64 argmin",
+            max(r.threads for r in own),
+            f"{len(own)} of {len(own)} runs",
+            f"{len(own) - len(wrong)} of {len(own)} runs",
+            not wrong,
+        )

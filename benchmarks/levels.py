@@ -1,0 +1,69 @@
+"""Lower instruction sets than the processor has, each in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.results import Results, Row
+from mmfast import backends
+
+CASES = ("n65536_k1024_d64", "n65536_k512_d64", "n65536_k16384_d8", "patches_k1024")
+# What makes faiss and its OpenBLAS do without the instructions that mmfast does without.
+_PEERS = {
+    "baseline": {"FAISS_OPT_LEVEL": "generic", "OPENBLAS_CORETYPE": "Prescott"},
+    "avx2": {"FAISS_OPT_LEVEL": "avx2", "OPENBLAS_CORETYPE": "Haswell"},
+    "avx512": {"FAISS_OPT_LEVEL": "avx512", "OPENBLAS_CORETYPE": "SkylakeX"},
+}
+_SUBJECTS = r"mmfast \(cpp\)|faiss flat"
+
+
+def run(quick: bool, tell: Callable[[str], None]) -> list[Row]:
+    """Rows of kind ``"level"``, the instruction set in their notes.
+
+    Raises:
+        RuntimeError: a process failed; its output is in the message.
+    """
+    if backends.extension_missing():
+        return []
+    module = backends.extension()
+    lower = module.supported_isas()
+    lower = lower[: lower.index(module.isa())]
+    rows = []
+    for level in lower:
+        tell(level)
+        rows += _measure(level, CASES[:1] if quick else CASES)
+    return rows
+
+
+def _measure(level: str, cases: tuple[str, ...]) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "--only",
+            f"^nearest_code/({'|'.join(cases)})$",
+        ]
+        command += ["--subjects", _SUBJECTS, "--out", folder, "--seconds", "0.5", "--bare"]
+        ran = subprocess.run(
+            command,
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "MMFAST_ISA": level, **_PEERS[level]},
+            capture_output=True,
+            text=True,
+        )
+        if ran.returncode:
+            raise RuntimeError(f"the benchmark of {level} failed:\n{ran.stdout}{ran.stderr}")
+        found = Results.load(Path(folder)).rows
+    most = max(r.threads for r in found)
+    return [
+        dataclasses.replace(r, kind="level", case=f"{r.case}@{level}", note=level)
+        for r in found
+        if r.threads == most
+    ]

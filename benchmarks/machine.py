@@ -1,0 +1,113 @@
+"""The machine: what it is called, and what it can do at most, measured beside the ops."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from benchmarks.timing import once
+from mmfast import backends, info
+
+_ROUNDS = 5
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Versions, processor, instruction set: what ``python -m mmfast info --json`` gives, and the
+    device's name."""
+    found = info.collect()
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "versions": {**found["versions"], **_package_versions()},
+        "platform": found["platform"],
+        "extension": found["extension"],
+        "environment": found["environment"],
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What a person would call the device. Virtual machines name no more than the maker of their
+    processor, so that its family tells generations apart."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = info.collect()["platform"]["processor"] or platform.machine()
+    family = re.search(r"cpu family\s*:\s*(\d+)[^$]*?model\s*:\s*(\d+)", _cpuinfo())
+    if family:
+        name += f" (family {family[1]} model {family[2]})"
+    return name
+
+
+def slug(device: torch.device) -> str:
+    """The folder of the device's results."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def _cpuinfo() -> str:
+    if sys.platform != "linux":
+        return ""
+    with open("/proc/cpuinfo") as file:
+        return file.read()
+
+
+def _package_versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    packages = ("faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "pykeops", "scikit-image")
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def ceilings(device: torch.device, threads: int) -> dict[str, float]:
+    """Rates that nothing exceeds: GFLOP/s of float32 and bfloat16 products, of dot-product
+    instructions alone where the CPU has them, GB/s of a copy (read and written)."""
+    found = {
+        "float32 GFLOP/s": _matmul(device, torch.float32),
+        "bfloat16 GFLOP/s": _matmul(device, torch.bfloat16),
+        "copy GB/s": _copy(device),
+    }
+    if device.type == "cpu" and not backends.extension_missing():
+        for name, bfloat16 in (("bfloat16", True), ("int16", False)):
+            rate = _dot_products(threads, bfloat16)
+            if rate:
+                found[f"{name} dot instructions GFLOP/s"] = rate
+    return found
+
+
+def _best(device: torch.device, call: Any) -> float:
+    call()
+    return min(once(call, device)[0] for _ in range(_ROUNDS))
+
+
+def _matmul(device: torch.device, dtype: torch.dtype) -> float:
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best(device, lambda: torch.mm(a, b)) / 1e9
+
+
+def _copy(device: torch.device) -> float:
+    source = torch.ones(1 << 30 if device.type == "cuda" else 1 << 27, device=device).byte()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(device, lambda: target.copy_(source)) / 1e9
+
+
+def _dot_products(threads: int, bfloat16: bool) -> float:
+    module = backends.extension()
+    rounds = 1 << 20
+    with ThreadPoolExecutor(threads) as pool:
+        best = 0.0
+        for _ in range(_ROUNDS):
+            start = time.perf_counter()
+            made = sum(pool.map(lambda _: module.dot_products(rounds, bfloat16), range(threads)))
+            best = max(best, 2 * made / (time.perf_counter() - start) / 1e9)
+    return best

@@ -1,0 +1,181 @@
+"""Plots of the results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import Results, Row
+
+_WIDTH = 0.8  # of a group of bars
+_COLOURS = {
+    "torch.mm": "#7f7f7f",
+    "addmm+argmin": "#ff7f0e",
+    "cdist+argmin": "#bcbd22",
+    "faiss flat": "#1f77b4",
+    "vector-quantize-pytorch": "#9467bd",
+    "KeOps": "#8c564b",
+    "torch.compile": "#e377c2",
+    "reference (float64)": "#17becf",
+}
+_OWN = "#2ca02c"
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Write the plots that the rows allow as PNG files into ``folder``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    rows = [r for r in results.rows if r.seconds is not None and r.kind != "level"]
+    if not rows:
+        return []
+    most = max(r.threads for r in rows)
+    rows = [r for r in rows if r.op == "nearest_code" and r.threads == most]
+    subtitle = results.facts["device"]
+    if results.facts["device_type"] == "cpu":
+        subtitle += f", {most} thread{'s' if most > 1 else ''}"
+    tables = [r for r in rows if r.sweep is None and not r.case.startswith("tiny")]
+    figures = {
+        "speedup": _bars(tables, subtitle, _speedups, "time of each / time of mmfast", "speed"),
+        "memory": _bars(tables, subtitle, _memories, "MiB, outputs included", "memory"),
+        "scaling": _curves([r for r in rows if r.sweep in ("N", "K", "D")], subtitle),
+        "patches": _patches([r for r in rows if r.sweep == "K, image patches"], subtitle),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in figures.items():
+        if figure is None:
+            continue
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=110)
+        written.append(path)
+    return written
+
+
+def _colour(subject: str) -> str:
+    return _COLOURS.get(subject, _OWN)
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for axis in axes if columns > 1 else [axes]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _label(row: Row) -> str:
+    return f"{row.title}\n{row.data}"
+
+
+def _speedups(rows: list[Row]) -> dict[str, float]:
+    own = min((r.seconds or 0.0 for r in rows if r.kind == "mmfast"), default=None)
+    if not own:
+        return {}
+    return {r.subject: (r.seconds or 0.0) / own for r in rows if r.kind != "mmfast"}
+
+
+def _memories(rows: list[Row]) -> dict[str, float]:
+    # Those measured on fewer vectors would need more.
+    whole = [r for r in rows if r.memory is not None and r.measured == r.shape["N"]]
+    return {r.subject: max((r.memory or 0) / 2**20, 0.1) for r in whole}
+
+
+def _bars(rows: list[Row], subtitle: str, values: Any, label: str, what: str) -> Any:
+    cases = list(dict.fromkeys(r.case for r in rows))
+    found = {case: values([r for r in rows if r.case == case]) for case in cases}
+    found = {case: bars for case, bars in found.items() if bars}
+    if not found:
+        return None
+    subjects = list(dict.fromkeys(s for bars in found.values() for s in bars))
+    figure, axis = _figure(12, 1.2 + 1.1 * len(found))
+    height = _WIDTH / len(subjects)
+    for i, subject in enumerate(subjects):
+        places = [
+            (n - _WIDTH / 2 + (i + 0.5) * height, bars[subject])
+            for n, bars in enumerate(found.values())
+            if subject in bars
+        ]
+        bars_ = axis.barh(
+            [p for p, _ in places],
+            [v for _, v in places],
+            height * 0.9,
+            color=_colour(subject),
+            label=subject,
+        )
+        axis.bar_label(bars_, fmt="%.3g", fontsize=7, padding=2)
+    axis.set_xscale("log")
+    axis.set_xlabel(label)
+    axis.set_yticks(range(len(found)))
+    axis.set_yticklabels([_label(next(r for r in rows if r.case == case)) for case in found])
+    axis.invert_yaxis()
+    if what == "speed":
+        axis.axvline(1, color=_OWN, linewidth=2)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=4, fontsize=8, frameon=False)
+    axis.set_title(f"nearest_code: {what} of everybody ({subtitle})")
+    return figure
+
+
+def _curves(rows: list[Row], subtitle: str) -> Any:
+    if not rows:
+        return None
+    figure, axes = _figure(15, 5, 3)
+    for axis, letter in zip(axes, "NKD", strict=True):
+        here = [r for r in rows if r.sweep == letter]
+        _lines(axis, here, letter, lambda r: (r.seconds or 0.0) * 1e3)
+        fixed = [f"{x} = {here[0].shape[x]}" for x in "NKD" if x != letter] if here else []
+        axis.set_title(", ".join(fixed))
+        axis.set_ylabel("ms")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"nearest_code, Gaussian data ({subtitle})")
+    return figure
+
+
+def _patches(rows: list[Row], subtitle: str) -> Any:
+    if not rows:
+        return None
+    figure, axis = _figure(8, 6)
+
+    def each(row: Row) -> float:
+        return (row.seconds or 0.0) / row.shape["N"] * 1e9
+
+    _lines(axis, rows, "K", each)
+    own = sorted((r for r in rows if r.kind == "mmfast"), key=lambda r: r.shape["K"])
+    if own:
+        first = own[0]
+        sizes = [r.shape["K"] for r in own]
+        axis.plot(
+            sizes,
+            [each(first) * k / first.shape["K"] for k in sizes],
+            color="black",
+            linestyle=":",
+            label="growth like K",
+        )
+    axis.set_ylabel("ns per vector")
+    axis.legend()
+    axis.set_title(
+        f"nearest_code, {rows[0].shape['N']} image patches of 4 x 4 x 3, codes by k-means\n"
+        f"({subtitle})"
+    )
+    return figure
+
+
+def _lines(axis: Any, rows: list[Row], letter: str, value: Any) -> None:
+    for subject in dict.fromkeys(r.subject for r in rows):
+        points = sorted((r.shape[letter], value(r)) for r in rows if r.subject == subject)
+        own = subject.startswith("mmfast")
+        axis.plot(
+            *zip(*points, strict=True),
+            marker="o",
+            markersize=4,
+            linewidth=2.5 if own else 1.5,
+            color=_colour(subject),
+            label=subject,
+        )
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel(letter)

@@ -1,0 +1,98 @@
+"""What was measured: rows, kept in one JSON file that is whole at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one case with one number of threads.
+
+    Attributes:
+        seconds: median of a call on all of the case's vectors; None if it did not run. ``low``
+            and ``high`` are its quartiles, over ``rounds`` rounds.
+        measured: vectors it was measured on; where fewer than N, times are scaled up from it.
+        gflops, gbps: the op's least operations and bytes over ``seconds``.
+        memory: bytes it needs at its peak, outputs included, for ``measured`` vectors.
+        match: "" if every result is right; else what is wrong. None where there is nothing to
+            compare.
+        note: what a reader must know; why it did not run.
+    """
+
+    op: str
+    case: str
+    shape: dict[str, int]
+    data: str
+    sweep: str | None
+    subject: str
+    kind: str
+    threads: int
+    seconds: float | None = None
+    low: float | None = None
+    high: float | None = None
+    rounds: int = 0
+    measured: int = 0
+    gflops: float | None = None
+    gbps: float | None = None
+    memory: int | None = None
+    match: str | None = None
+    note: str = ""
+
+    @property
+    def title(self) -> str:
+        return " x ".join(str(self.shape[letter]) for letter in "NKD")
+
+
+@dataclass
+class Results:
+    """The rows of a device, with the facts about it and its ceilings by number of threads."""
+
+    facts: dict[str, Any]
+    ceilings: dict[int, dict[str, float]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    def replace(self, rows: list[Row]) -> None:
+        """Add ``rows``; those they measure again go."""
+        new = {(r.op, r.case, r.subject, r.threads) for r in rows}
+        kept = [r for r in self.rows if (r.op, r.case, r.subject, r.threads) not in new]
+        self.rows = kept + rows
+
+    def save(self, folder: Path) -> None:
+        """Write ``folder / FILE``, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "facts": self.facts,
+            "ceilings": self.ceilings,
+            "rows": [asdict(row) for row in self.rows],
+        }
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> Results:
+        """What :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is none of ours.
+        """
+        path = folder / FILE
+        try:
+            content = json.loads(path.read_text())
+            ceilings = {int(k): v for k, v in content["ceilings"].items()}
+            return cls(content["facts"], ceilings, [Row(**row) for row in content["rows"]])
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} does not hold results of this version ({error!r}); remove it, or give "
+                "another folder by --out"
+            ) from error

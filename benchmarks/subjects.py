@@ -1,0 +1,126 @@
+"""Who takes part: mmfast's backends, the reference, torch.compile, and the peers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mmfast
+from benchmarks import peers
+from benchmarks.peers import Peer
+from mmfast.backends import automatic, interpreting, select
+from mmfast.registry import OPS, Backend, Op
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A contender.
+
+    Attributes:
+        name: as the tables show it.
+        kind: ``"mmfast"``, ``"reference"``, ``"compile"``, ``"peer"`` or ``"floor"`` (does less
+            than the op).
+        peer: how it is run, also where it is mmfast's own.
+    """
+
+    name: str
+    kind: str
+    peer: Peer
+
+    def reasons(self, arguments: Arguments) -> list[str]:
+        """Why it cannot take part."""
+        return self.peer.missing() or self.peer.unsupported(*arguments)
+
+
+def subjects(op: str) -> list[Subject]:
+    """All contenders of ``op``, mmfast first."""
+    found = _own(OPS[op]) if op in OPS else [Subject("mmfast", "mmfast", Peer(_kmeans))]
+    others = peers.of(op)
+    if others is None:
+        return found
+    if hasattr(others, "PLAIN"):
+        compiled = Peer(
+            _compiled(others.PLAIN),
+            workspace=getattr(others, "PLAIN_WORKSPACE", lambda *_: 0),
+            note="torch.compile of the peers' plain formulation; compiling is not timed",
+        )
+        found.append(Subject("torch.compile", "compile", compiled))
+    for name, peer in others.PEERS.items():
+        found.append(Subject(name, "floor" if peer.floor else "peer", peer))
+    return found
+
+
+def expected(op: str, arguments: Arguments) -> Any:
+    """The float64 result that everybody is held to."""
+    if op in OPS:
+        return OPS[op].reference(*arguments)
+    return _reference_kmeans(*arguments)
+
+
+def judge(op: str, result: Any, arguments: Arguments, wanted: Any) -> str:
+    """What is wrong with ``result``; empty when nothing."""
+    if op in OPS and isinstance(result, tuple):
+        return "; ".join(OPS[op].compare(result, arguments, wanted))
+    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+    if not wanted.is_floating_point():
+        wrong = int((result.to(wanted.device) != wanted).sum())
+        return f"{wrong} of {wanted.numel()} wrong" if wrong else ""
+    rows = (result.to(wanted) - wanted).abs().amax(-1) > 1e-5 * wanted.abs().max()
+    wrong = int(rows.sum())
+    return f"{wrong} of {len(wanted)} codes differ" if wrong else ""
+
+
+def _own(op: Op) -> list[Subject]:
+    found = [
+        Subject(f"mmfast ({name})", "mmfast", _backend(op, backend))
+        for name, backend in op.backends.items()
+        if not (name == "triton" and interpreting())
+    ]
+    reference = Peer(lambda *arguments: functools.partial(op.reference, *arguments))
+    return [*found, Subject("reference (float64)", "reference", reference)]
+
+
+def _backend(op: Op, backend: Backend) -> Peer:
+    names = list(inspect.signature(op.reference).parameters)
+
+    def make(*arguments: Any) -> Callable[[], Any]:
+        if automatic(op, arguments[0].device.type)[0] == backend.name:
+            # What a user calls, checks included.
+            named = dict(zip(names, arguments, strict=True))
+            return functools.partial(getattr(mmfast, op.name), **named)
+        return functools.partial(select(op, backend.name, *arguments), *arguments)
+
+    return Peer(make, backend.missing, backend.supported, cut=False)
+
+
+def _compiled(plain: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
+    compiled = torch.compile(plain, dynamic=True)
+
+    return lambda *arguments: functools.partial(compiled, *arguments)
+
+
+def _kmeans(x: Tensor, codebook: Tensor, iterations: int) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        return mmfast.kmeans(
+            x, len(codebook), iterations=iterations, init=codebook, tolerance=0
+        ).codebook
+
+    return run
+
+
+def _reference_kmeans(x: Tensor, codebook: Tensor, iterations: int) -> Tensor:
+    """Lloyd's iterations in float64; a code without vectors stays."""
+    codes = codebook.double()
+    for _ in range(iterations):
+        indices, _ = OPS["nearest_code"].reference(x, codes, "euclidean")
+        counts, sums = OPS["code_statistics"].reference(x.double(), indices, len(codes), None)
+        codes = torch.where(counts[:, None] > 0, sums / counts[:, None], codes)
+    return codes

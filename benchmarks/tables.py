@@ -1,0 +1,176 @@
+"""Tables of the results, for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import rich.table
+from rich.text import Text
+
+from benchmarks.goals import fastest, goals
+from benchmarks.results import Results, Row
+
+
+@dataclass
+class Table:
+    """Sections of rows of strings; all columns but the first are numbers."""
+
+    title: str
+    columns: Sequence[str]
+    sections: list[tuple[str, list[list[str]]]] = field(default_factory=list)
+
+    def rich(self) -> rich.table.Table:
+        """For the terminal."""
+        table = rich.table.Table(title=self.title, title_justify="left", title_style="bold")
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if i else "left", overflow="fold")
+        for heading, rows in self.sections:
+            if heading:
+                table.add_row(Text(heading, style="bold"))
+            for row in rows:
+                own = row[0].startswith("mmfast")
+                table.add_row(*(Text(cell) for cell in row), style="green" if own else "")
+            table.add_section()
+        return table
+
+    def markdown(self) -> str:
+        """For a file."""
+        lines = [f"## {self.title}", ""]
+        for heading, rows in self.sections:
+            if heading:
+                lines += [f"### {heading}", ""]
+            lines += [
+                "| " + " | ".join(self.columns) + " |",
+                "|---|" + "---:|" * (len(self.columns) - 1),
+                *("| " + " | ".join(row) + " |" for row in rows),
+                "",
+            ]
+        return "\n".join(lines)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit that suits them."""
+    if seconds is None:
+        return "-"
+    for unit, size in (("us", 1e-6), ("ms", 1e-3)):
+        if seconds < 1e3 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def size(count: int | None) -> str:
+    """Bytes as MiB."""
+    if count is None:
+        return "-"
+    return f"{count / 2**20:.1f} MiB" if count < 100 << 20 else f"{count / 2**20:.0f} MiB"
+
+
+def peak(results: Results, threads: int) -> float | None:
+    """GFLOP/s of the fastest exact-enough products here: bfloat16."""
+    rates = results.ceilings.get(threads, {})
+    return rates.get("bfloat16 dot instructions GFLOP/s") or rates.get("bfloat16 GFLOP/s")
+
+
+def all_tables(results: Results) -> list[Table]:
+    """A table per op, the curves left out, and that of the goals."""
+    tables = []
+    for op in dict.fromkeys(r.op for r in results.rows):
+        rows = [r for r in results.rows if r.op == op and r.sweep is None and r.kind != "level"]
+        if rows:
+            tables.append(_op_table(op, rows, results))
+    levels = [r for r in results.rows if r.kind == "level"]
+    if levels:
+        tables.append(_level_table(levels))
+    reached = goals(results)
+    if reached and results.facts["device_type"] == "cpu":
+        table = Table("Goals", ("goal", "threads", "wanted", "reached", "met"))
+        rows_ = [[g.what, str(g.threads), g.wanted, g.reached, _tick(g.met)] for g in reached]
+        table.sections.append(("", rows_))
+        tables.append(table)
+    return tables
+
+
+def _tick(yes: bool) -> str:
+    return "✓" if yes else "✗"
+
+
+def _faster(own: Row | None, other: Row | None) -> str:
+    """How mmfast compares with another."""
+    if own is None or other is None or not own.seconds or not other.seconds:
+        return "-"
+    ratio = other.seconds / own.seconds
+    return f"{ratio:.3g}x faster" if ratio >= 1 else f"{1 / ratio:.3g}x slower"
+
+
+def _op_table(op: str, rows: list[Row], results: Results) -> Table:
+    counts = sorted({r.threads for r in rows})
+    most = counts[-1]
+    columns = ["", *_thread_columns(results, counts), "spread", "mmfast is"]
+    columns += ["GFLOP/s", "of peak", "GB/s", "memory", "Match"]
+    table = Table(f"{op} (N x K x D)", columns)
+    for case in dict.fromkeys(r.case for r in rows):
+        here = [r for r in rows if r.case == case]
+        section = []
+        own = fastest([r for r in here if r.threads == most], "mmfast")
+        for subject in dict.fromkeys(r.subject for r in here):
+            by_threads = {r.threads: r for r in here if r.subject == subject}
+            if by_threads[most].seconds is not None:
+                section.append(_line(by_threads, counts, own, peak(results, most)))
+        if section:
+            table.sections.append((f"{here[0].title}, {here[0].data}", section))
+    return table
+
+
+def _thread_columns(results: Results, counts: list[int]) -> list[str]:
+    if results.facts["device_type"] != "cpu":
+        return ["time"]
+    return [f"{n} thread{'s' if n > 1 else ''}" for n in counts]
+
+
+def _line(
+    by_threads: dict[int, Row], counts: list[int], own: Row | None, limit: float | None
+) -> list[str]:
+    row = by_threads[counts[-1]]
+    assert row.seconds is not None
+    spread = (row.high or 0.0) - (row.low or 0.0)
+    scaled = "~" if row.measured < row.shape["N"] else ""
+    times = [scaled + duration(by_threads[n].seconds) if n in by_threads else "-" for n in counts]
+    ratio = "-" if row.kind == "mmfast" else _faster(own, row)
+    return [
+        row.subject,
+        *times,
+        f"±{50 * spread / row.seconds:.0f} %",
+        ratio,
+        f"{row.gflops:.4g}" if row.gflops else "-",
+        f"{100 * row.gflops / limit:.0f} %" if row.gflops and limit else "-",
+        f"{row.gbps:.3g}" if row.gbps else "-",
+        size(row.memory),
+        "no result" if row.match is None else row.match or "✓",
+    ]
+
+
+def _level_table(rows: list[Row]) -> Table:
+    table = Table(
+        "nearest_code, with mmfast and faiss held to lower instruction sets (N x K x D)",
+        ("instruction set", "mmfast", "faiss flat", "mmfast is", "Match"),
+    )
+    for case in dict.fromkeys(r.case.partition("@")[0] for r in rows):
+        here = [r for r in rows if r.case.partition("@")[0] == case]
+        section = []
+        for level in dict.fromkeys(r.note for r in here):
+            same = {r.subject: r for r in here if r.note == level}
+            own, other = same.get("mmfast (cpp)"), same.get("faiss flat")
+            if own is None or own.seconds is None:
+                continue
+            section.append(
+                [
+                    level,
+                    duration(own.seconds),
+                    duration(other.seconds if other else None),
+                    _faster(own, other),
+                    own.match or "✓",
+                ]
+            )
+        table.sections.append((f"{here[0].title}, {here[0].data}", section))
+    return table
