@@ -75,13 +75,14 @@ MMFAST_INLINE vi vscale(const float* p, float scale) {
 }
 // acc + a0 b0 + a1 b1, int16 pairs in each lane.
 MMFAST_INLINE vi vdot16(vi acc, vi a, vi b) {
+  // Intrinsics make GCC copy and spill the accumulators of a full register tile.
 #if defined(__AVX512VNNI__)
-  // The intrinsic makes GCC copy and spill the accumulators of a full register tile.
   __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-  return acc;
 #else
-  return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
+  vi product;
+  __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(a), "v"(b));
 #endif
+  return acc;
 }
 #elif defined(__AVX2__)
 using vi = __m256i;
