@@ -38,7 +38,7 @@ $(installed): pyproject.toml setup.py .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	    f"mmfast needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(pip) setuptools wheel pybind11 ninja torch
+	$(pip) setuptools wheel pybind11 torch
 	MMFAST_NO_EXTENSION=1 $(pip) --no-build-isolation --editable '.[$(extras)]'
 	@touch $(installed)
 

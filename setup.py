@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,26 +63,36 @@ class BuildExtension(build_ext):
     """Adds each file's own flags, compiles files side by side, and never fails the install."""
 
     def build_extension(self, ext: Extension) -> None:
-        compile_one = self.compiler._compile
+        compile_one, link = self.compiler._compile, self.compiler.link_shared_object
+        jobs = []
 
-        def with_isa_flags(obj, src, ext_name, cc_args, extra_args, pp_opts):
-            path = Path(src)
-            flags = ISA_FLAGS[path.stem] if path.parent.name == "isa" else ISA_FLAGS["baseline"]
-            compile_one(obj, src, ext_name, cc_args, [*extra_args, *flags], pp_opts)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        self.compiler._compile = with_isa_flags
-        try:
-            super().build_extension(ext)
-        except Exception as error:
-            print(
-                f"mmfast: the C++ kernels were not built ({error}); the reference implementations "
-                "will serve. `python -m mmfast info` shows this.",
-                file=sys.stderr,
-            )
-            if os.environ.get("MMFAST_REQUIRE_EXTENSION", "0") == "1":
-                raise
-        finally:
-            self.compiler._compile = compile_one
+            def compile_later(obj, src, ext_name, cc_args, extra_args, pp_opts):
+                path = Path(src)
+                flags = ISA_FLAGS[path.stem if path.parent.name == "isa" else "baseline"]
+                job = (obj, src, ext_name, cc_args, [*extra_args, *flags], pp_opts)
+                jobs.append(pool.submit(compile_one, *job))
+
+            def link_when_compiled(*args, **kwargs):
+                for job in jobs:
+                    job.result()
+                link(*args, **kwargs)
+
+            self.compiler._compile = compile_later
+            self.compiler.link_shared_object = link_when_compiled
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                print(
+                    f"mmfast: the C++ kernels were not built ({error}); the reference "
+                    "implementations will serve. `python -m mmfast info` shows this.",
+                    file=sys.stderr,
+                )
+                if os.environ.get("MMFAST_REQUIRE_EXTENSION", "0") == "1":
+                    raise
+            finally:
+                self.compiler._compile, self.compiler.link_shared_object = compile_one, link
 
     def copy_extensions_to_source(self) -> None:
         self.extensions = [

@@ -23,7 +23,7 @@ _CURVES = ("addmm+argmin", "faiss flat")
 
 
 @dataclass
-class _Entry:
+class Entry:
     subject: Subject
     call: Callable[[], Any]
     rows: int  # vectors it is run on
@@ -51,8 +51,8 @@ def run(
         if not wanted(subject.name):
             continue
         tell(subject.name)
-        entry = _enter(case, subject, arguments, truth, device)
-        if isinstance(entry, _Entry):
+        entry = enter(case, subject, arguments, truth, device)
+        if isinstance(entry, Entry):
             entries.append(entry)
         else:
             rows += [_row(case, subject, count, note=entry) for count in threads]
@@ -75,9 +75,9 @@ def _contenders(case: Case) -> list[Subject]:
     return [s for s in found if s.kind in ("mmfast", "floor") or s.name in _CURVES]
 
 
-def _enter(
+def enter(
     case: Case, subject: Subject, arguments: Arguments, truth: Any, device: torch.device
-) -> _Entry | str:
+) -> Entry | str:
     """The contender, warm and judged, or why it does not run."""
     reasons = subject.reasons(arguments)
     if reasons:
@@ -90,7 +90,7 @@ def _enter(
         match = judge(case.op, result, given, _first(truth, rows, case))
     del result
     call()
-    return _Entry(subject, call, rows, match, memory.peak(call, device))
+    return Entry(subject, call, rows, match, memory.peak(call, device))
 
 
 def _cut(
@@ -148,7 +148,7 @@ def _row(case: Case, subject: Subject, threads: int, **more: Any) -> Row:
 
 
 def _measured(
-    case: Case, entry: _Entry, threads: int, times: timing.Timing, arguments: Arguments
+    case: Case, entry: Entry, threads: int, times: timing.Timing, arguments: Arguments
 ) -> Row:
     scale = case.shape["N"] / entry.rows
     seconds = times.median * scale
