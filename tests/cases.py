@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmfast.backends import interpreting
 from mmfast.registry import Op
 
 METRICS = ("euclidean", "cosine", "dot")
@@ -15,7 +16,8 @@ METRICS = ("euclidean", "cosine", "dot")
 
 def device_of(backend: str) -> torch.device:
     """Where the tests run ``backend``."""
-    return torch.device("cuda" if backend in ("triton", "cuda") else "cpu")
+    on_gpu = backend == "cuda" or (backend == "triton" and not interpreting())
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def backends_here(op: Op) -> list[str]:

@@ -1,0 +1,328 @@
+"""Compile the Triton kernels for GPUs that are not here: ``python -m mmfast.kernels.offline``.
+
+A kernel file declares in ``offline_variants()`` what is worth compiling. A variant is launched as
+always, on CPU tensors, under a driver that knows a target and has no device: Triton specialises
+and compiles as it would there, for every configuration that autotuning would try, and the launch
+itself is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import functools
+import importlib
+import itertools
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of GPU."""
+
+    name: str
+    gpu: GPUTarget
+    shared_limit: int  # bytes for one block
+    multiprocessors: int
+
+
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("sm_80", GPUTarget("cuda", 80, 32), 163 << 10, 108),
+        Target("sm_90", GPUTarget("cuda", 90, 32), 227 << 10, 132),
+        Target("sm_100", GPUTarget("cuda", 100, 32), 227 << 10, 148),
+        Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 << 10, 304),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A launch worth compiling."""
+
+    name: str
+    # Launches on CPU tensors that it makes, with about so many rows and so many codes.
+    launch: Callable[[int, int], Any]
+    # Kernels that must use matrix instructions.
+    matrix: frozenset[str] = frozenset()
+    # Source text of loads: the widest of these in every kernel that has any must be of 128 bits.
+    wide: tuple[str, ...] = ()
+    # Part of the test suite, not only of the whole matrix.
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came of one kernel with one configuration."""
+
+    kernel: str
+    target: Target
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    shared: int  # bytes
+    registers: int | None  # None: no cuobjdump to tell
+    spills: int | None  # bytes of local memory per thread
+    matrix_instructions: dict[str, int]
+    # Widths in bits of the loads from global memory, by line of the kernel's file.
+    loads: dict[int, collections.Counter[int]]
+    source: str  # that file
+    specialisation: str = field(repr=False)  # equal for launches that share the code
+    assembly: str = field(repr=False)
+    binary: bytes = field(repr=False)
+
+    def loads_of(self, text: str) -> set[int]:
+        """Widths of the loads in the lines with ``text``."""
+        lines = _lines(self.source)
+        found = [number for number, line in enumerate(lines, 1) if text in line]
+        return {bits for number in found for bits in self.loads.get(number, {})}
+
+    def configuration(self) -> str:
+        """The constants and the size of the launch, in words."""
+        constants = ", ".join(f"{k} {v}" for k, v in self.constants.items())
+        return f"{constants}; {self.num_warps} warps, {self.num_stages} stages"
+
+
+@functools.cache
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+class _Driver:
+    """What Triton asks of a driver before it launches."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self.utils = SimpleNamespace(get_device_properties=self._properties)
+
+    def _properties(self, device: Any) -> dict[str, int]:
+        return {
+            "max_shared_mem": self._target.shared_limit,
+            "multiprocessor_count": self._target.multiprocessors,
+            "warpSize": self._target.gpu.warp_size,
+        }
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target.gpu
+
+    def get_current_device(self) -> str:
+        return f"offline {self._target.name}"
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(target: Target) -> Iterator[list[CompiledKernel]]:
+    """Triton launches inside the block compile for ``target`` and end up in the list."""
+    compiled: list[CompiledKernel] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> CompiledKernel:
+        kernel = run(self, *args, **(kwargs | {"warmup": True}))
+        compiled.append(kernel)
+        return kernel
+
+    def every_configuration(self: Autotuner, *args: Any, **kwargs: Any) -> None:
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        for config in self.prune_configs(kwargs):
+            self.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    driver = triton.runtime.driver
+    with (
+        mock.patch.object(driver, "_active", _Driver(target)),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(Autotuner, "run", every_configuration),
+    ):
+        yield compiled
+
+
+def cuobjdump() -> Path | None:
+    """NVIDIA's tool beside Triton that tells the resources of a binary."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return path if path.exists() else None
+
+
+def _nvidia_resources(binary: bytes) -> tuple[int | None, int | None]:
+    tool = cuobjdump()
+    if tool is None:
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    def value(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[-1])
+
+    spilled = 4 * value("vgpr_spill_count") + 4 * value("sgpr_spill_count")
+    return value("vgpr_count"), max(spilled, value("private_segment_fixed_size"))
+
+
+_MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma\w+)")
+_LOADS = re.compile(
+    r"\.loc\s+\d+\s+(?P<line>\d+)"
+    r"|\bld\.global[\w.:]*?(?:\.v(?P<count>\d))?\.[busf](?P<bits>\d+)\s"
+    r"|\bcp\.async\.c[ag]\.shared\.global[^,\n]*,[^,\n]*,\s*(?P<bytes>\w+)"
+    r"|\b(?:global|buffer)_load_(?P<name>\w+)"
+)
+_AMD_BITS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+
+
+def _loads(assembly: str) -> dict[int, collections.Counter[int]]:
+    line = 0
+    loads: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
+    for found in _LOADS.finditer(assembly):
+        if found["line"]:
+            line = int(found["line"])
+        elif found["bits"]:
+            loads[line][int(found["count"] or 1) * int(found["bits"])] += 1
+        elif found["bytes"]:
+            loads[line][8 * int(found["bytes"], 0)] += 1
+        else:
+            name = found["name"]
+            loads[line][_AMD_BITS.get(name, 8 if "byte" in name else 16)] += 1
+    return dict(loads)
+
+
+def _describe(kernel: CompiledKernel, target: Target) -> Compiled:
+    nvidia = target.gpu.backend == "cuda"
+    assembly = kernel.asm["ptx" if nvidia else "amdgcn"]
+    binary = kernel.asm["cubin" if nvidia else "hsaco"]
+    registers, spills = _nvidia_resources(binary) if nvidia else _amd_resources(assembly)
+    source = kernel.src
+    return Compiled(
+        kernel=source.fn.__name__,
+        target=target,
+        constants={source.fn.arg_names[i]: v for (i,), v in source.constants.items()},
+        num_warps=kernel.metadata.num_warps,
+        num_stages=kernel.metadata.num_stages,
+        shared=kernel.metadata.shared,
+        registers=registers,
+        spills=spills,
+        matrix_instructions=dict(collections.Counter(_MATRIX.findall(assembly))),
+        loads=_loads(assembly),
+        source=source.fn.fn.__code__.co_filename,
+        specialisation=kernel.hash,
+        assembly=assembly,
+        binary=binary,
+    )
+
+
+def compile_variant(
+    variant: Variant, target: Target, rows: int = 64, codes: int = 64
+) -> list[Compiled]:
+    """Every kernel that the variant launches, in every configuration that would be tried."""
+    with compiling(target) as kernels:
+        variant.launch(rows, codes)
+    # The same code may be launched more than once.
+    return [_describe(k, target) for k in {k.hash: k for k in kernels}.values()]
+
+
+def specialisations(variant: Variant, target: Target, rows: int, codes: int) -> list[str]:
+    """What tells the launched codes apart, without looking at them."""
+    with compiling(target) as kernels:
+        variant.launch(rows, codes)
+    return [k.hash for k in kernels]
+
+
+def complaints(variant: Variant, compiled: Compiled) -> list[str]:
+    """What is wrong with it."""
+    found = []
+    if compiled.spills:
+        found.append(f"{compiled.spills} bytes per thread are spilled")
+    if compiled.shared > compiled.target.shared_limit:
+        found.append(f"{compiled.shared} bytes of shared memory")
+    if compiled.kernel in variant.matrix and not compiled.matrix_instructions:
+        found.append("no matrix instructions")
+    for text in variant.wide:
+        widths = compiled.loads_of(text)
+        if widths and max(widths) < 128:
+            found.append(f"{text!r} loads {max(widths)} bits")
+    return found
+
+
+def modules() -> list[ModuleType]:
+    """The kernel files that declare variants."""
+    package = importlib.import_module(__package__ or "mmfast.kernels")
+    loaded = [
+        importlib.import_module(f"{package.__name__}.{m.name}")
+        for m in pkgutil.iter_modules(package.__path__)
+        if m.name != "offline"
+    ]
+    return [m for m in loaded if hasattr(m, "offline_variants")]
+
+
+def variants(quick: bool = False) -> list[Variant]:
+    """All variants, or those of the test suite."""
+    declared = itertools.chain.from_iterable(m.offline_variants() for m in modules())
+    return [v for v in declared if v.quick or not quick]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile and print the table; status 1 if there are complaints."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mmfast.kernels.offline",
+        description="Compile the Triton kernels for GPUs that are not here.",
+    )
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
+    parser.add_argument("--quick", action="store_true", help="only what the test suite compiles")
+    parser.add_argument("-k", default="", metavar="TEXT", help="variants with TEXT in their name")
+    given = parser.parse_args(arguments)
+    table = Table("variant", "kernel", "target", "configuration")
+    for name in ("registers", "spills", "shared", "matrix instructions"):
+        table.add_column(name, justify="right")
+    table.add_column("complaints")
+    failed = False
+    for variant in variants(given.quick):
+        if given.k not in variant.name:
+            continue
+        for name in given.target or TARGETS:
+            for compiled in compile_variant(variant, TARGETS[name]):
+                found = complaints(variant, compiled)
+                failed = failed or bool(found)
+                instructions = compiled.matrix_instructions
+                table.add_row(
+                    variant.name,
+                    compiled.kernel,
+                    name,
+                    compiled.configuration(),
+                    "?" if compiled.registers is None else str(compiled.registers),
+                    "?" if compiled.spills is None else str(compiled.spills),
+                    str(compiled.shared),
+                    ", ".join(f"{count} {name}" for name, count in instructions.items()),
+                    "; ".join(found),
+                )
+    # Piped into a file there is no width to keep to.
+    console = Console()
+    Console(width=None if console.is_terminal else 250).print(table)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,408 @@
+"""Every Triton kernel against its reference: in Triton's interpreter, or on a GPU.
+
+    TRITON_INTERPRET=1 python -m pytest tests/test_triton.py
+
+On a GPU the other files test this backend too. The interpreter, which takes milliseconds for what
+a GPU does in none, repeats here those of their tests that it can afford.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import test_code_statistics
+import test_nearest_code
+import torch
+from cases import METRICS, VIEWS, complaints, device_of, normal
+from hypothesis import given, settings
+from test_determinism import assert_same_bits
+from test_nearest_code import HARD
+from torch import Tensor
+
+import mmfast
+from mmfast import backends
+from mmfast.backends import interpreting
+from mmfast.ops import code_statistics, nearest_code
+from mmfast.registry import OPS, Arguments, Op, Sample
+
+triton = pytest.importorskip("triton")
+if not interpreting() and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+
+# numpy, which the interpreter computes with, warns of overflow and NaN.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+DEVICE = device_of("triton")
+TRITON_OPS = {name: op for name, op in OPS.items() if "triton" in op.backends}
+MOST_ELEMENTS = 3_000_000  # product of the sizes of what is interpreted, or computed by numpy
+
+REPEATED = {
+    test_nearest_code: (
+        "dtypes",
+        "hard_data_in_float64",
+        "heads",
+        "leading_dimensions",
+        "lowest_index_on_ties",
+        "nan_row_gets_the_first_index_and_nan",
+        "no_heads",
+        "numbers_of_vectors",
+    ),
+    test_code_statistics: (
+        "dtypes",
+        "heads",
+        "indices_out_of_range_are_left_out",
+        "nan_and_infinity_stay_with_their_code",
+        "no_heads",
+        "no_loss_in_long_sums",
+        "strides",
+    ),
+}
+if interpreting():
+    for module, names in REPEATED.items():
+        of = module.__name__.removeprefix("test_")
+        globals().update({f"test_{of}_{name}": getattr(module, f"test_{name}") for name in names})
+
+
+@pytest.fixture
+def backend():
+    """What the repeated tests run."""
+    return "triton"
+
+
+def run(op: Op, *arguments: Any) -> tuple[Tensor, ...]:
+    """The result of the Triton kernels."""
+    with mmfast.use_backend("triton"):
+        return backends.call(op, *arguments)
+
+
+def on_device(*arguments: Any) -> tuple[Any, ...]:
+    return tuple(a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments)
+
+
+def small(sample: Sample) -> bool:
+    return math.prod(sample.shape.values()) <= MOST_ELEMENTS
+
+
+def variants(op: Op, arguments: Arguments) -> list[Arguments]:
+    """``arguments``, with every metric where there is one."""
+    if op is nearest_code.OP:
+        return [(*arguments[:2], metric) for metric in METRICS]
+    return [arguments]
+
+
+def sample_of(op: Op, seed: int) -> Arguments:
+    """A small sample with a few of everything."""
+    sample = next(s for s in op.samples() if small(s) and min(s.shape["N"], s.shape["D"]) > 30)
+    return sample.make(DEVICE, torch.float32, seed)
+
+
+each_op = pytest.mark.parametrize("op", TRITON_OPS.values(), ids=TRITON_OPS.keys())
+
+
+@pytest.mark.parametrize(
+    ("op", "sample"),
+    [
+        pytest.param(op, sample, id=f"{op.name}-{sample.name}")
+        for op in TRITON_OPS.values()
+        for sample in op.samples()
+        if small(sample) or not interpreting()
+    ],
+)
+def test_samples(op, sample):
+    for dtype in op.dtypes:
+        for arguments in variants(op, sample.make(DEVICE, dtype, 0)):
+            result = run(op, *arguments)
+            assert op.compare(result, arguments) == [], (dtype, arguments[-1])
+            if op is nearest_code.OP and small(sample):
+                assert not complaints(result, *arguments), (dtype, arguments[-1])
+
+
+@each_op
+def test_use_backend_runs_triton(op, monkeypatch):
+    module = importlib.import_module(f"mmfast.kernels.{op.name}")
+    launch: Callable[..., Any] = getattr(module, op.name)
+    results = []
+
+    def spy(*arguments: Any) -> Any:
+        results.append(launch(*arguments))
+        return results[-1]
+
+    monkeypatch.setattr(module, op.name, spy)
+    arguments = sample_of(op, seed=0)
+    result = run(op, *arguments)
+    assert result is results[-1]
+    results.clear()
+    with mmfast.use_backend("reference"):
+        backends.call(op, *arguments)
+    assert results == []
+
+
+@each_op
+def test_repeated_runs(op):
+    for arguments in variants(op, sample_of(op, seed=0)):
+        assert_same_bits(run(op, *arguments), run(op, *arguments))
+
+
+def check_nearest(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> None:
+    test_nearest_code.check("triton", x, codebook, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", HARD)
+def test_nearest_code_hard_data(name, metric):
+    for d in (3, 18):
+        check_nearest(*HARD[name](20, 130, d), metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("d", [1, 2, 3, 5, 15, 16, 17, 33, 65, 257, 520])
+def test_nearest_code_dimensions(d, metric):
+    check_nearest(normal(9, d), normal(20, d, seed=1), metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("k", "d"), [(1, 5), (2, 5), (64, 5), (65, 5), (129, 300), (300, 1)])
+def test_nearest_code_numbers_of_codes(k, d, metric):
+    check_nearest(normal(20, d), normal(k, d, seed=1), metric)
+
+
+@pytest.mark.parametrize("codes", VIEWS)
+@pytest.mark.parametrize("vectors", VIEWS)
+def test_nearest_code_strides(vectors, codes):
+    for dtype, metric in ((torch.float32, "euclidean"), (torch.float16, "cosine")):
+        x = VIEWS[vectors](normal(33, 19, dtype=dtype))
+        check_nearest(x, VIEWS[codes](normal(40, 19, seed=1, dtype=dtype)), metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nearest_code_nan_and_infinity(value, metric):
+    for d in (3, 19):
+        x, codebook = normal(12, d), normal(70, d, seed=1)
+        bad_x, bad_codebook = x.clone(), codebook.clone()
+        bad_x[[3, 11], d // 2] = value
+        bad_codebook[[5, 69], d // 2] = value
+        check_nearest(bad_x, codebook, metric)
+        check_nearest(x, bad_codebook, metric)
+        check_nearest(bad_x, bad_codebook, metric)
+        check_nearest(torch.full_like(x, value), codebook, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", [1e200, 1e-200, 1e60, 1e-60, 1e-310])
+def test_nearest_code_float64_beyond_float32(scale, metric):
+    x = normal(12, 9, dtype=torch.float64) * scale
+    codebook = normal(70, 9, seed=1, dtype=torch.float64) * scale
+    check_nearest(x, codebook, metric)
+    check_nearest(normal(12, 9), codebook, metric)
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_nearest_code_batches(name):
+    x, codebook = on_device(*HARD[name](70, 130, 5))
+    for metric in METRICS if name == "mixed magnitudes" else METRICS[:1]:
+        whole = run(nearest_code.OP, x, codebook, metric)
+        for rows in (slice(0, 1), slice(1, 60)):
+            part = run(nearest_code.OP, x[rows], codebook, metric)
+            assert_same_bits(part, [t[rows] for t in whole])
+
+
+@each_op
+def test_heads_are_independent(op):
+    sample = next(s for s in op.samples() if s.shape["H"] > 1)
+    for arguments in variants(op, sample.make(DEVICE, torch.float32, 0)):
+        together = run(op, *arguments)
+        for head in range(sample.shape["H"]):
+            own = [a[head] if isinstance(a, Tensor) else a for a in arguments]
+            assert_same_bits(run(op, *own), [t[head] for t in together])
+
+
+@settings(max_examples=30)
+@given(problem=test_nearest_code.problems())
+def test_any_nearest_code_problem(problem):
+    check_nearest(*problem)
+
+
+def check_statistics(*arguments: Any) -> None:
+    test_code_statistics.check("triton", *arguments)
+
+
+def shuffled(lengths: list[int], seed: int = 0) -> Tensor:
+    """Indices of codes that have so many vectors."""
+    indices = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))
+    return indices[order]
+
+
+# Chunks are of 256 vectors.
+SKEWED = {
+    "all in one": [1000],
+    "all in the last of many": [0] * 20 + [1000],
+    "a chunk": [256],
+    "chunks": [256, 256, 256],
+    "around chunks": [255, 1, 256, 257, 255, 0, 1],
+    "one more than a chunk": [257],
+    "one less than two": [511],
+    "two chunks inside": [100, 412 + 256, 100],
+    "two chunks without a whole one": [1, 510, 1],
+    "empty between whole chunks": [0, 512, 0, 0, 3, 0],
+    "more chunks than rows of a block": [5, 256 * 19],
+    "a vector each": [1] * 40,
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("lengths", SKEWED.values(), ids=SKEWED.keys())
+def test_code_statistics_skewed(lengths, weighted):
+    indices = shuffled(lengths)
+    n = len(indices)
+    weights = normal(n, seed=2) if weighted else None
+    for d in (1, 9, 130):
+        check_statistics(normal(n, d), indices, len(lengths), weights)
+    check_statistics(normal(n, 5), torch.where(indices == 0, -1, indices), len(lengths), weights)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_code_statistics_heads_of_chunks(weighted):
+    indices = torch.stack([shuffled([300, 300, 100]), shuffled([0, 0, 700]), shuffled([700, 0, 0])])
+    x = normal(3, 700, 5)
+    weights = normal(3, 700, seed=2) if weighted else None
+    check_statistics(x, indices, 3, weights)
+    x, indices, weights = on_device(x, indices, weights)
+    together = run(code_statistics.OP, x, indices, 3, weights)
+    for head in range(3):
+        own = None if weights is None else weights[head]
+        alone = run(code_statistics.OP, x[head], indices[head], 3, own)
+        assert_same_bits(alone, [t[head] for t in together])
+
+
+@pytest.mark.parametrize("d", [0, 1, 2, 7, 16, 64, 65, 257])
+@pytest.mark.parametrize("n", [0, 1, 2, 31, 300])
+def test_code_statistics_sizes(n, d):
+    for k in (1, 2, 17):
+        check_statistics(normal(n, d), test_code_statistics.random_indices(n, k), k)
+
+
+# Narrow keys are for few codes; each width has its turn on as few.
+@pytest.mark.parametrize("key", [torch.int16, torch.int32, torch.int64], ids=str)
+def test_code_statistics_keys(key, monkeypatch):
+    from mmfast.kernels import code_statistics as kernels
+
+    monkeypatch.setattr(kernels, "KEY_DTYPES", (key,))
+    indices = test_code_statistics.random_indices(300, 9) - 1
+    check_statistics(normal(300, 5), indices, 7)
+    check_statistics(normal(300, 5), indices.int(), 7)
+
+
+@pytest.mark.skipif(interpreting(), reason="the interpreter takes minutes")
+@pytest.mark.parametrize("k", [32766, 32767, 32768, 100_000])
+def test_code_statistics_many_codes(k):
+    check_statistics(normal(300, 5), test_code_statistics.random_indices(300, k), k)
+    check_statistics(normal(300, 5), torch.arange(k - 298, k + 2), k)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_code_statistics_bits_do_not_depend_on_strides(view, dtype):
+    indices = shuffled([5, 600, 0, 70]).to(DEVICE)
+    # Magnitudes for which another order of additions gives another sum.
+    x = normal(675, 19) * 10 ** normal(675, 1, seed=3)
+    x = VIEWS[view](x.to(DEVICE, dtype))
+    weights = (normal(675, 2, seed=2) * 10 ** normal(675, 1, seed=4)).to(DEVICE, dtype)[:, 1]
+    apart = torch.stack([indices, indices], 1)[:, 1]
+    for w in (None, weights):
+        flat = None if w is None else w.contiguous()
+        expected = run(code_statistics.OP, x.contiguous(), indices, 4, flat)
+        assert_same_bits(run(code_statistics.OP, x, apart, 4, w), expected)
+
+
+def test_code_statistics_adds_nothing_of_other_codes():
+    x = torch.full((300, 3), torch.nan)
+    indices = shuffled([280, 20])
+    x[indices == 1] = 1.0
+    counts, sums = run(code_statistics.OP, *on_device(x, indices), 3, None)
+    assert counts.tolist() == [280, 20, 0]
+    assert sums[0].isnan().all()
+    assert sums[1:].tolist() == [[20] * 3, [0] * 3]
+
+
+@settings(max_examples=30)
+@given(problem=test_code_statistics.problems())
+def test_any_code_statistics_problem(problem):
+    check_statistics(*problem)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(interpreting(), reason="not in the interpreter")
+class TestOnTheGpu:
+    """What only a device can show."""
+
+    @each_op
+    def test_no_synchronisation(self, op):
+        for arguments in variants(op, sample_of(op, seed=0)):
+            run(op, *arguments)
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run(op, *arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+
+    @each_op
+    def test_graph_capture(self, op):
+        for arguments, others in zip(
+            variants(op, sample_of(op, seed=0)), variants(op, sample_of(op, seed=1)), strict=True
+        ):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run(op, *arguments)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = run(op, *arguments)
+            for old, new in zip(arguments, others, strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(new)
+            graph.replay()
+            assert_same_bits(captured, run(op, *others))
+
+    def test_sizes_do_not_recompile(self, monkeypatch):
+        compiled = []
+
+        def hook(*, fn: Any, **_: Any) -> None:
+            compiled.append(fn.name)
+
+        def call(n: int, k: int) -> None:
+            x, codebook = on_device(normal(n, 24), normal(k, 24, seed=1))
+            for metric in METRICS:
+                indices, _ = run(nearest_code.OP, x, codebook, metric)
+            run(code_statistics.OP, x, indices, k, None)
+
+        call(513, 65)
+        monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", hook)
+        for n, k in ((1, 1), (16, 16), (17, 2), (512, 64), (4096, 999)):
+            call(n, k)
+        assert compiled == []
+        run(nearest_code.OP, *on_device(normal(9, 7), normal(9, 7)), "dot")
+        assert compiled, "the hook sees nothing"
+
+    def test_offsets_beyond_32_bits(self):
+        step = 2**30 + 8
+        buffer = torch.empty(3 * step, dtype=torch.float16, device="cuda")
+        for shape, strides in (((3, 5), (step, 1)), ((5, 3), (1, step))):
+            x = buffer.as_strided(shape, strides)
+            x.copy_(normal(*shape))
+            codebook, indices = on_device(normal(7, shape[1]), torch.arange(shape[0]) % 2)
+            for op, arguments, strided in (
+                (nearest_code.OP, (x, codebook, "euclidean"), 0),
+                (nearest_code.OP, (codebook, x, "cosine"), 1),
+                (code_statistics.OP, (x, indices, 2, None), 0),
+            ):
+                dense = list(arguments)
+                dense[strided] = x.contiguous()
+                assert_same_bits(run(op, *arguments), run(op, *dense))
