@@ -262,10 +262,12 @@ def offline_variants() -> list[Any]:
         return Variant(
             f"code_statistics: {dtype}{', weighted' * weighted}, D {dims}".replace("torch.", ""),
             launch,
-            wide=("b_x = tl.load(",) if dims % 16 == 0 and dtype.itemsize > 2 else (),
+            wide=wide if dims % 16 == 0 and dtype.itemsize > 2 else (),
             quick=quick,
         )
 
+    kernels = ("code_statistics_chunk_kernel", "code_statistics_kernel")
+    wide = tuple((kernel, "b_x = tl.load(") for kernel in kernels)
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     some = {(torch.float32, False, 64), (torch.bfloat16, True, 7)}
     return [

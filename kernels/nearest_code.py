@@ -347,7 +347,8 @@ def nearest_code_screen_kernel(
     if tl.max(unsure.to(tl.int32), 0) > 0:
         limit = top - margin
         number = tl.sum((best >= limit[:, None]).to(tl.int32), 1)
-        some = unsure & (number < _NEAR)
+        # A row with a NaN may have no score that passes the limit, and has all codes to look at.
+        some = unsure & known & (number < _NEAR)
         item = _items(count_ptr, some).to(tl.int64)
         tl.store(list_ptr + item, rows.to(tl.int32), mask=some)
         p_near = near_ptr + item * _NEAR
@@ -743,7 +744,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     nearest_code_pack_kernel[(padded_codes // 32, num_heads)](
         source, mean, low, high, half, terms, statistics, num_codes, num_dims, *source_strides,
         EUCLIDEAN=euclidean, WIDE=wide_codes, PADDED_D=padded, BLOCK_D=block_d,
-        BLOCK_K=32,
+        BLOCK_K=32, **_at_most(128),
     )  # fmt: skip
 
     listed = x.new_empty((num_heads, num_rows), dtype=torch.int32)
@@ -759,7 +760,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
             rows, mean, half, terms, statistics, rounded, indices, listed, near, counts,
             start, num_rows, num_codes, num_dims, *x_strides, EUCLIDEAN=euclidean, WIDE=wide,
             PACKED=packed_rows, PADDED_D=padded, BLOCK_D=block_d,
-            STEP_D=step_d,
+            STEP_D=step_d, **_at_most(255),
         )  # fmt: skip
     programs = triton.cdiv(num_programs(x.device, 4), num_heads)
     both = (num_rows, num_codes, num_dims, *x_strides, *code_strides)
@@ -771,7 +772,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     )  # fmt: skip
     nearest_code_distance_kernel[(triton.cdiv(num_rows, 256), num_heads)](
         rows, codes, norms, indices, distances, *both,
-        METRIC=METRICS[metric], FOUR=four, BLOCK_N=256, enable_fp_fusion=False, **_at_most(64),
+        METRIC=METRICS[metric], FOUR=four, BLOCK_N=256, enable_fp_fusion=False, **_at_most(128),
     )  # fmt: skip
     return indices, distances
 
@@ -791,7 +792,11 @@ def offline_variants() -> list[Any]:
             quick=quick,
         )
 
-    wide = ("b_x = tl.load(p_x", "b = tl.load(p[")
+    # The kernels that read all vectors.
+    wide = (
+        ("nearest_code_screen_kernel", "b_x = tl.load(p_x"),
+        ("nearest_code_distance_kernel", "b = tl.load(p["),
+    )
     dims = (8, 32, 64, 128, 256, 512)
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     some = {("euclidean", torch.float32, 64), ("cosine", torch.float16, 512)}

@@ -64,8 +64,8 @@ class Variant:
     launch: Callable[[int, int], Any]
     # Kernels that must use matrix instructions.
     matrix: frozenset[str] = frozenset()
-    # Source text of loads: the widest of these in every kernel that has any must be of 128 bits.
-    wide: tuple[str, ...] = ()
+    # Kernels, and source text of loads of which the widest must be of 128 bits.
+    wide: tuple[tuple[str, str], ...] = ()
     # Part of the test suite, not only of the whole matrix.
     quick: bool = False
 
@@ -260,10 +260,9 @@ def complaints(variant: Variant, compiled: Compiled) -> list[str]:
         found.append(f"{compiled.shared} bytes of shared memory")
     if compiled.kernel in variant.matrix and not compiled.matrix_instructions:
         found.append("no matrix instructions")
-    for text in variant.wide:
-        widths = compiled.loads_of(text)
-        if widths and max(widths) < 128:
-            found.append(f"{text!r} loads {max(widths)} bits")
+    for kernel, text in variant.wide:
+        if kernel == compiled.kernel and max(widths := compiled.loads_of(text), default=0) < 128:
+            found.append(f"{text!r} loads {sorted(widths)} bits")
     return found
 
 
