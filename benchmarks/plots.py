@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contest import CURVES
 from benchmarks.results import Results, Row
 
 _WIDTH = 0.8  # of a group of bars
@@ -39,7 +40,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "speedup": _bars(tables, subtitle, _speedups, "time of each / time of mmfast", "speed"),
         "memory": _bars(tables, subtitle, _memories, "MiB, outputs included", "memory"),
         "scaling": _curves([r for r in rows if r.sweep in ("N", "K", "D")], subtitle),
-        "patches": _patches([r for r in rows if r.sweep == "K, image patches"], subtitle),
+        "patches": _patches([r for r in rows if _of_patches(r)], subtitle),
     }
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -50,6 +51,12 @@ def draw(results: Results, folder: Path) -> list[Path]:
         figure.savefig(path, dpi=110)
         written.append(path)
     return written
+
+
+def _of_patches(row: Row) -> bool:
+    if row.sweep is None:
+        return row.data == "image patches" and (row.kind == "mmfast" or row.subject in CURVES)
+    return row.sweep == "K, image patches"
 
 
 def _colour(subject: str) -> str:

@@ -15,6 +15,7 @@ import torch
 _SAMPLE = 5e-4  # seconds; shorter calls are repeated for so long, and divided
 _SETTLE = 0.01  # seconds
 _MIN_ROUNDS = 3
+_LONG = 4.0  # of a time limit; who needs longer for two rounds has no third
 _MAX_ROUNDS = 40
 _FLUSH = 1 << 28  # bytes; more than any GPU's L2 cache
 
@@ -57,15 +58,17 @@ def interleave(
     sampler = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
     repeats = {}
     for name, call in calls.items():
-        taken = min(once(call, device)[0] for _ in range(2))
+        taken = once(call, device)[0]
+        if taken < _SAMPLE:
+            taken = once(call, device)[0]
         repeats[name] = max(1, min(10000, round(_SAMPLE / max(taken, 1e-7))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     start = time.perf_counter()
     with _no_garbage_collection():
         for done in range(_MAX_ROUNDS):
-            late = time.perf_counter() - start > seconds
-            if late and done >= _MIN_ROUNDS:
+            taken = time.perf_counter() - start
+            if taken > seconds and done >= (_MIN_ROUNDS if taken < _LONG * seconds else 2):
                 break
             names = names[1:] + names[:1]
             for name in names:

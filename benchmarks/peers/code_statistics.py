@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch.nn import functional
 from benchmarks.peers import Peer
 
 Result = tuple[Tensor, Tensor]
+
+_MOST_BYTES = 2 << 30  # a call takes seconds by then
 
 
 def index_add(x: Tensor, indices: Tensor, num_codes: int) -> Result:
@@ -37,14 +40,20 @@ def PLAIN(x: Tensor, indices: Tensor, num_codes: int, weights: Tensor | None) ->
     return index_add(x, indices, num_codes)
 
 
-def _unweighted(x: Tensor, indices: Tensor, num_codes: int, weights: Tensor | None) -> list[str]:
-    return [] if weights is None else ["written for vectors without weights"]
+def _fits(bytes_per_pair: int) -> Callable[..., list[str]]:
+    def unsupported(x: Tensor, indices: Tensor, num_codes: int, weights: Any) -> list[str]:
+        if weights is not None:
+            return ["written for vectors without weights"]
+        needed = bytes_per_pair * x.shape[0] * num_codes
+        return [f"not run where it needs {needed >> 30} GiB"] if needed > _MOST_BYTES else []
+
+    return unsupported
 
 
 def _peer(function: Callable[[Tensor, Tensor, int], Result], bytes_per_pair: int = 0) -> Peer:
     return Peer(
         lambda x, indices, num_codes, weights: lambda: function(x, indices, num_codes),
-        unsupported=_unweighted,
+        unsupported=_fits(bytes_per_pair),
         workspace=lambda x, indices, num_codes, _: bytes_per_pair * x.shape[0] * num_codes,
     )
 
