@@ -99,10 +99,11 @@ def _backend(op: Op, backend: Backend) -> Peer:
     names = list(inspect.signature(op.reference).parameters)
 
     def make(*arguments: Any) -> Callable[[], Any]:
-        if automatic(op, arguments[0].device.type)[0] == backend.name:
+        public = getattr(mmfast, op.name, None)
+        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        if public and automatic(op, device.type)[0] == backend.name:
             # What a user calls, checks included.
-            named = dict(zip(names, arguments, strict=True))
-            return functools.partial(getattr(mmfast, op.name), **named)
+            return functools.partial(public, **dict(zip(names, arguments, strict=True)))
         return functools.partial(select(op, backend.name, *arguments), *arguments)
 
     return Peer(make, backend.missing, backend.supported, cut=False)

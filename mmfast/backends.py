@@ -124,8 +124,11 @@ def call(op: Op, *args: Any) -> Any:
     """Run ``op`` on checked arguments: through the dispatcher, or on the forced backend."""
     if _forced is None:
         return library.overload(op.name)(*args)
-    with torch.no_grad():
-        return select(op, _forced, *args)(*args)
+    run = select(op, _forced, *args)
+    if op.backward is None or not torch.is_grad_enabled():
+        with torch.no_grad():
+            return run(*args)
+    return library.differentiable(op.backward, run, functools.partial(use_backend, _forced))(*args)
 
 
 def select(op: Op, name: str, *args: Any) -> Callable[..., Any]:

@@ -27,6 +27,12 @@ def check_floating(name: str, tensor: Tensor) -> None:
     check_dtype(name, tensor, FLOATING)
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """``value`` is one of ``choices``, else ValueError."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
 def check_device(**tensors: Tensor) -> None:
     """All on one device, else ValueError."""
     devices = {name: t.device for name, t in tensors.items()}

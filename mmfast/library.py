@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mmfast.registry import Backend, Op
+from mmfast.registry import Backend, Backward, Op
 
 NAMESPACE = "mmfast"
 
@@ -33,14 +33,50 @@ def _lazy(backend: Backend) -> Callable[..., Any]:
     return kernel
 
 
+def _setup(backward: Backward, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    # A gradient that nobody asks for costs nothing, instead of a tensor of zeros.
+    ctx.set_materialize_grads(False)
+    backward.setup(ctx, inputs, output)
+
+
+def differentiable(
+    backward: Backward, run: Callable[..., Any], again: Callable[[], Any]
+) -> Callable[..., Any]:
+    """``run``, with the gradients of ``backward``; these are computed inside ``again()``."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return run(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            _setup(backward, ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            with again():
+                return backward.gradients(ctx, *grads)
+
+    return Function.apply
+
+
 def define(op: Op) -> None:
     """Define ``torch.ops.mmfast.<op.name>`` with its reference, fake and Python-side kernels."""
     _library.define(op.name + op.schema)
     qualified = f"{NAMESPACE}::{op.name}"
     _library.impl(op.name, torch.no_grad()(op.reference), "CompositeExplicitAutograd")
-    # No op has a backward. Outputs that require no gradient say so; torch's fallback would warn
-    # only when one is asked for, and give none.
-    _library.impl(op.name, torch.library.fallthrough_kernel, "Autograd")
+    if op.backward is None:
+        # Outputs that require no gradient say so; torch's fallback would warn only when one is
+        # asked for, and give none.
+        _library.impl(op.name, torch.library.fallthrough_kernel, "Autograd")
+    else:
+        torch.library.register_autograd(
+            qualified,
+            op.backward.gradients,
+            setup_context=functools.partial(_setup, op.backward),
+            lib=_library,
+        )
     torch.library.register_fake(qualified, op.fake, lib=_library)
     taken: set[str] = set()
     for backend in op.backends.values():

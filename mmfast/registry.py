@@ -49,6 +49,20 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Backward:
+    """Gradients of an op, on whatever backend its own calls choose.
+
+    Attributes:
+        setup: ``setup(ctx, inputs, output)``: saves what the gradients need.
+        gradients: ``gradients(ctx, *grad_outputs)``: one per argument of the schema. A
+            ``grad_output`` is None where nothing asks for it.
+    """
+
+    setup: Callable[..., None]
+    gradients: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Op:
     """Everything mmfast knows about an op. See ``docs/adding_an_op.md``.
 
@@ -64,6 +78,7 @@ class Op:
             ``result`` is what the reference promises for ``arguments``. ``expected`` is the
             reference's result, where the caller has it already.
         dtypes: the floating dtypes the op takes.
+        backward: None for an op without gradients.
         vmap: batching rule, as ``torch.library.register_vmap`` wants it.
     """
 
@@ -76,6 +91,7 @@ class Op:
     cost: Callable[..., Cost]
     compare: Callable[..., list[str]]
     dtypes: tuple[torch.dtype, ...]
+    backward: Backward | None = None
     vmap: Callable[..., Any] | None = None
 
 

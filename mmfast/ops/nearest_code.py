@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backends
-from mmfast.checks import FLOATING, check_codebook, check_device, check_floating
+from mmfast.checks import FLOATING, check_choice, check_codebook, check_device, check_floating
 from mmfast.registry import Arguments, Cost, Op, Sample, register
 
 METRICS = ("euclidean", "cosine", "dot")
@@ -51,8 +51,7 @@ def nearest_code(
     check_floating("codebook", codebook)
     check_device(x=x, codebook=codebook)
     check_codebook(x, codebook)
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    check_choice("metric", metric, METRICS)
     return backends.call(OP, x, codebook, metric)
 
 
