@@ -339,7 +339,8 @@ def nearest_code_screen_kernel(
     place = tl.min(tl.where(best == top[:, None], o_p, _PLACES - 1), 1)
     rest = tl.max(tl.where(o_p == place[:, None], second, best), 1)
     # The numbers in the lowest bits, too, are an error.
-    margin = 2 * bound + (low + 1).to(tl.float32) * 2.5e-7 * tl.abs(top) + 1e-20
+    numbers = (low + 1).to(tl.float32) * 2.5e-7
+    margin = (2 * bound + numbers * tl.abs(top)) * (1 + numbers) + 1e-20
     certain = top - rest > margin
     index = _code(place, top.to(tl.int32, bitcast=True) & low)
     tl.store(index_ptr + head * N + rows, index.to(tl.int64), mask=m_n)
