@@ -39,7 +39,7 @@ def difference(module: nn.Module, forward: Callable[..., Any]) -> list[str]:
         except Exception as error:
             return [f"its forward needs other attributes in {mode}: {error}"]
         if len(got) != len(want) or not all(map(_alike, got, want)):
-            return [f"its forward gives something else in {mode} than its name says"]
+            return [f"its forward gives something else than the original's in {mode}"]
     return []
 
 

@@ -87,7 +87,7 @@ class LlamaGen:
         terms: tuple[Any, ...] = (None, None, None)
         if self.training:
             commitment, codebook = vqgan.losses(z, chosen)
-            terms = codebook, self.beta * commitment, torch.zeros_like(commitment)
+            terms = codebook, self.beta * commitment, 0 * commitment  # a zero with a gradient
         quantized = vqgan.straight_through(z, chosen).permute(0, 3, 1, 2)
         return quantized, (*terms, usage), (None, None, indices)
 

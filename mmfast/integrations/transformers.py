@@ -58,7 +58,6 @@ _CODEBOOKS: dict[str, tuple[str, Callable[..., Any]]] = {
     "EncodecEuclideanCodebook": ("encodec", Euclidean.quantize),
     "MimiEuclideanCodebook": ("mimi", Euclidean.quantize),
     "XcodecEuclideanCodebook": ("xcodec", Euclidean.quantize),
-    "HiggsAudioV2TokenizerEuclideanCodebook": ("higgs_audio_v2_tokenizer", Euclidean.quantize),
     "WavTokenizerEuclideanCodebook": ("wavtokenizer", Euclidean.quantize),
     "DacVectorQuantize": ("dac", Dac.decode_latents),
     "ChameleonVQVAEVectorQuantizer": ("chameleon", Vqgan.forward),
