@@ -198,6 +198,13 @@ def test_others_are_left():
         patch(library.FSQ(levels=[8, 5]))
 
 
+def test_another_codebook_is_left():
+    model = quantizer()
+    model._codebook = torch.nn.Identity()
+    with pytest.raises(ValueError, match="its codebook is of class Identity, expected Codebook"):
+        patch(model)
+
+
 def test_sampling_by_another_function_is_left():
     model = quantizer()
     model._codebook.gumbel_sample = lambda *_, **__: None

@@ -1,6 +1,7 @@
 """vector_quantize_pytorch: the lookup and the moving averages of ``VectorQuantize``.
 
-Two methods of its ``Codebook`` are replaced; the rest of the library runs as it is.
+Two methods of its ``Codebook`` are replaced, and ``VectorQuantize.forward`` sends the calls that
+need the distances past them. The rest of the library runs as it is.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def swap(module: Any) -> Swap:
     outer, inner = loaded_class(_MODULE, "VectorQuantize"), loaded_class(_MODULE, "Codebook")
     codebook: Any = module._codebook
     if not issubclass(type(codebook), inner):
-        return Swap(left=f"its codebook is a {type(codebook).__name__}, expected a Codebook")
+        return Swap(left=f"its codebook is of class {type(codebook).__name__}, expected Codebook")
     sample = codebook.gumbel_sample
     if not isinstance(sample, functools.partial) or sample.func.__module__ != _MODULE:
         return Swap(left="its codes are drawn by a function that is not the library's")
@@ -92,7 +93,9 @@ def _samples(codebook: Any, training: bool, temperature: float) -> bool:
 class VectorQuantize:
     """What takes the place of ``VectorQuantize``'s method."""
 
-    def forward(self: Any, x: Tensor, indices: Tensor | None = None, *args: Any, **options: Any):
+    def forward(
+        self: Any, x: Tensor, indices: Tensor | None = None, *args: Any, **options: Any
+    ) -> Any:
         """The library's own, with the library's codebook where the distances are needed."""
         if indices is not None or (self.training and _distances_train(self)):
             self = on_own_code(self)
