@@ -1,0 +1,10 @@
+"""Make the quantisers inside other libraries' models run on mmfast: ``patch(model)``.
+
+One file per library, listed in :mod:`mmfast.integrations.patching`. None of these libraries is
+imported here: what was not imported already cannot be in a model.
+"""
+
+from mmfast.integrations.patching import patch, unpatch
+from mmfast.integrations.report import PatchReport
+
+__all__ = ["PatchReport", "patch", "unpatch"]

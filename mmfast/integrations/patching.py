@@ -1,0 +1,107 @@
+"""Finding the quantisers in a model, patching them, and taking the patch back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from torch import nn
+
+from mmfast.integrations import diffusers, taming, transformers, vector_quantize
+from mmfast.integrations.binding import Library, Method, Swap, bound_names, is_bound
+from mmfast.integrations.report import Entry, PatchReport
+
+LIBRARIES: dict[str, Library] = {
+    library.name: library
+    for library in (
+        vector_quantize.LIBRARY,
+        diffusers.LIBRARY,
+        transformers.LIBRARY,
+        taming.LIBRARY,
+    )
+}
+
+
+def patch(model: nn.Module, *, libraries: Iterable[str] | None = None) -> PatchReport:
+    """Make the quantisers of other libraries inside ``model`` run on mmfast.
+
+    Modules stay where they are, with their class, parameters, buffers, hooks and state-dict
+    keys; the methods that look codes up are replaced on each instance. Outputs keep their types
+    and shapes, in training and evaluation. Values and gradients are the same to rounding, and the
+    indices too, except where the library's arithmetic did not find the nearest code: mmfast's
+    indices are exact. ``docs/integrations.md`` lists what each library's modules gain.
+
+    The patch moves with ``model.to(...)`` and ``copy.deepcopy(model)``, and works under
+    ``torch.compile``. Patching twice changes nothing more.
+
+    Args:
+        model: any module; it and all its submodules are looked at.
+        libraries: names out of ``LIBRARIES``; by default all of them.
+
+    Returns:
+        A :class:`PatchReport`: which modules, what was done, what was left and why. Its
+        ``undo()``, or the end of a ``with`` block on it, takes the patch back.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a name in ``libraries`` is unknown, or no module could be swapped; says what
+            was looked for and what was found.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    chosen = _chosen(libraries)
+    entries: list[Entry] = []
+    methods: list[Method] = []
+    for name, module in model.named_modules():
+        library = next((library for library in chosen if library.matches(module)), None)
+        if library is None:
+            continue
+        swap = library.swap(module)
+        objections = [reason for method in swap.methods for reason in method.objections()]
+        if objections:
+            swap = Swap(left="; ".join(objections))
+        for method in swap.methods:
+            if not is_bound(method.owner, method.name):
+                method.bind()
+                methods.append(method)
+        entries.append(Entry(name, library.name, type(module).__name__, swap.done, swap.left))
+    report = PatchReport(tuple(entries), tuple(methods))
+    if not report.swapped:
+        raise ValueError(_nothing(model, chosen, report))
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Take back every patch in ``model``, whichever report or copy it came from.
+
+    Raises:
+        ValueError: no module in it is patched.
+    """
+    found = [(module, name) for module in model.modules() for name in bound_names(module)]
+    if not found:
+        raise ValueError(f"no quantiser in {type(model).__name__} is patched")
+    for module, name in found:
+        delattr(module, name)
+
+
+def _chosen(names: Iterable[str] | None) -> list[Library]:
+    if names is None:
+        return list(LIBRARIES.values())
+    names = [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in names if name not in LIBRARIES]
+    if unknown:
+        known = ", ".join(LIBRARIES)
+        raise ValueError(f"libraries must be among {known}, got {', '.join(map(repr, unknown))}")
+    return [LIBRARIES[name] for name in names]
+
+
+def _nothing(model: nn.Module, chosen: list[Library], report: PatchReport) -> str:
+    """The message for a model without anything to swap."""
+    lines = [f"no quantiser in {type(model).__name__} can be swapped. Looked for:"]
+    for library in chosen:
+        imported = "" if library.name in sys.modules else " (not imported)"
+        lines.append(f"  {library.name}{imported}: {', '.join(library.classes)}")
+    if report.left:
+        lines.append("Found, but left:")
+        lines += [f"  {e.name or '(the model)'} ({e.class_name}): {e.left}" for e in report.left]
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""Whether a module's own forward and ours give the same, tried on a small input.
+
+For modules that are known only by their class's name, behind which may be anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from mmfast.integrations.binding import on_own_code
+
+_NUM_CODES = 8
+
+
+def difference(module: nn.Module, forward: Callable[..., Any]) -> list[str]:
+    """What ``forward`` does differently from the module's own, in training or in evaluation.
+
+    Outputs and gradients are compared on a view of the module with a few codes of its own, so
+    that the module does not change and the size of its codebook does not matter.
+
+    Args:
+        module: has ``embedding``, an ``nn.Embedding``, ``n_e``, the number of its codes, and takes
+            ``(B, D, height, width)``.
+        forward: takes the module and what the module's own takes.
+    """
+    for training in (False, True):
+        mode = "training" if training else "evaluation"
+        try:
+            want = _results(module, type(module).forward, training)
+        except Exception as error:  # whatever a foreign forward may raise
+            return [f"its forward refuses a small input in {mode}: {error}"]
+        try:
+            got = _results(module, forward, training)
+        except Exception as error:
+            return [f"its forward needs other attributes in {mode}: {error}"]
+        if len(got) != len(want) or not all(map(_alike, got, want)):
+            return [f"its forward gives something else than the original's in {mode}"]
+    return []
+
+
+def _results(module: nn.Module, forward: Callable[..., Any], training: bool) -> list[Any]:
+    """All that forward returns, the structure of it, and the gradients of z and of the codes."""
+    view: Any = on_own_code(module).train(training)
+    view._buffers = {name: b if b is None else b.clone() for name, b in view._buffers.items()}
+    generator = torch.Generator().manual_seed(0)
+    num_dims = view.embedding.embedding_dim
+    codes = torch.randn(_NUM_CODES, num_dims, generator=generator)
+    view.embedding = nn.Embedding.from_pretrained(codes, freeze=False)
+    view.n_e = _NUM_CODES
+    z = torch.randn(2, num_dims, 2, 3, generator=generator, requires_grad=True)
+    # An index without a place in a remapping may be drawn at random.
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        leaves, structure = tree_flatten(forward(view, z))
+        of = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        total = sum((leaf.square().sum() for leaf in of), z.sum())
+        gradients = torch.autograd.grad(total, (z, view.embedding.weight), allow_unused=True)
+    return [structure, *leaves, *gradients]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.allclose(
+            a, b, rtol=1e-4, atol=1e-5, equal_nan=True
+        )
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
