@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -478,7 +478,7 @@ class VectorQuantize(nn.Module):
         ema_update_weight: Weight | None = None,
         accum_ema_update: bool = False,
         ema_update: bool | None = None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         """Quantise ``x``, and while training let the codebook follow.
 
         Args:
@@ -612,7 +612,7 @@ class VectorQuantize(nn.Module):
             chosen = self._look_up(x, codes, call, gradient)
         if trained and call.topk is None:
             update(x.detach(), chosen.indices)
-        loss = torch.zeros_like(chosen.codebook)
+        loss = x.new_zeros((), dtype=torch.float32)
         if optimise:
             chosen.codebook.backward()
             if not self.manual_in_place_optimizer_update:
