@@ -11,6 +11,8 @@ import torch
 from cases import normal
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mmfast
 from mmfast.nn import LossBreakdown, VectorQuantize, losses, similarity
@@ -515,6 +517,34 @@ def test_pieces(monkeypatch, metric):
     assert torch.equal(whole[0][:, :, 0], nearest)
 
 
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["cosine", "learnable", "orthogonal", "diversity", "cross_entropy", "sampling", "soft", "topk"],
+)
+def test_nothing_of_n_times_k(monkeypatch, case):
+    monkeypatch.setattr(similarity, "_WORKSPACE", 1024)
+    options, arguments, _ = PEER[case]
+    module = VectorQuantize(4, 128, threshold_ema_dead_code=1, **options)
+    topk = {k: v for k, v in arguments.items() if k == "topk"}
+    with Largest() as largest:
+        quantized, _, loss = module(normal(16, 16, 4).requires_grad_(), **topk)
+        (quantized.sum() + loss.sum()).backward()
+    assert 0 < largest.elements < 256 * 128 // 8
+
+
 @pytest.mark.parametrize(("k", "d"), [(9, 4), (3, 7)])
 def test_orthogonal_loss(k, d):
     codes = normal(2, k, d)
@@ -591,6 +621,8 @@ def test_messages():
         module(x, mask=mask.float())
     with pytest.raises(ValueError, match=r"mask must have shape \(2, 15\), got \(2, 14\)"):
         module(x, mask=mask[:, 1:])
+    with pytest.raises(ValueError, match=r"x must have dim = 8 channels, got shape \(2, 8, 15\)"):
+        module(x.mT)
     with pytest.raises(ValueError, match="mask with lens"):
         module(x, mask=mask, lens=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match=r"x must be \(B, L, C\) or \(B, C\), got shape"):
