@@ -669,7 +669,7 @@ def test_messages():
 
 
 def test_ranks_are_one(tmp_path):
-    torch.multiprocessing.spawn(nn_ranks.work, (2, f"{tmp_path}/store", str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(nn_ranks.work, (f"{tmp_path}/store", str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for case in nn_ranks.CASES:
         indices, state = nn_ranks.train(case, slice(None))
