@@ -106,10 +106,10 @@ def vector_quantize(
     if gradient != "directional":
         return result
     noise = torch.randn_like(x) if noise is None else noise
-    return result._replace(quantized=_directional(x, result.quantized, noise, noise_variance))
+    return result._replace(quantized=directional(x, result.quantized, noise, noise_variance))
 
 
-def _directional(x: Tensor, quantized: Tensor, noise: Tensor, variance: float) -> Tensor:
+def directional(x: Tensor, quantized: Tensor, noise: Tensor, variance: float) -> Tensor:
     """x moved by its distance to the code, in the direction of the code with noise added."""
     error = quantized - x  # [..., D]
     direction = (error + math.sqrt(variance) * noise).detach()

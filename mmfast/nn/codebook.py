@@ -1,0 +1,248 @@
+"""The codebook of a vector quantiser: its buffers and how they follow the vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.nn.affine import Affine
+from mmfast.nn.dead_codes import replacements
+from mmfast.nn.initialisation import lloyd, unit
+from mmfast.nn.ranks import add_up
+from mmfast.ops.code_statistics import code_statistics
+from mmfast.ops.ema_update import ema_update_from_statistics_
+
+Weight = Tensor | Callable[[Tensor, Tensor], Tensor]
+
+
+class Codebook(Affine):
+    """H codebooks of K codes of D dimensions, and their moving averages.
+
+    Buffers, with the peer's names: ``initted`` (), ``cluster_size`` (H, K), ``embed_avg``
+    (H, K, D), and ``embed`` (H, K, D), a parameter if learnable. What is averaged stays float32
+    under autocast.
+
+    A code whose batch has a vector that is not finite keeps its averages.
+
+    Args: as those of :class:`mmfast.nn.VectorQuantize`; ``use_ddp`` is its ``sync_codebook``,
+    ``num_codebooks`` H.
+    """
+
+    initted: Tensor
+    cluster_size: Tensor
+    embed_avg: Tensor
+    embed: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        *,
+        num_codebooks: int,
+        kmeans_init: bool,
+        kmeans_iters: int,
+        sync_kmeans: bool,
+        decay: float,
+        eps: float,
+        threshold_ema_dead_code: float,
+        use_ddp: bool,
+        learnable_codebook: bool,
+        ema_update: bool,
+        manual_ema_update: bool,
+        use_cosine_sim: bool,
+        vq_bridge: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.codebook_size = codebook_size
+        self.num_codebooks = num_codebooks
+        self.kmeans_iters = kmeans_iters
+        self.sync_kmeans = use_ddp and sync_kmeans
+        self.decay = decay
+        self.eps = eps
+        self.threshold_ema_dead_code = threshold_ema_dead_code
+        self.reset_cluster_size = threshold_ema_dead_code
+        self.use_ddp = use_ddp
+        self.learnable_codebook = learnable_codebook
+        self.ema_update = ema_update
+        self.manual_ema_update = manual_ema_update
+        self.use_cosine_sim = use_cosine_sim
+        self.affine_param = False
+        embed = torch.zeros(num_codebooks, codebook_size, dim)
+        if not kmeans_init:
+            nn.init.kaiming_uniform_(embed)
+            embed = unit(embed) if use_cosine_sim else embed
+        self.register_buffer("initted", torch.tensor(not kmeans_init))
+        self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size))
+        self.register_buffer("embed_avg", embed.clone())
+        if learnable_codebook:
+            self.embed = nn.Parameter(embed)
+        else:
+            self.register_buffer("embed", embed)
+        self.vq_bridge = vq_bridge
+        # What is known on the host of ``initted``, so that a step does not ask the device.
+        self._ready = not kmeans_init
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._ready = not self.initted.is_meta and bool(self.initted)
+
+    @property
+    def metric(self) -> str:
+        """What is nearest. The vectors come normalised, so that the largest inner product is the
+        largest cosine similarity."""
+        return "dot" if self.use_cosine_sim else "euclidean"
+
+    @property
+    def replaces_dead_codes(self) -> bool:
+        """Whether codes that few vectors choose are replaced."""
+        return self.threshold_ema_dead_code > 0
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        """Vectors as the codebook compares them: normalised for the cosine."""
+        return unit(x) if self.use_cosine_sim else x
+
+    def ensure_initialised(self, x: Tensor, mask: Tensor | None) -> None:
+        """Initialise from ``x`` (H, N, D) if nothing else has.
+
+        Raises:
+            RuntimeError: that is needed now, and the call is being traced.
+        """
+        if self._ready:
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the codebook is not known to be initialised, which cannot be traced: before "
+                "compiling or exporting, call init_codebook_(x), or forward once"
+            )
+        self._ready = bool(self.initted)
+        if not self._ready:
+            self.init_embed_(x, mask)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def init_embed_(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """k-means on the vectors ``x`` (H, N, D), transformed, where ``mask`` (H, N) is True."""
+        codes, counts = lloyd(
+            x.detach(),
+            self.codebook_size,
+            self.kmeans_iters,
+            metric=self.metric,
+            inside=mask,
+            sync=self.sync_kmeans,
+        )
+        self.embed_avg.copy_(codes * counts[:, :, None])
+        self.cluster_size.copy_(counts)
+        self.update_ema()
+        self.initted.fill_(True)
+        self._ready = True
+
+    def codes(self) -> Tensor:
+        """The codes (H, K, D) that vectors are compared with. Changes of ``embed`` in place do not
+        reach them, so that gradients taken later are those of the codes that were chosen."""
+        embed = self.embed if self.learnable_codebook else self.embed.detach()
+        embed = embed.clone() if self.training else embed
+        if self.vq_bridge is not None:
+            embed = self.vq_bridge(embed)
+        return self.carried(embed) if self.affine_param else embed
+
+    @torch.no_grad()
+    def update_(
+        self,
+        x: Tensor,
+        indices: Tensor,
+        *,
+        weight: Weight | None = None,
+        accumulate: bool = False,
+        ema_update: bool | None = None,
+    ) -> None:
+        """Follow the vectors ``x`` (H, N, D) and their codes ``indices`` (H, N), -1 for none.
+
+        Args:
+            weight: of the new values of each code, ``(K,)`` or ``(H, K)``, times 1 - decay; or
+                what gives it from the batch's sums (H, K, D) and counts (H, K).
+            accumulate: only add to what the next update will take: the sums are kept in ``grad``
+                of the two averages.
+            ema_update: whether the codes follow the averages; by default the codebook's own.
+        """
+        ema_update = self.ema_update if ema_update is None else ema_update
+        if not ema_update and not self.replaces_dead_codes:
+            return
+        counts, sums = code_statistics(x, indices, self.codebook_size)
+        if self.affine_param:
+            sums = self.carried_back(sums, counts)
+        add_up(counts, self.use_ddp)
+        add_up(sums, self.use_ddp)
+        counts, sums = counts.to(self.cluster_size), sums.to(self.embed_avg)
+        scale = weight(sums, counts) if callable(weight) else weight
+        if accumulate:
+            _accumulate(self.cluster_size, counts)
+            _accumulate(self.embed_avg, sums)
+            return
+        counts = _with_accumulated(self.cluster_size, counts)
+        sums = _with_accumulated(self.embed_avg, sums)
+        finite = sums.isfinite().all(2)  # [H, K]
+        counts = torch.where(finite, counts, self.cluster_size)
+        sums = torch.where(finite[:, :, None], sums, self.embed_avg)
+        if scale is not None:
+            # Moving by scale (1 - decay) is moving by 1 - decay to a point on the way.
+            scale = scale.to(counts).expand_as(counts)
+            counts = torch.lerp(self.cluster_size, counts, scale)
+            sums = torch.lerp(self.embed_avg, sums, scale[:, :, None])
+        if ema_update and not self.manual_ema_update:
+            self._follow_statistics(counts, sums, self.decay)
+        else:
+            self.cluster_size.lerp_(counts, 1 - self.decay)
+            self.embed_avg.lerp_(sums, 1 - self.decay)
+        self.expire_codes_(x, indices >= 0)
+
+    def _follow_statistics(self, counts: Tensor, sums: Tensor, decay: float) -> None:
+        ema_update_from_statistics_(
+            self.embed,
+            self.cluster_size,
+            self.embed_avg,
+            counts,
+            sums,
+            decay=decay,
+            eps=self.eps,
+            normalize=self.use_cosine_sim,
+        )
+
+    def update_ema(self) -> None:
+        """Set the codes to the means that the averages say."""
+        self._follow_statistics(self.cluster_size, self.embed_avg, 1.0)
+
+    @torch.no_grad()
+    def expire_codes_(self, x: Tensor, inside: Tensor | None = None) -> None:
+        """While training, put random ones of the vectors ``x`` (H, ..., D), transformed, in the
+        place of codes whose ``cluster_size`` is below the threshold.
+
+        Args:
+            inside: ``(H, N)``, the vectors to take from; all if None.
+        """
+        if not self.replaces_dead_codes or not self.training:
+            return
+        x = x.detach().flatten(1, -2)
+        dead = self.cluster_size < self.threshold_ema_dead_code  # [H, K]
+        vectors, chosen = replacements(x, dead, inside, self.use_ddp)
+        if self.affine_param:
+            vectors = self.carried_back(vectors, torch.ones_like(self.cluster_size))
+        at = chosen[:, :, None]
+        size = self.reset_cluster_size
+        self.embed.copy_(torch.where(at, vectors.to(self.embed), self.embed))
+        self.embed_avg.copy_(torch.where(at, vectors.to(self.embed_avg) * size, self.embed_avg))
+        self.cluster_size.masked_fill_(chosen, size)
+
+
+def _accumulate(average: Tensor, new: Tensor) -> None:
+    average.grad = new if average.grad is None else average.grad + new
+
+
+def _with_accumulated(average: Tensor, new: Tensor) -> Tensor:
+    """``new`` and what has been kept for it, which is forgotten."""
+    kept, average.grad = average.grad, None
+    return new if kept is None else new + kept

@@ -1,0 +1,68 @@
+"""The first codebook: Lloyd's algorithm from random vectors of the first batch."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from mmfast.nn.ranks import Joined, add_up, of_first
+from mmfast.ops.code_statistics import code_statistics
+from mmfast.ops.nearest_code import nearest_code
+
+LEAST_NORM = 1e-6  # of a normalised vector's division
+
+
+def unit(x: Tensor) -> Tensor:
+    """``x`` (..., D) with rows of norm 1."""
+    return torch.nn.functional.normalize(x, dim=-1, eps=LEAST_NORM)
+
+
+@torch.no_grad()
+def lloyd(
+    x: Tensor, num_codes: int, iterations: int, *, metric: str, inside: Tensor | None, sync: bool
+) -> tuple[Tensor, Tensor]:
+    """Codes ``(H, K, D)`` of the vectors ``x`` (H, N, D), and how many vectors each had, (H, K).
+
+    Starts from different random vectors, with repetitions if there are fewer than K. A code that
+    loses all its vectors stays. Vectors that are not finite, or where ``inside`` (H, N) is False,
+    are left out. With ``sync`` the vectors are those of all processes, and so is the result.
+
+    Raises:
+        ValueError: no finite vector is left.
+    """
+    finite = x.isfinite().all(2).all(0).expand(x.shape[:2])  # [H, N]
+    inside = finite if inside is None else finite & inside
+    batch = Joined(x, inside, sync)
+    total = int(batch.total[0])
+    if total == 0:
+        raise ValueError(
+            f"the codebook must be initialised from at least one finite vector, "
+            f"got none in x of shape {tuple(x.shape)}"
+        )
+    if total < num_codes:
+        warnings.warn(
+            f"a codebook of {num_codes} codes is initialised from {total} vectors: "
+            "some codes will be equal",
+            stacklevel=2,
+        )
+    drawn = [
+        torch.randperm(total, device=x.device)[:num_codes]
+        if total >= num_codes
+        else torch.randint(0, total, (num_codes,), device=x.device)
+        for _ in range(x.shape[0])
+    ]
+    codes = batch.take(of_first(torch.stack(drawn), sync))  # [H, K, D]
+    counts = torch.ones_like(codes[:, :, 0])
+    for _ in range(iterations):
+        indices, _ = nearest_code(x, codes, metric=metric)
+        indices = torch.where(inside, indices, -1)
+        counts, sums = code_statistics(x, indices, num_codes)
+        add_up(counts, sync)
+        add_up(sums, sync)
+        means = sums / counts.clamp_min(1)[:, :, None]
+        if metric == "dot":
+            means = unit(means)
+        codes = torch.where(counts[:, :, None] > 0, means, codes)
+    return codes, counts
