@@ -81,7 +81,7 @@ class GroupedResidualVQ(nn.Module):
         sample_codebook_temp: float | None = None,
         freeze_codebook: bool | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | tuple[Tensor, ...], ...]:
         """Quantise ``x``; arguments and results are those of :meth:`ResidualVQ.forward`.
 
         All groups drop the same stages.
@@ -91,7 +91,7 @@ class GroupedResidualVQ(nn.Module):
 
         Returns:
             Quantised vectors of x's shape; indices ``(G, B, L, Q)``; losses ``(G, Q)``; and the
-            codes ``(G, Q, B, L, D)`` if asked for. If indices are given: quantised vectors and
+            codes ``(Q, B, L, D)`` of each group if asked for. If indices are given: quantised vectors and
             the loss ``()``.
 
         Raises:
@@ -133,4 +133,5 @@ class GroupedResidualVQ(nn.Module):
         joined = torch.cat(quantized, self.split_dim)
         if given[0] is not None:
             return joined, torch.stack(rest[0]).sum()
-        return joined, *(torch.stack(each) for each in rest)
+        indices, losses, *codes = rest
+        return joined, torch.stack(indices), torch.stack(losses), *codes
