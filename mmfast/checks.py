@@ -33,6 +33,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_possible(contradictions: dict[str, bool]) -> None:
+    """None of the options, by their description, contradict each other, else ValueError."""
+    for options, contradict in contradictions.items():
+        if contradict:
+            raise ValueError(f"not possible: {options}")
+
+
 def check_device(**tensors: Tensor) -> None:
     """All on one device, else ValueError."""
     devices = {name: t.device for name, t in tensors.items()}

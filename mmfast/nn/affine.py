@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.nn.ranks import add_up
+from mmfast.nn.ranks import add_up, several
 
 _LEAST_VARIANCE = 1e-5
 
@@ -70,7 +70,7 @@ class Affine(nn.Module):
         """Mean and variance (H, 1, D) over the vectors, of all processes where these are
         synchronised; NaN if there are none."""
         weight = x.new_ones(*x.shape[:2], 1) if mask is None else mask[:, :, None].to(x.dtype)
-        sync = self.sync_affine_param
+        sync = self.sync_affine_param and several()
         count = add_up(weight.sum(1, keepdim=True), sync)
         if mask is not None:
             x = torch.where(mask[:, :, None], x, 0)
@@ -90,20 +90,24 @@ class Affine(nn.Module):
             moved = torch.where(first, new, moved)
         old.copy_(torch.where(moved.isfinite(), moved, old))
 
-    def _scales(self) -> tuple[Tensor, Tensor]:
-        """Standard deviations of the codebook and of the batch."""
+    def _moments_of_both(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean and standard deviation of the codebook, then of the batch."""
+        assert self.batch_mean is not None
         assert self.batch_variance is not None
-        codebook, batch = self.codebook_variance, self.batch_variance
-        return codebook.clamp_min(_LEAST_VARIANCE).sqrt(), batch.clamp_min(_LEAST_VARIANCE).sqrt()
+        codebook, batch = (
+            variance.clamp_min(_LEAST_VARIANCE).sqrt()
+            for variance in (self.codebook_variance, self.batch_variance)
+        )
+        return self.codebook_mean, codebook, self.batch_mean, batch
 
     def carried(self, embed: Tensor) -> Tensor:
         """Codes ``embed`` (H, K, D) where the vectors are."""
-        codebook, batch = self._scales()
-        return (embed - self.codebook_mean) * (batch / codebook) + self.batch_mean
+        codebook_mean, codebook, batch_mean, batch = self._moments_of_both()
+        return (embed - codebook_mean) * (batch / codebook) + batch_mean
 
     def carried_back(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Sums ``(H, K, D)`` of ``counts`` (H, K) vectors each, as if of vectors where the
         codebook is."""
-        codebook, batch = self._scales()
+        codebook_mean, codebook, batch_mean, batch = self._moments_of_both()
         ratio = codebook / batch
-        return sums * ratio + counts[:, :, None] * (self.codebook_mean - self.batch_mean * ratio)
+        return sums * ratio + counts[:, :, None] * (codebook_mean - batch_mean * ratio)

@@ -123,6 +123,7 @@ class Codebook(Affine):
         if not self._ready:
             self.init_embed_(x, mask)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def init_embed_(self, x: Tensor, mask: Tensor | None = None) -> None:
         """k-means on the vectors ``x`` (H, N, D), transformed, where ``mask`` (H, N) is True."""

@@ -67,3 +67,11 @@ def passed(x: Tensor, codes: Tensor, gradient: str, variance: float) -> Tensor:
     w = unit(e + q)
     rotated = x - 2 * (x * w).sum(-1, keepdim=True) * w + 2 * (x * e).sum(-1, keepdim=True) * q
     return rotated * scale
+
+
+def active(indices: Tensor, num_codes: int) -> Tensor:
+    """(C, K): whether a vector has the code, of indices (C, ...), -1 for none."""
+    slots = indices.flatten(1)
+    slots = torch.where(slots >= 0, slots, num_codes)
+    active = slots.new_zeros(slots.shape[0], num_codes + 1, dtype=torch.bool)
+    return active.scatter_(1, slots, True)[:, :num_codes]

@@ -78,9 +78,8 @@ def _gumbel(like: Tensor) -> Tensor:
 def gathered(codes: Tensor, indices: Tensor) -> Tensor:
     """Codes (C, M, ..., D) at ``indices`` (C, M, ...) of (C, K, D), or of each vector's own
     (C, M, K, D)."""
-    flat = indices.flatten(1) if codes.dim() == 3 else indices.flatten(2)
-    if codes.dim() == 4 and indices.dim() == 2:
-        flat = indices[:, :, None]
+    lead = codes.dim() - 2
+    flat = indices.flatten(lead) if indices.dim() > lead else indices[..., None]
     index = flat[..., None].expand(*flat.shape, codes.shape[-1])
     return codes.gather(-2, index).reshape(*indices.shape, codes.shape[-1])
 

@@ -5,30 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmfast.checks import check_dtype, check_floating
+from mmfast.checks import check_dtype, check_floating, check_possible
 from mmfast.nn import losses, similarity
 from mmfast.nn.codebook import Codebook, Weight
 from mmfast.nn.layouts import Heads, Layout, mask_of_lens
+from mmfast.nn.look_up import Chosen, in_pieces, nearest
 from mmfast.nn.losses import LossBreakdown
 from mmfast.nn.ranks import several
-from mmfast.ops.vector_quantize import vector_quantize
-
-
-class _Chosen(NamedTuple):
-    """What a look-up gives: codes with the forward's gradient, indices, and what the commitment
-    loss is, to the vectors and to the codes."""
-
-    quantized: Tensor  # [C, M, D], with topk [C, M, k, D]
-    indices: Tensor  # [C, M], with topk [C, M, k]
-    commitment: Tensor  # [], with topk [C, M, k]
-    codebook: Tensor  # the same number
 
 
 class _Call(NamedTuple):
@@ -65,6 +55,8 @@ class VectorQuantize(nn.Module):
 
     Where it differs from its model:
 
+    - gradients are those of the codes that were compared with; the model overwrites them in the
+      forward, before losses on distances take theirs;
     - a masked commitment loss compares the codes with what was quantised, after projection and
       normalisation, as the one without a mask does; the model takes the raw input;
     - ``lens`` counts positions also where channels are first;
@@ -183,7 +175,7 @@ class VectorQuantize(nn.Module):
         if rotation_trick is None:
             rotation_trick = dim > 1 and not directional_reparam and not straight_through
         orthogonal = orthogonal_reg_weight > 0
-        _refuse(
+        check_possible(
             {
                 "use_cosine_sim with learnable_codebook": use_cosine_sim and learnable_codebook,
                 "use_cosine_sim with affine_param": use_cosine_sim and affine_param,
@@ -305,6 +297,12 @@ class VectorQuantize(nn.Module):
             self._codebook.embed.copy_(codes if self.separate_codebook_per_head else codes[None])
 
     @property
+    def _gradient(self) -> str:
+        if self.rotation_trick:
+            return "rotation"
+        return "directional" if self.directional_reparam else "straight_through"
+
+    @property
     def _layout(self) -> Layout:
         spatial = 2 if self.accept_image_fmap else 3 if self.accept_3d_fmap else 1
         return Layout(spatial, spatial > 1 or not self.channel_last)
@@ -394,6 +392,8 @@ class VectorQuantize(nn.Module):
     def _vectors(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """What is quantised of the input: (C, M, D), and the sizes of its positions."""
         tokens, sizes = self._layout.tokens(x)
+        if tokens.shape[2] != self.dim:
+            raise ValueError(f"x must have dim = {self.dim} channels, got shape {tuple(x.shape)}")
         vectors = self._heads.split(self.project_in(tokens)).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return self._codebook.transform_input(vectors), sizes
@@ -411,58 +411,17 @@ class VectorQuantize(nn.Module):
         codes = call.codebook_transform_fn(codes).flatten(1, 2)  # [C, M, K, D]
         return self._codebook.transform_input(codes)
 
-    def _look_up(self, x: Tensor, codes: Tensor, call: _Call, gradient: str) -> _Chosen:
+    def _look_up(self, x: Tensor, codes: Tensor, call: _Call, gradient: str) -> Chosen:
         """Codes of the vectors ``x`` (C, M, D)."""
-        drawn = self.training and self.stochastic_sample_codes and call.temperature > 0
-        soft = self.training and self.straight_through and call.temperature > 0
-        if drawn or soft or call.topk is not None or codes.dim() == 4:
-            return self._look_up_in_pieces(x, codes, call, gradient, drawn, soft)
-        result = vector_quantize(
-            x,
-            codes,
-            metric=self._codebook.metric,
-            gradient=gradient,
-            mask=call.mask,
-            noise_variance=self.directional_reparam_variance,
+        metric, variance = self._codebook.metric, self.directional_reparam_variance
+        random = self.training and call.temperature > 0
+        drawn = call.temperature if random and self.stochastic_sample_codes else None
+        soft = call.temperature if random and self.straight_through else None
+        if drawn is None and soft is None and call.topk is None and codes.dim() == 3:
+            return nearest(x, codes, metric, gradient, variance, call.mask)
+        return in_pieces(
+            x, codes, metric, gradient, variance, call.mask, topk=call.topk, drawn=drawn, soft=soft
         )
-        return _Chosen(
-            result.quantized,
-            result.indices,
-            result.commitment_loss.mean(),
-            result.codebook_loss.mean(),
-        )
-
-    def _look_up_in_pieces(
-        self, x: Tensor, codes: Tensor, call: _Call, gradient: str, drawn: bool, soft: bool
-    ) -> _Chosen:
-        metric = self._codebook.metric
-        indices = similarity.choose(
-            x.detach(),
-            codes.detach(),
-            metric,
-            topk=call.topk,
-            temperature=call.temperature if drawn else None,
-        )
-        quantized = similarity.gathered(codes, indices)
-        if soft:
-            mean = similarity.expected_codes(x, codes, metric, call.temperature)
-            quantized = quantized + (mean - mean.detach())
-        quantized = quantized.to(x.dtype)
-        if call.topk is not None:
-            x = x[:, :, None].expand_as(quantized)
-        commitment = (quantized.detach() - x).square().float().mean(-1)
-        codebook = (quantized - x.detach()).square().float().mean(-1)
-        mask = call.mask
-        if mask is not None:
-            each = mask if call.topk is None else mask[:, :, None]
-            commitment, codebook = (torch.where(each, t, 0) for t in (commitment, codebook))
-            if call.topk is None:
-                indices = torch.where(mask, indices, -1)
-        if call.topk is None:
-            count = max(commitment.numel(), 1) if mask is None else mask.sum().clamp_min(1)
-            commitment, codebook = commitment.sum() / count, codebook.sum() / count
-        passed = losses.passed(x, quantized, gradient, self.directional_reparam_variance)
-        return _Chosen(passed, indices, commitment, codebook)
 
     def forward(
         self,
@@ -478,7 +437,7 @@ class VectorQuantize(nn.Module):
         ema_update_weight: Weight | None = None,
         accum_ema_update: bool = False,
         ema_update: bool | None = None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         """Quantise ``x``, and while training let the codebook follow.
 
         Args:
@@ -559,7 +518,7 @@ class VectorQuantize(nn.Module):
     ) -> None:
         check_floating("x", x)
         masked = mask is not None or lens is not None
-        _refuse(
+        check_possible(
             {
                 "mask with lens": mask is not None and lens is not None,
                 "mask or lens with images or volumes": masked and self._layout.spatial > 1,
@@ -576,7 +535,7 @@ class VectorQuantize(nn.Module):
             return
         if topk < 1:
             raise ValueError(f"topk must be at least 1, got {topk}")
-        _refuse(
+        check_possible(
             {
                 "topk with more than one head": self.heads > 1,
                 "topk with commitment_use_cross_entropy_loss while training": (
@@ -592,17 +551,9 @@ class VectorQuantize(nn.Module):
 
     def _quantize(
         self, x: Tensor, call: _Call, routed: bool, update: Callable[[Tensor, Tensor], None]
-    ) -> tuple[Tensor, _Chosen, Tensor]:
+    ) -> tuple[Tensor, Chosen, Tensor]:
         """The codes compared with, those chosen, and the in-place optimiser's loss."""
-        gradient = "none"
-        if routed:
-            gradient = (
-                "rotation"
-                if self.rotation_trick
-                else "directional"
-                if self.directional_reparam
-                else "straight_through"
-            )
+        gradient = self._gradient if routed else "none"
         trained = self.training and not call.frozen
         optimise = trained and self.in_place_codebook_optimizer is not None
         codes = self._effective_codes(call)
@@ -612,7 +563,7 @@ class VectorQuantize(nn.Module):
             chosen = self._look_up(x, codes, call, gradient)
         if trained and call.topk is None:
             update(x.detach(), chosen.indices)
-        loss = torch.zeros_like(chosen.codebook)
+        loss = x.new_zeros((), dtype=torch.float32)
         if optimise:
             chosen.codebook.backward()
             if not self.manual_in_place_optimizer_update:
@@ -626,7 +577,7 @@ class VectorQuantize(nn.Module):
         return codes, chosen, loss
 
     def _loss(
-        self, x: Tensor, codes: Tensor, chosen: _Chosen, call: _Call, optimised: Tensor
+        self, x: Tensor, codes: Tensor, chosen: Chosen, call: _Call, optimised: Tensor
     ) -> tuple[Tensor, LossBreakdown]:
         """The weighted sum of the losses, and these."""
         metric, layout = self._codebook.metric, (call.batch, call.length)
@@ -653,7 +604,7 @@ class VectorQuantize(nn.Module):
         if self.training and self.has_codebook_orthogonal_loss:
             active = None
             if self.orthogonal_reg_active_codes_only:
-                active = _active(chosen.indices, self.codebook_size)
+                active = losses.active(chosen.indices, self.codebook_size)
             orthogonal = losses.orthogonal(
                 self._codebook.embed, active, self.orthogonal_reg_max_codes
             )
@@ -669,21 +620,6 @@ class VectorQuantize(nn.Module):
         return loss, LossBreakdown(commitment, diversity, orthogonal, optimised)
 
 
-def _refuse(contradictions: dict[str, bool]) -> None:
-    """ValueError that names the first contradiction."""
-    for options, holds in contradictions.items():
-        if holds:
-            raise ValueError(f"not possible: {options}")
-
-
 def _beside(mask: Tensor, t: Tensor) -> Tensor:
     """``mask`` (B, L) to broadcast with ``t`` (B, L, ...)."""
     return mask.reshape(*mask.shape, *(1,) * (t.dim() - 2))
-
-
-def _active(indices: Tensor, num_codes: int) -> Tensor:
-    """(C, K): whether a vector has the code, of indices (C, ...), -1 for none."""
-    slots = indices.flatten(1)
-    slots = torch.where(slots >= 0, slots, num_codes)
-    active = slots.new_zeros(slots.shape[0], num_codes + 1, dtype=torch.bool)
-    return active.scatter_(1, slots, True)[:, :num_codes]
