@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import nn_residual_ranks
 import pytest
 import torch
 from cases import normal
@@ -316,6 +317,21 @@ def test_shared_codebook_replaces_dead_codes_from_all_stages_and_samples():
     assert len(from_sample.unique()) > 1
 
 
+def test_shared_codebook_takes_the_step_of_its_optimizer():
+    torch.manual_seed(0)
+    module = ResidualVQ(
+        **BASE,
+        **BY_GRADIENT,
+        shared_codebook=True,
+        in_place_codebook_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+    )
+    before = module.codebooks.detach().clone()
+    module(normal(2, 6, 8))
+    after = module.codebooks
+    assert not torch.equal(before, after)
+    assert torch.equal(after[0], after[2])
+
+
 def test_dropout_leaves_out_the_last_stages():
     torch.manual_seed(0)
     module = ResidualVQ(
@@ -325,7 +341,7 @@ def test_dropout_leaves_out_the_last_stages():
     for seed in range(30):
         before = [layer._codebook.cluster_size.clone() for layer in module.layers]
         x = normal(1, 5, 8, seed=seed)
-        quantized, indices, losses = module(x, rand_quantize_dropout_fixed_seed=seed)
+        _, indices, losses = module(x, rand_quantize_dropout_fixed_seed=seed)
         used = int((indices[0, 0] >= 0).sum())
         seen.add(used)
         assert (indices[..., :used] >= 0).all()
@@ -367,8 +383,10 @@ def draw(module, seed):
     return module._num_stages(seed, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", ["projected", "shared", "implicit", "beam_shared"])
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [("projected", False), ("shared", True), ("implicit", True), ("beam_shared", True)],
+)
 def test_compiles(name, training):
     torch.manual_seed(0)
     module = ResidualVQ(**BASE | OPTIONS[name] | {"num_quantizers": 2}).train(training)
@@ -400,6 +418,19 @@ def test_compiles_with_dropout(module):
         assert (used == used[0]).all()
         seen.add(int(used[0]))
     assert len(seen) > 1
+
+
+def test_ranks_drop_the_same_stages(tmp_path):
+    torch.multiprocessing.spawn(
+        nn_residual_ranks.work, (2, f"{tmp_path}/store", str(tmp_path)), nprocs=2
+    )
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for (used, state), (expected, other) in zip(*ranks, strict=True):
+        assert used == expected
+        assert len(set(used)) > 1
+        # The codebooks follow the batches of both.
+        for key, value in state.items():
+            assert torch.equal(value, other[key]), key
 
 
 def test_exports():
@@ -444,6 +475,11 @@ def test_exports():
             NotImplementedError,
             "implicit_neural_codebook together with stochastic_sample_codes",
         ),
+        (
+            {"implicit_neural_codebook": True, "in_place_codebook_optimizer": torch.optim.SGD},
+            NotImplementedError,
+            "implicit_neural_codebook together with in_place_codebook_optimizer",
+        ),
     ],
 )
 def test_messages_of_the_constructor(options, error, message):
@@ -470,6 +506,8 @@ def test_messages():
         module.get_codes_from_indices(torch.zeros(2, 6, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="needs a commitment_weight above 0"):
         ResidualVQ(**BASE, commitment_weight=0.0)(x, beam_size=2)
+    with pytest.raises(NotImplementedError, match="beam search with implicit_neural_codebook"):
+        ResidualVQ(**BASE, implicit_neural_codebook=True)(x, beam_size=2)
     images = ResidualVQ(**BASE, accept_image_fmap=True)
     with pytest.raises(ValueError, match=r"x must be \(B, 8, height, width\), got shape \(2, 6, 8"):
         images(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,13 @@ class GroupedResidualVQ(nn.Module):
         )
 
     @property
+    def _groups(self) -> list[ResidualVQ]:
+        return cast(list[ResidualVQ], list(self.rvqs))
+
+    @property
     def codebooks(self) -> Tensor:
-        """``(G, Q, K, D)``."""
-        return torch.stack([rvq.codebooks for rvq in self.rvqs])
+        """``(G, Q, K, D)``, of stages of one size."""
+        return torch.stack([cast(Tensor, rvq.codebooks) for rvq in self._groups])
 
     @property
     def split_dim(self) -> int:
@@ -60,7 +64,7 @@ class GroupedResidualVQ(nn.Module):
         return torch.stack(
             [
                 rvq.get_codes_from_indices(of_group)
-                for rvq, of_group in zip(self.rvqs, indices, strict=True)
+                for rvq, of_group in zip(self._groups, indices, strict=True)
             ]
         )
 
@@ -69,7 +73,7 @@ class GroupedResidualVQ(nn.Module):
         too."""
         outputs = [
             rvq.get_output_from_indices(of_group)
-            for rvq, of_group in zip(self.rvqs, indices, strict=True)
+            for rvq, of_group in zip(self._groups, indices, strict=True)
         ]
         return torch.cat(outputs, -1)
 
@@ -91,8 +95,8 @@ class GroupedResidualVQ(nn.Module):
 
         Returns:
             Quantised vectors of x's shape; indices ``(G, B, L, Q)``; losses ``(G, Q)``; and the
-            codes ``(Q, B, L, D)`` of each group if asked for. If indices are given: quantised vectors and
-            the loss ``()``.
+            codes ``(Q, B, L, D)`` of each group if asked for. If indices are given: quantised
+            vectors and the loss ``()``.
 
         Raises:
             ValueError: x has another number of channels, or there are indices of another number
@@ -113,7 +117,7 @@ class GroupedResidualVQ(nn.Module):
                 )
             given = list(indices)
         seed = None
-        if self.training and self.rvqs[0].quantize_dropout:
+        if self.training and self._groups[0].quantize_dropout:
             seed = draw_seed(x.device)
         results = [
             rvq(
@@ -126,7 +130,7 @@ class GroupedResidualVQ(nn.Module):
                 rand_quantize_dropout_fixed_seed=seed,
             )
             for rvq, part, of_group in zip(
-                self.rvqs, x.chunk(self.groups, self.split_dim), given, strict=True
+                self._groups, x.chunk(self.groups, self.split_dim), given, strict=True
             )
         ]
         quantized, *rest = zip(*results, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_WORKSPACE = 1 << 22  # numbers in a piece's largest intermediate
+_WORKSPACE = 1 << 20  # numbers in a piece's largest intermediate
 
 
 class ImplicitCodebook(nn.Module):

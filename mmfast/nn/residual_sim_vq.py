@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,19 +77,23 @@ class ResidualSimVQ(nn.Module):
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
 
     @property
+    def _stages(self) -> list[SimVQ]:
+        return cast(list[SimVQ], list(self.layers))
+
+    @property
     def codebook_size(self) -> int:
         """K."""
-        return self.layers[0].codebook_size
+        return self._stages[0].codebook_size
 
     @property
     def codebook_dim(self) -> int:
         """D."""
-        return self.layers[0].codebook_dim
+        return self._stages[0].codebook_dim
 
     @property
     def codebooks(self) -> Tensor:
         """``(Q, K, D)``."""
-        return torch.stack([layer.codebook for layer in self.layers])
+        return torch.stack([layer.codebook for layer in self._stages])
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes of each stage at ``indices`` (B, ..., Q), zero where they are -1.
@@ -104,7 +108,7 @@ class ResidualSimVQ(nn.Module):
         codes = torch.stack(
             [
                 without_dropped(codes_at(layer.codebook, index), index)
-                for layer, index in zip(self.layers, indices.unbind(-1), strict=True)
+                for layer, index in zip(self._stages, indices.unbind(-1), strict=True)
             ]
         )
         return codes.movedim(-1, 2) if self.channel_first else codes
@@ -147,7 +151,7 @@ class ResidualSimVQ(nn.Module):
             x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         residual, total = x, torch.zeros_like(x)
         all_indices, all_losses = [], []
-        for stage, layer in enumerate(self.layers):
+        for stage, layer in enumerate(self._stages):
             if is_dropped(stage, num_stages):
                 break
             quantized, indices, loss = undo_dropped(stage, num_stages, *layer(residual))

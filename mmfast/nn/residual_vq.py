@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +27,42 @@ from mmfast.nn.vector_quantize import VectorQuantize
 
 _NOISE_VARIANCE = 5e-3  # of DiVeQ's direction
 
-# What needs all K codes of every vector, which an implicit codebook makes in pieces only.
-_NEED_ALL_CODES = (
+# What an implicit codebook cannot serve: all K codes of every vector are made in pieces only, and
+# the gradient of a stage's codes runs through the stages before it.
+_NOT_WITH_IMPLICIT = (
     "stochastic_sample_codes",
     "straight_through",
     "commitment_use_cross_entropy_loss",
     "codebook_diversity_loss_weight",
     "threshold_ema_dead_code",
+    "in_place_codebook_optimizer",
 )
 
 
 class ResidualVQ(nn.Module):
     """Residual quantisation with Q stages of :class:`VectorQuantize`.
 
-    Takes the place of ``vector_quantize_pytorch.ResidualVQ``: arguments, results, state dict, and
-    from the same seed the same parameters.
+    Takes the place of ``vector_quantize_pytorch.ResidualVQ`` (1.32): arguments, results, state
+    dict, and from the same seed the same parameters.
+
+    ``torch.compile(fullgraph=True)`` takes the forward without a break. With quantize dropout all
+    stages then run, and those left out are undone: the device draws their number. Eager, they do
+    not run, and one number is drawn on the host, which with several processes waits for the
+    device. All processes drop the same stages.
+
+    With an implicit codebook all K codes of every vector are made in pieces and without gradient;
+    only the nearest of each is made again with one.
+
+    Where it differs from its model:
+
+    - images, given indices, and ``freeze_codebook`` of the constructor work; an image's indices
+      are (B, height, width, Q);
+    - each stage's cross-entropy is that of what the earlier stages left over;
+    - a beam search moves the codebooks of all stages, not the first one's alone, and none that
+      is frozen;
+    - a shared codebook that learns by an in-place optimizer takes its step, and its dead codes
+      are replaced by vectors of all samples, masked ones left out;
+    - ``diveq`` adds no noise in eval mode.
 
     Args:
         dim: of the vectors.
@@ -69,8 +90,8 @@ class ResidualVQ(nn.Module):
 
     Raises:
         ValueError: arguments that are out of range or contradict each other.
-        NotImplementedError: an implicit codebook together with what would need all K codes of
-            every vector at once, or with beam search.
+        NotImplementedError: an implicit codebook together with beam search, sampling, dead codes,
+            an in-place optimizer, or the losses that compare with all codes.
 
     Source: Zeghidour et al., "SoundStream" (2021), algorithm 1, and for the dropout sec. 3.3.
     """
@@ -172,18 +193,22 @@ class ResidualVQ(nn.Module):
                 for _ in range(len(sizes) - 1)
             )
         if shared_codebook:
-            for layer in self.layers[1:]:
-                layer._codebook = self.layers[0]._codebook
+            for layer in self._stages[1:]:
+                layer._codebook = self._stages[0]._codebook
+
+    @property
+    def _stages(self) -> list[VectorQuantize]:
+        return cast(list[VectorQuantize], list(self.layers))
 
     @property
     def codebook_size(self) -> int:
         """K, of the first stage."""
-        return self.layers[0].codebook_size
+        return self._stages[0].codebook_size
 
     @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
         """``(Q, K, D)``, or a tuple of ``(K, D)`` if their sizes differ."""
-        codebooks = tuple(layer._codebook.embed[0] for layer in self.layers)
+        codebooks = tuple(layer._codebook.embed[0] for layer in self._stages)
         return torch.stack(codebooks) if self.uniform_codebook_size else codebooks
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
@@ -195,7 +220,7 @@ class ResidualVQ(nn.Module):
         indices = with_all_stages(indices, self.num_quantizers, self.quantize_dropout)
         all_codes: list[Tensor] = []
         total: Tensor | None = None
-        for stage, (layer, index) in enumerate(zip(self.layers, indices.unbind(-1), strict=True)):
+        for stage, (layer, index) in enumerate(zip(self._stages, indices.unbind(-1), strict=True)):
             codes = codes_at(layer._codebook.embed[0], index)
             if self.mlps is not None and total is not None:
                 codes = self.mlps[stage - 1](codes, condition=total)
@@ -292,7 +317,7 @@ class ResidualVQ(nn.Module):
         """
         residual, total = x, torch.zeros_like(x)
         all_indices, all_losses, inputs = [], [], []
-        for stage, layer in enumerate(self.layers):
+        for stage, layer in enumerate(self._stages):
             if is_dropped(stage, num_stages):
                 break
             inputs.append(residual)
@@ -300,7 +325,7 @@ class ResidualVQ(nn.Module):
             if self.mlps is None or stage == 0:
                 quantized, indices, loss = self._stage(layer, residual, **call)
             else:
-                codes = Chosen(self.mlps[stage - 1], residual, total)
+                codes = Chosen(cast(ImplicitCodebook, self.mlps[stage - 1]), residual, total)
                 quantized, indices, loss = self._stage(
                     layer, residual, codebook_transform_fn=codes, **call
                 )
@@ -318,16 +343,18 @@ class ResidualVQ(nn.Module):
         self, x: Tensor, num_stages: int | Tensor, width: int, call: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """As :meth:`_quantize`, keeping the ``width`` best choices of codes after each stage."""
+        if self.implicit_neural_codebook:
+            raise NotImplementedError("beam search with implicit_neural_codebook is not supported")
         if isinstance(num_stages, Tensor):
             raise NotImplementedError(
                 "beam search with quantize_dropout needs the number of stages on the host: not "
                 "while tracing, nor with a tensor as rand_quantize_dropout_fixed_seed"
             )
-        if self.training and not self.layers[0].has_commitment_loss:
+        if self.training and not self._stages[0].has_commitment_loss:
             raise ValueError("beam search while training needs a commitment_weight above 0")
         mask = call["mask"]
 
-        def candidates(layer: nn.Module, residual: Tensor) -> Candidates:
+        def candidates(layer: VectorQuantize, residual: Tensor) -> Candidates:
             beams = residual.shape[2]
             spread = None if mask is None else mask.repeat_interleave(beams, 1)
             found = self._stage(
@@ -335,7 +362,7 @@ class ResidualVQ(nn.Module):
             )
             return Candidates(*(t.unflatten(1, (-1, beams)) for t in found))
 
-        layers = self.layers[:num_stages]
+        layers = self._stages[:num_stages]
         path = beam_search(
             x,
             [partial(candidates, layer) for layer in layers],
@@ -363,7 +390,7 @@ class ResidualVQ(nn.Module):
         residual, total = x, torch.zeros_like(x)
         loss = torch.zeros((), device=x.device)
         inputs = []
-        for layer, target in zip(self.layers, targets.unbind(-1), strict=True):
+        for layer, target in zip(self._stages, targets.unbind(-1), strict=True):
             inputs.append(residual)
             quantized, cross_entropy = layer(self._arranged(residual), indices=target, **call)
             residual = residual - self._passed_on(quantized)
@@ -372,7 +399,7 @@ class ResidualVQ(nn.Module):
         return total, loss, inputs
 
     def _stage(
-        self, layer: nn.Module, x: Tensor, **call: Any
+        self, layer: VectorQuantize, x: Tensor, **call: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What a stage makes of ``x`` (B, L, D): codes (B, L, ..., D), indices (B, L, ...)."""
         quantized, indices, loss = layer(self._arranged(x), **call)
@@ -404,7 +431,7 @@ class ResidualVQ(nn.Module):
         return detached if fraction <= 0 else torch.lerp(detached, quantized, fraction)
 
     def _frozen(self, freeze_codebook: bool | None) -> bool:
-        return self.layers[0].freeze_codebook if freeze_codebook is None else freeze_codebook
+        return self._stages[0].freeze_codebook if freeze_codebook is None else freeze_codebook
 
     def _num_stages(self, seed: int | Tensor | None, device: torch.device) -> int | Tensor:
         """How many stages take part in this call."""
@@ -424,7 +451,7 @@ class ResidualVQ(nn.Module):
         """The step of the shared codebook, after all stages have added to its averages."""
         if self._frozen(freeze_codebook):
             return
-        first = self.layers[0]
+        first = self._stages[0]
         codebook = first._codebook
         if codebook.ema_update:
             codebook.update_ema()
@@ -493,7 +520,7 @@ def _sizes(codebook_size: int | tuple[int, ...], num_quantizers: int | None) -> 
 
 
 def _check_implicit(beam_size: int | None, vq_kwargs: Mapping[str, Any]) -> None:
-    refused = [name for name in _NEED_ALL_CODES if vq_kwargs.get(name)]
+    refused = [name for name in _NOT_WITH_IMPLICIT if vq_kwargs.get(name)]
     refused += ["beam_size"] if beam_size is not None and beam_size > 1 else []
     if refused:
         raise NotImplementedError(
