@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmfast.nn import VectorQuantize
 
-STEPS = 5
+STEPS = 4
 CASES: dict[str, dict[str, Any]] = {
     "ema": {},
     "kmeans": {"kmeans_init": True, "heads": 2, "separate_codebook_per_head": True},

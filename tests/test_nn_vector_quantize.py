@@ -229,6 +229,35 @@ def test_bridge():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_cosine_sim": True},
+        {"shared_codebook": True, "threshold_ema_dead_code": 1e-9},
+        {"implicit_neural_codebook": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_under_the_peers_residual_quantiser(monkeypatch, options):
+    residual = pytest.importorskip("vector_quantize_pytorch.residual_vq")
+    modules = []
+    for kind in (VectorQuantize, residual.VectorQuantize):
+        monkeypatch.setattr(residual, "VectorQuantize", kind)
+        torch.manual_seed(0)
+        modules.append(residual.ResidualVQ(dim=8, codebook_size=12, num_quantizers=3, **options))
+    for step in range(3):
+        results = []
+        for module in modules:
+            torch.manual_seed(step)
+            x = normal(2, 15, 8, seed=step).requires_grad_()
+            quantized, indices, loss = module(x)
+            (quantized.square().sum() + loss.sum()).backward()
+            results.append((quantized, indices, loss, x.grad))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        same_states(*modules, rtol=1e-4, atol=1e-5)
+
+
 LAYOUTS = {
     "last": ({}, (2, 15, 8)),
     "one": ({}, (30, 8)),
@@ -380,8 +409,12 @@ def test_autocast(dtype):
 
 
 COMPILED = {
-    "cosine": {"use_cosine_sim": True, "threshold_ema_dead_code": 2},
-    "heads": {"heads": 2, "codebook_dim": 3, "threshold_ema_dead_code": 2},
+    "heads": {
+        "heads": 2,
+        "codebook_dim": 3,
+        "use_cosine_sim": True,
+        "threshold_ema_dead_code": 2,
+    },
     "directional": {"directional_reparam": True, "threshold_ema_dead_code": 1},
     "affine": {"affine_param": True, **HEADS},
     "losses": {
