@@ -8,22 +8,26 @@
 
 #include "cpu/code_statistics.h"
 #include "cpu/simd.h"
+#include "cpu/workspace.h"
 
 namespace mmfast::MMFAST_ISA {
 
-// finish(k, column, total, width, count) takes the sums of code k in columns
-// [column, column + width); count is the sum of its weights where column is 0.
-template <class Finish>
+// Takes the sums of code k in columns [column, column + width). count is the sum of its weights
+// where column is 0.
+using TakeSums = void (*)(const void* context, int64_t k, int64_t column, const double* total,
+                          int64_t width, double count);
+
 struct SegmentSums {
   const Segments& args;
-  const Finish& finish;
+  const TakeSums take;
+  const void* context;
   int64_t slice = 0, range = 0;    // columns and codes that are streamed together
   int64_t slices = 0;              // of columns
   const int64_t* start = nullptr;  // [K + 1] first position of each code in order
   const int32_t* order = nullptr;  // [N] rows, sorted by code
   std::atomic<bool> failed{false};
 
-  SegmentSums(const Segments& a, const Finish& f) : args(a), finish(f) {}
+  SegmentSums(const Segments& a, TakeSums t, const void* c) : args(a), take(t), context(c) {}
 
   int64_t code(int64_t row) const {
     const char* p = args.indices + row * args.index_stride;
@@ -77,9 +81,9 @@ struct SegmentSums {
   // Units are numbered by ranges of codes, then by slices of columns.
   template <class T>
   void stream(int64_t begin, int64_t end) {
-    T* buffer = (T*)std::malloc((size_t)slice * sizeof(T));
-    double* totals = (double*)std::malloc((size_t)(range * slice) * sizeof(double));
-    double* counts = (double*)std::malloc((size_t)range * sizeof(double));
+    T* buffer = allocate<T>(slice);
+    double* totals = allocate<double>(range * slice);
+    double* counts = allocate<double>(range);
     if (!buffer || !totals || !counts) failed = true;
     for (int64_t unit = begin; unit < end && !failed; ++unit) {
       const int64_t first = unit / slices * range, column = unit % slices * slice;
@@ -98,7 +102,7 @@ struct SegmentSums {
       else
         stream_rows<false, 0>(x, first, totals, counts, buffer);
       for (int64_t k = 0; k < range && first + k < args.num_codes; ++k)
-        finish(first + k, column, totals + k * x.width, x.width, counts[k]);
+        take(context, first + k, column, totals + k * x.width, x.width, counts[k]);
     }
     std::free(buffer);
     std::free(totals);
@@ -108,8 +112,8 @@ struct SegmentSums {
   template <class T>
   void gather(int64_t begin, int64_t end) {
     const int64_t width = args.x.width;
-    T* buffer = (T*)std::malloc((size_t)width * sizeof(T));
-    double* total = (double*)std::malloc((size_t)width * sizeof(double));
+    T* buffer = allocate<T>(width);
+    double* total = allocate<double>(width);
     if (!buffer || !total) failed = true;
     for (int64_t k = begin; k < end && !failed; ++k) {
       double count = 0;
@@ -125,7 +129,7 @@ struct SegmentSums {
         else
           add<false, 0>(total, w, row, width);
       }
-      finish(k, 0, total, width, count);
+      take(context, k, 0, total, width, count);
     }
     std::free(buffer);
     std::free(total);
@@ -140,7 +144,7 @@ struct SegmentSums {
   bool gather_codes(const Parallel& parallel) {
     const int64_t rows = args.x.count, codes = args.num_codes;
     int64_t* starts = (int64_t*)std::calloc((size_t)codes + 3, sizeof(int64_t));
-    int32_t* places = (int32_t*)std::malloc((size_t)(rows + 1) * sizeof(int32_t));
+    int32_t* places = allocate<int32_t>(rows);
     if (starts && places) {
       // starts[k + 2] counts code k; the running sum makes starts[k + 1] its first position, and
       // the placing of its rows moves that to the first position of code k + 1.
@@ -155,8 +159,8 @@ struct SegmentSums {
           codes,
           [](void* context, int64_t begin, int64_t end) {
             SegmentSums& w = *(SegmentSums*)context;
-            w.args.x.dtype == Dtype::float64 ? w.template gather<double>(begin, end)
-                                             : w.template gather<float>(begin, end);
+            w.args.x.dtype == Dtype::float64 ? w.gather<double>(begin, end)
+                                             : w.gather<float>(begin, end);
           },
           this);
     } else {
@@ -186,17 +190,22 @@ struct SegmentSums {
         units,
         [](void* context, int64_t begin, int64_t end) {
           SegmentSums& w = *(SegmentSums*)context;
-          w.args.x.dtype == Dtype::float64 ? w.template stream<double>(begin, end)
-                                           : w.template stream<float>(begin, end);
+          w.args.x.dtype == Dtype::float64 ? w.stream<double>(begin, end)
+                                           : w.stream<float>(begin, end);
         },
         this);
     return !failed;
   }
 };
 
-template <class Finish>
-static bool segment_sums(const Segments& args, const Finish& finish, const Parallel& parallel) {
-  return SegmentSums<Finish>(args, finish).run(parallel);
+// take(k, column, total, width, count), as TakeSums.
+template <class Take>
+static bool segment_sums(const Segments& args, const Take& take, const Parallel& parallel) {
+  const TakeSums call = [](const void* context, int64_t k, int64_t column, const double* total,
+                           int64_t width, double count) {
+    (*(const Take*)context)(k, column, total, width, count);
+  };
+  return SegmentSums(args, call, &take).run(parallel);
 }
 
 }  // namespace mmfast::MMFAST_ISA

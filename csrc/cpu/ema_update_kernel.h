@@ -8,6 +8,7 @@
 #include "cpu/blocks.h"
 #include "cpu/ema_update.h"
 #include "cpu/simd.h"
+#include "cpu/workspace.h"
 #include "cpu/write_row.h"
 
 namespace mmfast::MMFAST_ISA {
@@ -32,8 +33,8 @@ struct EmaUpdate {
   }
 
   bool run(const Parallel& parallel) {
-    sizes = (double*)std::malloc((size_t)(codes + 1) * sizeof(double));
-    totals = (double*)std::malloc((size_t)(blocks + 1) * sizeof(double));
+    sizes = allocate<double>(codes);
+    totals = allocate<double>(blocks);
     if (!sizes || !totals) return false;
     for_blocks(blocks, [this](int64_t block) { average_sizes(block); }, parallel);
     for (int64_t b = 0; b < blocks; ++b) total += totals[b];
@@ -63,7 +64,7 @@ struct EmaUpdate {
   }
 
   void update(int64_t block) {
-    double* buffers = (double*)std::malloc(3 * (size_t)width * sizeof(double));
+    double* buffers = allocate<double>(3 * padded(width));
     if (!buffers) {
       failed = true;
       return;
@@ -75,8 +76,8 @@ struct EmaUpdate {
 
   void update_code(int64_t k, double* buffers) const {
     const double* old = read_row<double>(args.embed_sum, k, buffers);
-    const double* latest = read_row<double>(args.sums, k, buffers + width);
-    double* sums = buffers + 2 * width;
+    const double* latest = read_row<double>(args.sums, k, buffers + padded(width));
+    double* sums = buffers + 2 * padded(width);
     int64_t d = 0;
     for (; d + 8 <= width; d += 8)
       store(sums + d, average(load<d8>(old + d), load<d8>(latest + d)));

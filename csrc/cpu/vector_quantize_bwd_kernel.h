@@ -9,6 +9,7 @@
 #include "cpu/code_statistics_segments.h"
 #include "cpu/simd.h"
 #include "cpu/vector_quantize.h"
+#include "cpu/workspace.h"
 #include "cpu/write_row.h"
 
 namespace mmfast::MMFAST_ISA {
@@ -20,7 +21,8 @@ static double divisor(double norm) { return norm < least_norm ? least_norm : nor
 struct VectorQuantizeBwd {
   const VectorQuantizeBwdArgs& args;
   const int64_t width, codes;
-  double factor;            // of a difference x - c, in the gradient of a mean of squares
+  double factor = 0;         // of a difference x - c, in the gradient of a mean of squares
+  double to_x = 0;           // the same, times the gradient of the commitment
   double* counts = nullptr;  // [K]
   double* sums = nullptr;   // [K][D] of the gradients of each code's vectors, where needed
   std::atomic<bool> failed{false};
@@ -36,7 +38,7 @@ struct VectorQuantizeBwd {
   static double value(const Number& number) { return load_one<double>(number.data, number.dtype); }
 
   bool run(const Parallel& parallel) {
-    counts = (double*)std::malloc((size_t)codes * sizeof(double));
+    counts = allocate<double>(codes);
     if (!counts) return false;
     double inside = 0;
     for (int64_t k = 0; k < codes; ++k) {
@@ -44,6 +46,7 @@ struct VectorQuantizeBwd {
       inside += counts[k];
     }
     factor = 2 / (inside * (double)width > 1 ? inside * (double)width : 1);
+    if (args.commitment.data) to_x = factor * value(args.commitment);
     if (args.x_gradient)
       for_blocks(
           blocks_of(args.x.count), [this](int64_t block) { x_gradients(block); }, parallel);
@@ -51,20 +54,23 @@ struct VectorQuantizeBwd {
   }
 
   void x_gradients(int64_t block) {
-    double* buffers = (double*)std::calloc(4 * (size_t)width, sizeof(double));
-    if (!buffers) failed = true;
+    double* buffers = allocate<double>(4 * padded(width));
+    if (!buffers)
+      failed = true;
+    else
+      std::memset(buffers + 3 * padded(width), 0, (size_t)width * sizeof(double));
     const auto [begin, end] = block_of(block, args.x.count);
     for (int64_t i = begin; i < end && !failed; ++i) x_gradient(i, buffers);
     std::free(buffers);
   }
 
-  // buffers: [4][D], the last of them zeros.
+  // buffers: [4][padded(D)], the last of them zeros.
   void x_gradient(int64_t i, double* buffers) const {
     const Dtype dtype = args.x.dtype;
     char* out = args.x_gradient + i * width * size_of(dtype);
     const int64_t k = args.indices[i];
     const bool chosen = k >= 0 && k < codes;
-    const double* zeros = buffers + 3 * width;
+    const double* zeros = buffers + 3 * padded(width);
     if (!chosen || (args.gradient == Gradient::straight_through && !args.commitment.data)) {
       if (args.quantized.data)
         convert_row(out, dtype, args.quantized, i, buffers);
@@ -76,14 +82,14 @@ struct VectorQuantizeBwd {
     if (args.gradient != Gradient::none && args.quantized.data)
       g = read_row<double>(args.quantized, i, buffers);
     if (args.gradient == Gradient::rotation || args.commitment.data) {
-      const double* x = read_row<double>(args.x, i, buffers + width);
-      const double* c = read_row<double>(args.codes, k, buffers + 2 * width);
+      const double* x = read_row<double>(args.x, i, buffers + padded(width));
+      const double* c = read_row<double>(args.codes, k, buffers + 2 * padded(width));
       if (args.gradient == Gradient::rotation) {
         rotate(buffers, g, x, c);
         g = buffers;
       }
       if (args.commitment.data) {
-        add_difference(buffers, g, factor * value(args.commitment), x, c);
+        add_difference(buffers, g, to_x, x, c);
         g = buffers;
       }
     }
@@ -99,23 +105,27 @@ struct VectorQuantizeBwd {
     for (; d < width; ++d) out[d] = g[d] + scale * (x[d] - c[d]);
   }
 
-  double dot(const double* a, const double* b) const {
-    d8 total{};
-    int64_t d = 0;
-    for (; d + 8 <= width; d += 8) total += load<d8>(a + d) * load<d8>(b + d);
-    double rest = sum(total);
-    for (; d < width; ++d) rest += a[d] * b[d];
-    return rest;
-  }
-
   // out = |c| / |x| (g - 2 (w g) w + 2 (q g) e): e and q the directions of x and c, w of e + q.
   void rotate(double* out, const double* g, const double* x, const double* c) const {
-    const double norm_x = std::sqrt(dot(x, x)), norm_c = std::sqrt(dot(c, c));
-    const double per_x = 1 / divisor(norm_x), per_c = 1 / divisor(norm_c);
-    d8 squares{}, products{};
-    double square = 0, product = 0;
+    d8 all_xx{}, all_cc{}, all_cg{};
     int64_t d = 0;
     for (; d + 8 <= width; d += 8) {
+      const d8 a = load<d8>(x + d), b = load<d8>(c + d);
+      all_xx += a * a;
+      all_cc += b * b;
+      all_cg += b * load<d8>(g + d);
+    }
+    double xx = sum(all_xx), cc = sum(all_cc), cg = sum(all_cg);
+    for (; d < width; ++d) {
+      xx += x[d] * x[d];
+      cc += c[d] * c[d];
+      cg += c[d] * g[d];
+    }
+    const double norm_c = std::sqrt(cc);
+    const double per_x = 1 / divisor(std::sqrt(xx)), per_c = 1 / divisor(norm_c);
+    d8 squares{}, products{};
+    double square = 0, product = 0;
+    for (d = 0; d + 8 <= width; d += 8) {
       const d8 s = load<d8>(x + d) * per_x + load<d8>(c + d) * per_c;
       squares += s * s;
       products += s * load<d8>(g + d);
@@ -127,7 +137,7 @@ struct VectorQuantizeBwd {
     }
     const double length = divisor(std::sqrt(sum(squares) + square));
     const double along_w = 2 * ((sum(products) + product) / length / length);
-    const double along_q = 2 * (dot(c, g) * per_c), scale = norm_c * per_x;
+    const double along_q = 2 * (cg * per_c), scale = norm_c * per_x;
     for (d = 0; d + 8 <= width; d += 8) {
       const d8 e = load<d8>(x + d) * per_x, s = e + load<d8>(c + d) * per_c;
       store(out + d, scale * (load<d8>(g + d) - along_w * s + along_q * e));
@@ -155,7 +165,7 @@ struct VectorQuantizeBwd {
       return true;
     }
     if (passed && args.codebook_loss.data) {
-      sums = (double*)std::malloc((size_t)(codes * width) * sizeof(double));
+      sums = allocate<double>(codes * width);
       if (!sums) return false;
     }
     const auto take_passed = [this](int64_t k, int64_t column, const double* total, int64_t columns,
@@ -171,7 +181,7 @@ struct VectorQuantizeBwd {
     const auto take_loss = [this, scale](int64_t k, int64_t column, const double* total,
                                          int64_t columns, double) {
       constexpr int64_t together = 64;
-      double result[together], buffer[together];
+      alignas(64) double result[together], buffer[together];
       for (int64_t first = 0; first < columns; first += together) {
         const int64_t n = columns - first < together ? columns - first : together;
         const double* c = read_row<double>(args.codes.columns(column + first, n), k, buffer);

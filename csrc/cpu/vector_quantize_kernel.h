@@ -9,6 +9,7 @@
 #include "cpu/nearest_code_kernel.h"
 #include "cpu/simd.h"
 #include "cpu/vector_quantize.h"
+#include "cpu/workspace.h"
 #include "cpu/write_row.h"
 
 namespace mmfast::MMFAST_ISA {
@@ -52,9 +53,9 @@ struct VectorQuantize {
   int64_t inside() const { return starts[blocks]; }
 
   bool run(const Parallel& parallel) {
-    distances = (double*)std::malloc((size_t)(rows + 1) * sizeof(double));
-    errors = (double*)std::malloc((size_t)(blocks + 1) * sizeof(double));
-    starts = (int64_t*)std::malloc((size_t)(blocks + 1) * sizeof(int64_t));
+    distances = allocate<double>(rows);
+    errors = allocate<double>(blocks);
+    starts = allocate<int64_t>(blocks + 1);
     counts = (int64_t*)std::calloc((size_t)args.codes.count, sizeof(int64_t));
     if (!distances || !errors || !starts || !counts) return false;
     starts[0] = 0;
@@ -115,7 +116,7 @@ struct VectorQuantize {
   }
 
   void pack(int64_t block) {
-    double* buffer = (double*)std::malloc((size_t)width * sizeof(double));
+    double* buffer = allocate<double>(width);
     if (!buffer) failed = true;
     const auto [begin, end] = block_of(block, rows);
     char* out = args.quantized + starts[block] * bytes;
@@ -128,7 +129,7 @@ struct VectorQuantize {
   }
 
   void gather(int64_t block) {
-    double* buffer = (double*)std::malloc(2 * (size_t)width * sizeof(double));
+    double* buffer = allocate<double>(2 * padded(width));
     if (!buffer) failed = true;
     const auto [begin, end] = block_of(block, rows);
     double error = 0;
@@ -143,7 +144,7 @@ struct VectorQuantize {
       error += args.metric == Metric::euclidean
                    ? distances[i]
                    : squared_difference(read_row<double>(args.x, i, buffer),
-                                        read_row<double>(args.codes, k, buffer + width), width);
+                                        read_row<double>(args.codes, k, buffer + padded(width)), width);
     }
     errors[block] = error;
     std::free(buffer);
