@@ -178,6 +178,7 @@ def samples() -> Iterable[Sample]:
         name = f"{f'h{heads}_' if heads else ''}k{k}_d{d}{'_normalize' * normalize}"
         return Sample(name, make, {"N": k, "K": k, "D": d, "H": heads or 1}, bench=k >= 4096)
 
+    yield of(8192, 32)
     yield of(16384, 256)
     for k, d in ((1, 1), (5, 3), (65, 33)):
         yield of(k, d)
