@@ -149,7 +149,7 @@ def both_ways(backend, x, codebook, metric="euclidean", gradient="rotation", mas
     return complaints
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     n=st.integers(0, 40),
     k=st.integers(1, 20),
@@ -255,7 +255,7 @@ def test_messages_of_cpp():
         torch.ops.mmfast.vector_quantize(x, codebook, "l2", "none", None)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     k=st.integers(1, 300),
     d=st.integers(1, 20),
