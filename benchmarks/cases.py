@@ -23,7 +23,7 @@ class Case:
     """A problem for the contenders of one op.
 
     Attributes:
-        op: name in the registry, or ``"kmeans"``.
+        op: name in the registry, or in ``benchmarks.composites``.
         name: unique within the op.
         shape: sizes by their letters.
         data: what the numbers are.
@@ -86,6 +86,19 @@ def _tables() -> Iterator[Case]:
         "image patches",
         lambda device: _kmeans(patches.patches().to(device), 1024),
     )
+
+    for n, k, d in ((65536, 1024, 64), (65536, 8192, 32), (16384, 16384, 256)):
+        yield Case(
+            "vector_quantize_step",
+            f"n{n}_k{k}_d{d}",
+            {"N": n, "K": k, "D": d},
+            "Gaussian",
+            functools.partial(_step, n, k, d),
+        )
+
+
+def _step(n: int, k: int, d: int, device: torch.device) -> tuple[Any, ...]:
+    return tuple(_normal(rows, d, seed).to(device) for seed, rows in enumerate((n, k, n)))
 
 
 def _sample(sample: Sample, device: torch.device) -> tuple[Any, ...]:

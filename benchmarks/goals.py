@@ -18,6 +18,12 @@ RATIOS: dict[str, tuple[float | None, float]] = {
     "patches_k8192": (3.0, 4.0),
     "n256_k512_d64": (None, 1.0),
 }
+# Of a training step: times faster than vector-quantize-pytorch.
+STEP_RATIOS = {
+    "n65536_k1024_d64": 15.0,
+    "n65536_k8192_d32": 60.0,
+    "n16384_k16384_d256": 8.0,
+}
 KMEANS_RATIO = 3.0  # than scikit-learn
 OVERHEAD = 10e-6  # seconds of a tiny call
 MEMORY = 16 << 20  # bytes that nearest_code needs at most
@@ -37,7 +43,7 @@ class Goal:
 def goals(results: Results) -> list[Goal]:
     """Every goal whose cases were measured."""
     rows = [r for r in results.rows if r.seconds is not None]
-    return [*_ratios(rows), *_kmeans(rows), *_limits(rows)]
+    return [*_ratios(rows), *_steps(rows), *_kmeans(rows), *_limits(rows)]
 
 
 def fastest(rows: list[Row], *kinds: str) -> Row | None:
@@ -67,6 +73,25 @@ def _ratios(rows: list[Row]) -> Iterator[Goal]:
                     f"{ratio:.1f}x",
                     ratio >= wanted,
                 )
+
+
+def _steps(rows: list[Row]) -> Iterator[Goal]:
+    here = [r for r in rows if r.op == "vector_quantize_step" and r.case in STEP_RATIOS]
+    for other in (r for r in here if r.kind in ("peer", "compile")):
+        same = [r for r in here if (r.case, r.threads) == (other.case, other.threads)]
+        own = fastest(same, "mmfast")
+        if own is None:
+            continue
+        library = other.subject == "vector-quantize-pytorch"
+        wanted = STEP_RATIOS[other.case] if library else 1.0
+        ratio = (other.seconds or 0.0) / (own.seconds or 1.0)
+        yield Goal(
+            f"training step, {own.title}: against {other.subject}",
+            other.threads,
+            f"{wanted:g}x",
+            f"{ratio:.1f}x",
+            ratio >= wanted,
+        )
 
 
 def _kmeans(rows: list[Row]) -> Iterator[Goal]:

@@ -13,13 +13,12 @@ from torch import Tensor
 
 import mmfast
 from benchmarks import peers
+from benchmarks.composites import COMPOSITES
 from benchmarks.peers import Peer
 from mmfast.backends import automatic, interpreting, select
 from mmfast.registry import OPS, Backend, Op
 
 Arguments = tuple[Any, ...]
-
-_INERTIA_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class Subject:
 
 def subjects(op: str) -> list[Subject]:
     """All contenders of ``op``, mmfast first."""
-    found = _own(OPS[op]) if op in OPS else [Subject("mmfast", "mmfast", Peer(_kmeans))]
+    own = Peer(COMPOSITES[op].make, cut=False) if op in COMPOSITES else None
+    found = [Subject("mmfast", "mmfast", own)] if own else _own(OPS[op])
     others = peers.of(op)
     if others is None:
         return found
@@ -62,27 +62,19 @@ def subjects(op: str) -> list[Subject]:
 
 def expected(op: str, arguments: Arguments) -> Any:
     """The float64 result that everybody is held to."""
-    if op in OPS:
-        return OPS[op].reference(*arguments)
-    return _reference_kmeans(*arguments)
+    made = COMPOSITES[op].expected if op in COMPOSITES else OPS[op].reference
+    return made(*arguments)
 
 
 def judge(op: str, result: Any, arguments: Arguments, wanted: Any) -> str:
     """What is wrong with ``result``; empty when nothing."""
-    if op in OPS and isinstance(result, tuple):
+    if op in COMPOSITES:
+        return COMPOSITES[op].judge(result, arguments, wanted)
+    if isinstance(result, tuple):
         return "; ".join(OPS[op].compare(result, arguments, wanted))
-    if op not in OPS:
-        return _judge_codebook(result, arguments, wanted)
     wanted = wanted[0]
     wrong = int((result.to(wanted.device) != wanted).sum())
     return f"{wrong} of {wanted.numel()} wrong" if wrong else ""
-
-
-def _judge_codebook(codebook: Tensor, arguments: Arguments, wanted: Tensor) -> str:
-    """A tie that rounding breaks the other way moves its codes, and in the next iteration others:
-    codebooks part, their inertia does not. Whoever moves codes without vectors gets a lower one."""
-    excess = float(_inertia(arguments[0], codebook) / wanted) - 1
-    return "" if excess < _INERTIA_TOLERANCE else f"inertia {excess:+.1e}"
 
 
 def _own(op: Op) -> list[Subject]:
@@ -113,27 +105,3 @@ def _compiled(plain: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
     compiled = torch.compile(plain, dynamic=True)
 
     return lambda *arguments: functools.partial(compiled, *arguments)
-
-
-def _kmeans(x: Tensor, codebook: Tensor, iterations: int) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        return mmfast.kmeans(
-            x, len(codebook), iterations=iterations, init=codebook, tolerance=0
-        ).codebook
-
-    return run
-
-
-def _reference_kmeans(x: Tensor, codebook: Tensor, iterations: int) -> Tensor:
-    """The inertia after Lloyd's iterations in float64; a code without vectors stays."""
-    codes = codebook.double()
-    for _ in range(iterations):
-        indices, _ = OPS["nearest_code"].reference(x, codes, "euclidean")
-        counts, sums = OPS["code_statistics"].reference(x.double(), indices, len(codes), None)
-        codes = torch.where(counts[:, None] > 0, sums / counts[:, None], codes)
-    return _inertia(x, codes)
-
-
-def _inertia(x: Tensor, codebook: Tensor) -> Tensor:
-    _, distances = OPS["nearest_code"].reference(x, codebook.to(x.device).double(), "euclidean")
-    return distances.sum()

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import mmfast
-from benchmarks import cases, goals, memory, plots, report, subjects, tables, timing
+from benchmarks import cases, contest, goals, memory, peers, plots, report, subjects, tables, timing
+from benchmarks.composites import COMPOSITES
 from benchmarks.results import FILE, Results, Row
 from mmfast.registry import OPS
 
@@ -58,8 +59,9 @@ def results() -> Results:
 
 
 def test_every_op_has_cases_and_contenders():
-    for op in [*OPS, "kmeans"]:
-        assert any(c.op == op and c.quick for c in cases.all_cases())
+    assert {c.op for c in cases.all_cases() if c.quick} >= {*OPS, "kmeans"}
+    assert {c.op for c in cases.all_cases()} == {*OPS, *COMPOSITES}
+    for op in [*OPS, *COMPOSITES]:
         kinds = {s.kind for s in subjects.subjects(op)}
         assert {"mmfast", "peer"} <= kinds
 
@@ -88,6 +90,29 @@ def test_judge_finds_a_worse_codebook():
     assert subjects.judge("kmeans", codes, arguments, truth) == ""
     codes[2] *= 1.1
     assert subjects.judge("kmeans", codes, arguments, truth).startswith("inertia +")
+
+
+def test_judge_finds_a_wrong_step():
+    x, codebook, gradient = (torch.randn(n, 3) for n in (50, 5, 50))
+    arguments = (x, codebook, gradient)
+    truth = subjects.expected("vector_quantize_step", arguments)
+    to_x, codes = COMPOSITES["vector_quantize_step"].make(*arguments)()
+    assert subjects.judge("vector_quantize_step", (to_x, codes), arguments, truth) == ""
+    to_x[7] += 1
+    wrong = subjects.judge("vector_quantize_step", (to_x, codes), arguments, truth)
+    assert wrong == "1 of 50 gradients wrong"
+
+
+def test_results_of_fewer_rows():
+    x, codebook = torch.randn(50, 4), torch.randn(9, 4)
+    for op, arguments in (
+        ("nearest_code", (x, codebook, "euclidean")),
+        ("vector_quantize", (x, codebook, "euclidean", "none", None)),
+    ):
+        case = cases.Case(op, "", {"N": 50}, "", lambda _: ())
+        given = peers.of(op).first_rows(arguments, 20)
+        truth = contest.truth_of(case, subjects.expected(op, arguments), given, 20)
+        assert subjects.judge(op, OPS[op].reference(*given), given, truth) == ""
 
 
 def test_contenders_take_turns():

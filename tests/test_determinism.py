@@ -8,7 +8,7 @@ from cases import METRICS, backends_here, device_of, normal
 from test_nearest_code import HARD, clusters
 
 import mmfast
-from mmfast.ops import code_statistics, nearest_code
+from mmfast.ops import code_statistics, ema_update, nearest_code, vector_quantize
 
 
 def problem(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,3 +87,53 @@ def test_code_statistics_threads(backend, weighted, threads):
         torch.set_num_threads(1)
         one = mmfast.code_statistics(x, indices, 300, weights=weights)
     assert_same_bits(many, one)
+
+
+def step(x, codebook, metric="euclidean", mask=None):
+    """All outputs and gradients of vector_quantize."""
+    a, b = (t.detach().requires_grad_() for t in (x, codebook))
+    result = mmfast.vector_quantize(a, b, metric=metric, gradient="rotation", mask=mask)
+    loss = result.quantized.square().sum() + result.commitment_loss + result.codebook_loss
+    return *(t.detach() for t in result), *torch.autograd.grad(loss, (a, b))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("backend", backends_here(vector_quantize.OP))
+def test_vector_quantize_threads(backend, metric, threads):
+    device = device_of(backend)
+    x, codebook = normal(1500, 24).to(device), normal(100, 24, seed=1).to(device)
+    mask = (normal(1500, seed=2) < 0.5).to(device)
+    for inside in (None, mask):
+        with mmfast.use_backend(backend):
+            many = step(x, codebook, metric, inside)
+            before = torch.get_num_threads()
+            torch.set_num_threads(1)
+            one = step(x, codebook, metric, inside)
+            torch.set_num_threads(before)
+        assert_same_bits(many, one)
+
+
+@pytest.mark.parametrize("backend", backends_here(vector_quantize.OP))
+def test_vector_quantize_rows_are_independent(backend):
+    device = device_of(backend)
+    x, codebook = normal(2, 700, 24).to(device), normal(2, 90, 24, seed=1).to(device)
+    mask = (normal(2, 700, seed=2) < 0.5).to(device)
+    with mmfast.use_backend(backend):
+        together = mmfast.vector_quantize(x, codebook)
+        for head in range(2):
+            alone = mmfast.vector_quantize(x[head], codebook[head])
+            assert_same_bits(alone, [t[head] for t in together])
+        part = mmfast.vector_quantize(x[:, 300:407], codebook)
+        assert_same_bits(part[:2], [t[:, 300:407] for t in together[:2]])
+        masked = mmfast.vector_quantize(x, codebook, mask=mask)
+        assert_same_bits([t[mask] for t in masked[:2]], [t[mask] for t in together[:2]])
+
+
+@pytest.mark.parametrize("backend", backends_here(ema_update.OP))
+def test_ema_update_threads(backend, threads):
+    sample = next(s for s in ema_update.samples() if s.name == "k8192_d32")
+    arguments = sample.make(device_of(backend), torch.float32, 0)
+    run = mmfast.backends.select(ema_update.OP, backend, *arguments)
+    many = run(*arguments)
+    torch.set_num_threads(1)
+    assert_same_bits(many, run(*arguments))

@@ -51,7 +51,9 @@ def test_unknown_level_is_an_error():
 @pytest.mark.parametrize("level", LEVELS[:-1])
 def test_parity(level):
     """The tests of single ops, which have run at the highest level, at a lower one."""
-    files = [HERE / "test_nearest_code.py", HERE / "test_code_statistics.py"]
+    files = [
+        HERE / f"test_{op}.py" for op in ("nearest_code", "code_statistics", "vector_quantize")
+    ]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpp", *files],
         env={**os.environ, "MMFAST_ISA": level},
@@ -65,7 +67,7 @@ def test_parity(level):
 RESULTS = """
 import hashlib, torch, mmfast
 from cases import METRICS
-from test_determinism import PROBLEMS, bits, problem
+from test_determinism import PROBLEMS, bits, problem, step
 
 digest = hashlib.sha256()
 for name in PROBLEMS:
@@ -73,6 +75,8 @@ for name in PROBLEMS:
         x, codebook = problem(name)
         for tensor in mmfast.nearest_code(x, codebook, metric=metric):
             digest.update(bits(tensor).numpy().tobytes())
+        for tensor in step(x, codebook, metric):
+            digest.update(bits(tensor.nan_to_num()).numpy().tobytes())
     indices = mmfast.nearest_code(x, codebook)[0]
     for tensor in mmfast.code_statistics(x, indices, len(codebook)):
         digest.update(bits(tensor).numpy().tobytes())

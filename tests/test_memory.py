@@ -20,9 +20,13 @@ def kib(field):
 
 n, k, d = map(int, sys.argv[2:])
 x, codebook = torch.randn(n, d), torch.randn(k, d)
-outputs = n * 12 if sys.argv[1] == "nearest_code" else k * (d + 1) * 4
+outputs = {"nearest_code": n * 12, "code_statistics": k * (d + 1) * 4}
+outputs = outputs.get(sys.argv[1], n * (d * 4 + 8) + k * 4)
 if sys.argv[1] == "nearest_code":
     call = lambda rows: mmfast.nearest_code(x[:rows], codebook)
+elif sys.argv[1] == "vector_quantize":
+    mask = torch.rand(n) < 0.9
+    call = lambda rows: mmfast.vector_quantize(x[:rows], codebook, mask=mask[:rows])
 else:
     indices = torch.randint(k, (n,))
     call = lambda rows: mmfast.code_statistics(x[:rows], indices[:rows], k)
@@ -56,6 +60,7 @@ def extra_kib(op: str, *sizes: int) -> int:
         ("nearest_code", 8192, 16384, 64),
         ("nearest_code", 65536, 1024, 64),
         ("code_statistics", 65536, 4096, 64),
+        ("vector_quantize", 65536, 1024, 64),
     ],
     ids=str,
 )

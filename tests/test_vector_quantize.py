@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from cases import METRICS, backends_here, device_of, normal
+from hypothesis import given, settings
 
 import mmfast
-from mmfast.ops import vector_quantize
+from mmfast.checks import FLOATING
+from mmfast.ops import ema_update, vector_quantize
 
 BACKENDS = backends_here(vector_quantize.OP)
+KERNELS = BACKENDS[1:]  # what is compared with the reference
 WIDE = torch.float64
 
 
@@ -129,6 +133,96 @@ def test_half_precision_keeps_its_dtype(backend):
     assert codebook.grad.dtype == torch.float32
 
 
+def both_ways(backend, x, codebook, metric="euclidean", gradient="rotation", mask=None):
+    """What the forward's and the backward's comparisons have against the backend."""
+    run, run_back = (
+        mmfast.backends.select(op, backend, x)
+        for op in (vector_quantize.OP, vector_quantize.BACKWARD)
+    )
+    forward = (x, codebook, metric, gradient, mask)
+    output = run(*forward)
+    complaints = vector_quantize.compare(output, forward)
+    losses = [torch.full_like(output[2], value) for value in (3.0, -5.0)]
+    for grads in ((torch.ones_like(x), *losses), (None, losses[0], None), (x, None, losses[1])):
+        backward = (*grads, x, codebook, output[1], output[4], gradient, True, True)
+        complaints += vector_quantize.compare_bwd(run_back(*backward), backward)
+    return complaints
+
+
+@settings(max_examples=30)
+@given(
+    n=st.integers(0, 40),
+    k=st.integers(1, 20),
+    d=st.integers(1, 20),
+    heads=st.integers(0, 2),
+    metric=st.sampled_from(METRICS),
+    gradient=st.sampled_from(["straight_through", "rotation", "none"]),
+    dtypes=st.tuples(*[st.sampled_from(FLOATING)] * 2),
+    masked=st.floats(0, 1),
+)
+@pytest.mark.parametrize("name", KERNELS)
+def test_any_arguments(name, n, k, d, heads, metric, gradient, dtypes, masked):
+    x, codebook = (t.detach() for t in problem(name, n, k, d, heads))
+    x, codebook = x.to(dtypes[0]), codebook.to(dtypes[1])
+    mask = torch.rand(x.shape[:-1], generator=torch.Generator().manual_seed(0)) < masked
+    mask = mask.to(x.device) if masked < 1 else None
+    assert both_ways(name, x, codebook, metric, gradient, mask) == []
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation", "none"])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_not_finite(name, metric, gradient):
+    for value in (torch.nan, torch.inf, -torch.inf, 1e20):
+        x, codebook = (t.detach().float() for t in problem(name, d=19))
+        x[3, 5] = x[17] = value
+        assert both_ways(name, x, codebook, metric, gradient) == [], value
+        mask = torch.ones_like(x[:, 0], dtype=torch.bool)
+        mask[3] = mask[17] = False
+        result = mmfast.vector_quantize(x, codebook, metric=metric, mask=mask)
+        assert result.commitment_loss.isfinite()
+        codebook[2] = value
+        assert both_ways(name, x, codebook, metric, gradient) == [], value
+
+
+def test_strides(backend):
+    device = device_of(backend)
+    image = normal(2, 7, 3, 5).to(device)  # [B, D, H, W]
+    deep = normal(*[2, 1] * 4, 3, 7).to(device).transpose(0, 8)  # 9 leading dimensions
+    codes = normal(7, 9, seed=1).to(device).T
+    for x in (image.permute(0, 2, 3, 1), deep, image[:, :, 1:, ::2].permute(3, 2, 0, 1)):
+        mask = normal(*x.shape[:-1], seed=2).to(device) < 0.5
+        results = []
+        for vectors, codebook, inside in (
+            (x, codes, mask.mT.contiguous().mT if mask.dim() > 1 else mask),
+            (x.contiguous(), codes.contiguous(), mask),
+        ):
+            a, b = (t.detach().requires_grad_() for t in (vectors, codebook))
+            result = mmfast.vector_quantize(a, b, gradient="rotation", mask=inside)
+            loss = result.quantized.square().sum() + result.commitment_loss + result.codebook_loss
+            gradients = torch.autograd.grad(loss, (a, b))
+            results.append((result.quantized, result.indices, result.counts, *gradients))
+        for got, want in zip(*results, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", KERNELS)
+def test_codes_are_rounded_as_torch_rounds_them(name, dtype):
+    # All halves, the numbers half way between two of them, and their neighbours in float32.
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float()
+    halves = halves[halves.isfinite()].sort().values
+    between = (halves[1:] + halves[:-1]) / 2
+    edge = torch.tensor([torch.finfo(dtype).max * (1 + 2**-9), 1e-44, torch.inf, -torch.inf])
+    above, below = (between.nextafter(torch.tensor(side)) for side in (torch.inf, -torch.inf))
+    code = torch.cat([halves, between, above, below, edge])[None].to(device_of(name))
+    for codebook in (code, code.double()):
+        x = torch.zeros_like(code, dtype=dtype)
+        with mmfast.use_backend(name):
+            result = mmfast.vector_quantize(x, codebook)
+        assert torch.equal(result.quantized, code.to(dtype))
+
+
 def test_messages():
     x, codebook = problem("reference")
     with pytest.raises(ValueError, match="gradient must be one of straight_through, rotation"):
@@ -152,6 +246,38 @@ def test_compiles_with_gradients():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(x, codebook), (x, codebook)), want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the compiled extension is absent")
+def test_messages_of_cpp():
+    x, codebook = normal(3, 2), normal(4, 2)
+    with pytest.raises(RuntimeError, match="metric must be one of euclidean, cosine, dot, got 'l"):
+        torch.ops.mmfast.vector_quantize(x, codebook, "l2", "none", None)
+
+
+@settings(max_examples=25)
+@given(
+    k=st.integers(1, 300),
+    d=st.integers(1, 20),
+    heads=st.integers(0, 2),
+    dtypes=st.tuples(*[st.sampled_from(FLOATING)] * 5),
+    decay=st.sampled_from([0.0, 0.3, 0.99, 1.0]),
+    normalize=st.booleans(),
+    value=st.sampled_from([0.5, 0.0, torch.nan, torch.inf]),
+)
+@pytest.mark.parametrize("name", backends_here(ema_update.OP)[1:])
+def test_ema_update_of_any_arguments(name, k, d, heads, dtypes, decay, normalize, value):
+    lead = (heads,) if heads else ()
+    vectors = [normal(*lead, d, k, seed=seed).mT for seed in range(3)]
+    sizes = [normal(*lead, k, 2, seed=seed).abs()[..., 0] for seed in range(2)]
+    sizes[0].view(-1)[-1] = vectors[1].reshape(-1)[0] = value
+    if value == 0:
+        sizes = [size * 0 for size in sizes]
+    tensors = (vectors[0], sizes[0], vectors[1], sizes[1], vectors[2])
+    given = [t.to(device_of(name), dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+    arguments = (*given, decay, 1e-5, normalize)
+    run = mmfast.backends.select(ema_update.OP, name, *arguments)
+    assert ema_update.compare(run(*arguments), arguments) == []
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -1,8 +1,9 @@
 """Other people's ways of computing an op: ``peers/<op>.py`` has a mapping ``PEERS``.
 
 A file may also define ``PLAIN``, the formulation that users write and ``torch.compile`` gets, with
-``PLAIN_WORKSPACE``, as ``Peer.workspace``. For an op whose outputs belong to single rows,
-``first_rows(arguments, rows)`` lets slow peers be measured on fewer rows.
+``PLAIN_WORKSPACE``, as ``Peer.workspace``. ``first_rows(arguments, rows)`` lets slow peers be
+measured on fewer rows; ``first_results(results, rows)`` gives their results, where these belong to
+single rows and need not be computed anew.
 """
 
 from __future__ import annotations

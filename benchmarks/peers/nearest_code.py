@@ -21,6 +21,11 @@ def first_rows(arguments: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
     return x[:rows], codebook, metric
 
 
+def first_results(results: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
+    """The results of the first ``rows`` vectors."""
+    return tuple(t[:rows] for t in results)
+
+
 def addmm_argmin(x: Tensor, codebook: Tensor) -> Tensor:
     """Indices (N,) by the expanded square |c|^2 - 2 x.c, as most quantisers write it."""
     return torch.addmm(codebook.square().sum(1), x, codebook.T, alpha=-2).argmin(1)

@@ -4,7 +4,8 @@
 
 namespace mmfast {
 
-struct CodeStatisticsArgs {
+// Vectors and the codes they belong to.
+struct Segments {
   Rows x;               // (N, D)
   const char* indices;  // (N,), int64 if index_bytes is 8, else int32
   int64_t index_stride;  // bytes
@@ -13,8 +14,11 @@ struct CodeStatisticsArgs {
   int64_t weight_stride;  // bytes
   Dtype weight_dtype;
   int64_t num_codes;    // K
-  void* counts;         // (K,), float64 if wide, else float32
-  void* sums;           // (K, D)
+};
+
+struct CodeStatisticsArgs : Segments {
+  void* counts;  // (K,), float64 if wide, else float32
+  void* sums;    // (K, D)
   bool wide;
 };
 

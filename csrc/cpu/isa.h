@@ -4,7 +4,9 @@
 #include <vector>
 
 #include "cpu/code_statistics.h"
+#include "cpu/ema_update.h"
 #include "cpu/nearest_code.h"
+#include "cpu/vector_quantize.h"
 
 namespace mmfast {
 
@@ -14,6 +16,9 @@ struct Kernels {
   bool (*nearest_code)(const NearestCodeArgs&, const Parallel&);
   bool (*code_statistics)(const CodeStatisticsArgs&, const Parallel&);
   int64_t (*dot_products)(int64_t rounds, bool bfloat16);
+  bool (*vector_quantize)(const VectorQuantizeArgs&, const Parallel&);
+  bool (*vector_quantize_bwd)(const VectorQuantizeBwdArgs&, const Parallel&);
+  bool (*ema_update)(const EmaUpdateArgs&, const Parallel&);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -4,8 +4,11 @@
 // After isa.h and the standard headers: nothing in these may instantiate library templates, whose
 // code the linker would share with processors that lack these instructions.
 #include "cpu/code_statistics_kernel.h"
+#include "cpu/ema_update_kernel.h"
 #include "cpu/nearest_code_kernel.h"
 #include "cpu/peak.h"
+#include "cpu/vector_quantize_bwd_kernel.h"
+#include "cpu/vector_quantize_kernel.h"
 
 #define MMFAST_STRING_(name) #name
 #define MMFAST_STRING(name) MMFAST_STRING_(name)
@@ -15,5 +18,9 @@
 namespace mmfast {
 extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     MMFAST_STRING(MMFAST_ISA), &MMFAST_ISA::nearest_code, &MMFAST_ISA::code_statistics,
-    &MMFAST_ISA::dot_products};
+    &MMFAST_ISA::dot_products,
+    &MMFAST_ISA::vector_quantize,
+    &MMFAST_ISA::vector_quantize_bwd,
+    &MMFAST_ISA::ema_update,
+};
 }

@@ -382,17 +382,24 @@ def samples() -> Iterable[Sample]:
 
 
 def samples_bwd() -> Iterable[Sample]:
-    """Gradients of the forward's samples."""
+    """Gradients for the forward's samples."""
 
     def of(sample: Sample) -> Sample:
         def make(device: torch.device, dtype: torch.dtype, seed: int) -> Arguments:
             x, codebook, metric, gradient, mask = sample.make(device, dtype, seed)
-            output = reference(x, codebook, metric, gradient, mask)
+            output = fake(x, codebook, metric, gradient, mask)
             generator = torch.Generator().manual_seed(seed + 1)
             grads = [
                 torch.randn(t.shape, generator=generator).to(t) for t in (output[0], *output[2:4])
             ]
-            return *grads, x, codebook, output[1], output[4], gradient, True, gradient != "rotation"
+            # Any codes do; looking up the nearest would take longer than the gradients.
+            num_codes, lead = codebook.shape[-2], codebook.shape[:-2]
+            indices = torch.randint(num_codes, output[1].shape, generator=generator).to(device)
+            if mask is not None:
+                indices = torch.where(mask, indices, -1)
+            counts = _segment_sums(torch.ones_like(x[..., :1]), indices, num_codes)
+            counts = counts.view(*lead, num_codes).to(output[4])
+            return *grads, x, codebook, indices, counts, gradient, True, gradient != "rotation"
 
         return Sample(sample.name, make, sample.shape, sample.bench)
 
@@ -418,7 +425,7 @@ OP = register(
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={},
+        backends={"cpp": backends.cpp("vector_quantize")},
         samples=samples,
         cost=cost,
         compare=compare,
@@ -435,7 +442,7 @@ BACKWARD = register(
         "bool need_codebook) -> (Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={},
+        backends={"cpp": backends.cpp("vector_quantize_bwd")},
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

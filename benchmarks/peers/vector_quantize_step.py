@@ -1,0 +1,86 @@
+"""Peers of a training step: vector-quantize-pytorch, plain PyTorch. Each returns the gradient of x
+and the new codebook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.composites import DECAY, EPS, reset
+from benchmarks.peers import Peer, ema_update, needs, vector_quantize
+from benchmarks.peers.code_statistics import index_add
+from benchmarks.peers.nearest_code import addmm_argmin
+
+Result = tuple[Tensor, Tensor]
+
+
+def first_rows(arguments: tuple[Any, ...], rows: int) -> tuple[Any, ...]:
+    """The same problem for the first ``rows`` vectors."""
+    x, codebook, gradient = arguments
+    return x[:rows], codebook, gradient[:rows]
+
+
+def rotated(x: Tensor, codes: Tensor) -> Tensor:
+    """``codes``, with the gradient of the rotation trick."""
+    length_x, length_c = x.detach().norm(dim=1, keepdim=True), codes.norm(dim=1, keepdim=True)
+    e, q = x.detach() / length_x.clamp(min=1e-6), codes / length_c.clamp(min=1e-6)
+    w = torch.nn.functional.normalize(e + q, dim=1)
+    turned = x - 2 * (x * w).sum(1, keepdim=True) * w + 2 * (x * e).sum(1, keepdim=True) * q
+    return turned * (length_c / length_x.clamp(min=1e-6))
+
+
+def PLAIN(x: Tensor, codebook: Tensor, gradient: Tensor) -> Result:
+    """The step as a user writes it."""
+    size = torch.ones_like(codebook[:, 0])
+    vectors = x.detach().requires_grad_()
+    quantized, indices, commitment, _, _ = vector_quantize.plain(vectors, codebook, addmm_argmin)
+    loss = (rotated(vectors, quantized) * gradient).sum() + commitment
+    loss.backward()
+    assert vectors.grad is not None
+    counts, sums = index_add(x, indices, len(codebook))
+    new, _, _ = ema_update.PLAIN(codebook, size, codebook, counts, sums, DECAY, EPS, False)
+    return vectors.grad, new
+
+
+def _vector_quantize(x: Tensor, codebook: Tensor, gradient: Tensor) -> Callable[[], Result]:
+    from vector_quantize_pytorch import VectorQuantize
+
+    quantiser = VectorQuantize(
+        dim=codebook.shape[1], codebook_size=len(codebook), decay=DECAY, eps=EPS
+    ).to(x.device, x.dtype)
+    state = quantiser._codebook
+
+    def run() -> Result:
+        reset(codebook, state.embed[0], state.embed_avg[0], state.cluster_size[0])
+        vectors = x[None].detach().requires_grad_()
+        quantized, _, commitment = quantiser(vectors)
+        loss = (quantized[0] * gradient).sum() + commitment.sum()
+        (to_x,) = torch.autograd.grad(loss, vectors)
+        return to_x[0], state.embed[0]
+
+    return run
+
+
+def _products(x: Tensor, codebook: Tensor, gradient: Tensor) -> int:
+    return 4 * x.shape[0] * codebook.shape[0]
+
+
+PLAIN_WORKSPACE = _products
+
+PEERS = {
+    "plain torch": Peer(
+        lambda *arguments: lambda: PLAIN(*arguments),
+        workspace=_products,
+        note="addmm+argmin, autograd, index_add",
+    ),
+    "vector-quantize-pytorch": Peer(
+        _vector_quantize,
+        needs("vector_quantize_pytorch"),
+        # Distances, their negation and one-hots, all N x K.
+        workspace=lambda *arguments: 5 * _products(*arguments),
+        note="VectorQuantize in train mode, dead codes left alone",
+    ),
+}
