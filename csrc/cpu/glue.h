@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <string>
+
+#include "cpu/nearest_code.h"
 #include "cpu/tensor_view.h"
 
 namespace mmfast {
@@ -55,6 +58,13 @@ inline Rows rows_of(const Tensor& tensor, int64_t first, int64_t head) {
     rows.strides[0] = 0;
   }
   return rows;
+}
+
+inline Metric metric_of(const std::string& name) {
+  if (name == "euclidean") return Metric::euclidean;
+  if (name == "cosine") return Metric::cosine;
+  STD_TORCH_CHECK(name == "dot", "metric must be one of euclidean, cosine, dot, got '", name, "'");
+  return Metric::dot;
 }
 
 inline Parallel parallel() {

@@ -5,6 +5,7 @@
 
 #include "cpu/code_statistics.h"
 #include "cpu/nearest_code.h"
+#include "cpu/residual_quantize.h"
 
 namespace mmfast {
 
@@ -13,6 +14,8 @@ struct Kernels {
   // Each returns false when memory ran out.
   bool (*nearest_code)(const NearestCodeArgs&, const Parallel&);
   bool (*code_statistics)(const CodeStatisticsArgs&, const Parallel&);
+  bool (*residual_quantize)(const ResidualQuantizeArgs&, const Parallel&);
+  bool (*residual_quantize_bwd)(const ResidualQuantizeBwdArgs&, const Parallel&);
   int64_t (*dot_products)(int64_t rounds, bool bfloat16);
 };
 

@@ -6,6 +6,7 @@
 #include "cpu/code_statistics_kernel.h"
 #include "cpu/nearest_code_kernel.h"
 #include "cpu/peak.h"
+#include "cpu/residual_quantize_kernel.h"
 
 #define MMFAST_STRING_(name) #name
 #define MMFAST_STRING(name) MMFAST_STRING_(name)
@@ -15,5 +16,5 @@
 namespace mmfast {
 extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     MMFAST_STRING(MMFAST_ISA), &MMFAST_ISA::nearest_code, &MMFAST_ISA::code_statistics,
-    &MMFAST_ISA::dot_products};
+    &MMFAST_ISA::residual_quantize, &MMFAST_ISA::residual_quantize_bwd, &MMFAST_ISA::dot_products};
 }

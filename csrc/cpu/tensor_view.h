@@ -32,6 +32,14 @@ struct Rows {
     }
     return at;
   }
+
+  // Columns [first, first + count) of all rows.
+  Rows columns(int64_t first, int64_t count) const {
+    Rows part = *this;
+    part.data += first * step;
+    part.width = count;
+    return part;
+  }
 };
 
 // Runs body(context, begin, end) over [0, count), on as many threads as torch allows.
