@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import test_code_statistics
 import test_nearest_code
+import test_residual_quantize
 import torch
 from cases import METRICS, VIEWS, complaints, device_of, normal
 from hypothesis import given, settings
@@ -60,6 +61,13 @@ REPEATED = {
         "no_loss_in_long_sums",
         "strides",
     ),
+    test_residual_quantize: (
+        "dtypes",
+        "gradients",
+        "mask",
+        "nan_rows",
+        "one_stage_is_vector_quantize",
+    ),
 }
 if interpreting():
     for module, names in REPEATED.items():
@@ -70,12 +78,13 @@ if interpreting():
 @pytest.fixture
 def backend():
     """What the repeated tests run."""
-    return "triton"
+    with mmfast.use_backend("triton"):
+        yield "triton"
 
 
 def run(op: Op, *arguments: Any) -> tuple[Tensor, ...]:
     """The result of the Triton kernels."""
-    with mmfast.use_backend("triton"), torch.no_grad():
+    with mmfast.use_backend("triton"):
         return backends.call(op, *arguments)
 
 
@@ -125,17 +134,18 @@ def test_samples(op, sample):
 
 @each_op
 def test_use_backend_runs_triton(op, monkeypatch):
-    module = importlib.import_module(f"mmfast.kernels.{op.name.removesuffix('_bwd')}")
-    launch: Callable[..., Any] = getattr(module, op.name)
+    launch: Callable[..., Any] = op.backends["triton"].load()
+    module = importlib.import_module(launch.__module__)
     results = []
 
     def spy(*arguments: Any) -> Any:
         results.append(launch(*arguments))
         return results[-1]
 
-    monkeypatch.setattr(module, op.name, spy)
+    monkeypatch.setattr(module, launch.__name__, spy)
     arguments = sample_of(op, seed=0)
-    result = run(op, *arguments)
+    with torch.no_grad():
+        result = run(op, *arguments)
     assert result is results[-1]
     results.clear()
     with mmfast.use_backend("reference"):
