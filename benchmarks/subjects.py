@@ -102,7 +102,7 @@ def _backend(op: Op, backend: Backend) -> Peer:
         public = getattr(mmfast, op.name, None)
         device = next(a.device for a in arguments if isinstance(a, Tensor))
         takes = inspect.signature(public).parameters if public else {}
-        if set(names) <= set(takes) and automatic(op, device.type)[0] == backend.name:
+        if public and set(names) <= set(takes) and automatic(op, device.type)[0] == backend.name:
             # What a user calls, checks included.
             return functools.partial(public, **dict(zip(names, arguments, strict=True)))
         return functools.partial(select(op, backend.name, *arguments), *arguments)

@@ -114,7 +114,7 @@ def residual_quantize_sum_kernel(
     m_n = rows < N
     m = m_n[:, None] & (o_d < D)
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float64 if WIDE else tl.float32)
-    for q in range(0, Q):
+    for _ in range(0, Q):
         place = tl.load(place_ptr + rows, mask=m_n, other=0).to(tl.int64)
         place_ptr += N
         p_c = code_ptr + tl.maximum(place, 0)[:, None] * stride_ck + o_d * stride_cd

@@ -156,9 +156,7 @@ def test_nan_rows(backend):
         assert (result.indices >= 0).all()
         assert (result.indices < 9).all()
         assert (result.indices[~good, 0] == 0).all()
-        assert torch.equal(
-            result.indices[good], mmfast.residual_quantize(x[good], books).indices
-        )
+        assert torch.equal(result.indices[good], mmfast.residual_quantize(x[good], books).indices)
         assert not result.commitment_losses.isfinite().any()
         assert result.quantized.isfinite().all()
 

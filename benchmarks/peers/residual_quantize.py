@@ -19,15 +19,7 @@ def first_rows(arguments: Arguments, rows: int) -> Arguments:
     return arguments[0][:rows], *arguments[1:]
 
 
-def PLAIN(
-    x: Tensor,
-    codes: Tensor,
-    sizes: list[int],
-    shared: bool,
-    metric: str,
-    gradient: str,
-    mask: Tensor | None,
-) -> Tensor:
+def PLAIN(x: Tensor, codes: Tensor, sizes: list[int], *_: Any) -> Tensor:
     """Quantised vectors, stage by stage, as most codecs write it; torch.compile gets it too."""
     residual, total = x, torch.zeros_like(x)
     for codebook in codes.split(sizes):
@@ -42,11 +34,14 @@ def PLAIN_WORKSPACE(x: Tensor, codes: Tensor, sizes: list[int], *_: Any) -> int:
     return 4 * x.shape[0] * max(sizes)
 
 
-def _residual_vq(*arguments: Any) -> Callable[[], Tensor]:
+def residual_vq(arguments: Arguments, **options: Any) -> Callable[[], Tensor]:
+    """Quantised vectors by vector-quantize-pytorch."""
     from vector_quantize_pytorch import ResidualVQ
 
     x, codes, sizes = arguments[:3]
-    quantiser = ResidualVQ(dim=x.shape[1], num_quantizers=len(sizes), codebook_size=sizes[0])
+    quantiser = ResidualVQ(
+        dim=x.shape[1], num_quantizers=len(sizes), codebook_size=sizes[0], **options
+    )
     quantiser = quantiser.eval().to(x.device, x.dtype)
     for layer, codebook in zip(quantiser.layers, codes.split(sizes), strict=True):
         layer.codebook = codebook
@@ -81,7 +76,7 @@ PEERS = {
         note="a stage after the other, without losses and counts",
     ),
     "vector-quantize-pytorch": Peer(
-        _residual_vq,
+        lambda *arguments: residual_vq(arguments),
         needs("vector_quantize_pytorch"),
         _plain_only,
         # Distances, their negation and an int64 one-hot, all N x K.

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from mmfast import backends
-from mmfast.checks import FLOATING, check_choice, check_device, check_dtype, check_floating
-from mmfast.ops import code_statistics, nearest_code
+from mmfast.checks import (
+    FLOATING,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_mask,
+)
+from mmfast.ops import code_statistics, nearest_code, vector_quantize
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
 
 GRADIENTS = ("straight_through", "none")
@@ -107,10 +114,7 @@ def residual_quantize(
     check_choice("metric", metric, nearest_code.METRICS)
     check_choice("gradient", gradient, GRADIENTS)
     if mask is not None:
-        check_dtype("mask", mask, (torch.bool,))
-        check_device(x=x, mask=mask)
-        if mask.shape != x.shape[:-1]:
-            raise ValueError(f"mask must have shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
+        check_mask(x, mask)
     if beam < 1:
         raise ValueError(f"beam must be at least 1, got {beam}")
     if beam == 1:
@@ -134,11 +138,11 @@ def _codebooks(
                 f"1, got shape {tuple(codebooks.shape)}"
             )
         shared = codebooks.dim() == 2
-        if shared and (num_quantizers is None or num_quantizers < 1):
+        count = num_quantizers or 0 if shared else codebooks.shape[0]
+        if count < 1:
             raise ValueError(
                 f"codebooks (K, D) need num_quantizers of at least 1, got {num_quantizers}"
             )
-        count = num_quantizers if shared else codebooks.shape[0]
         codes = codebooks if shared else codebooks.flatten(0, 1)
         sizes = [codebooks.shape[-2]] * count
     else:
@@ -431,57 +435,28 @@ def cost_bwd(
     """Gradient, x, indices and codes read once, gradients written once."""
     read = x.nbytes + codes.nbytes + indices.nbytes
     read += 0 if quantized is None else quantized.nbytes
-    return Cost(
-        bytes=read + x.nbytes + codes.nbytes, flops=3 * indices.shape[-1] * x.numel()
-    )
+    return Cost(bytes=read + x.nbytes + codes.nbytes, flops=3 * indices.shape[-1] * x.numel())
 
 
 def compare(
     result: tuple[Tensor, ...], arguments: Arguments, expected: tuple[Tensor, ...] | None = None
 ) -> list[str]:
     """Codes, indices and counts must equal the reference's; losses be within rounding of it."""
-    return _complaints(result, expected or reference(*arguments))
+    return vector_quantize.compare(result, arguments, expected or reference(*arguments))
 
 
 def compare_beam(
     result: tuple[Tensor, ...], arguments: Arguments, expected: tuple[Tensor, ...] | None = None
 ) -> list[str]:
     """As :func:`compare`."""
-    return _complaints(result, expected or reference_beam(*arguments))
-
-
-def _complaints(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[str]:
-    complaints = []
-    for name, got, want in zip(ResidualQuantized._fields, result, expected, strict=True):
-        if (got.dtype, got.shape) != (want.dtype, want.shape):
-            complaints.append(
-                f"{name}: {got.dtype} {tuple(got.shape)}, expected {want.dtype} {tuple(want.shape)}"
-            )
-        elif "losses" in name:
-            if not torch.allclose(got, want, rtol=8 * torch.finfo(got.dtype).eps, equal_nan=True):
-                complaints.append(f"{name} are {got.tolist()}, expected {want.tolist()}")
-        elif not torch.equal(got.nan_to_num(7), want.nan_to_num(7)):
-            complaints.append(f"{int((got != want).sum())} {name} differ from the reference")
-    return complaints
+    return vector_quantize.compare(result, arguments, expected or reference_beam(*arguments))
 
 
 def compare_bwd(
     result: tuple[Tensor, ...], arguments: Arguments, expected: tuple[Tensor, ...] | None = None
 ) -> list[str]:
     """Gradients must be within rounding of the reference's, relative to the largest term."""
-    expected = expected or reference_bwd(*arguments)
-    complaints = []
-    for name, got, want in zip(("x", "codes"), result, expected, strict=True):
-        if (got.dtype, got.shape) != (want.dtype, want.shape):
-            complaints.append(f"gradient of {name}: {got.dtype} {tuple(got.shape)}")
-            continue
-        info = torch.finfo(got.dtype)
-        size = want.abs().nan_to_num(0, 0, 0).amax() if want.numel() else 0
-        same = (got - want).abs() <= 32 * info.eps * size + info.tiny
-        same |= (got == want) | (got.isnan() & want.isnan())
-        if not bool(same.all()):
-            complaints.append(f"{int((~same).sum())} gradients of {name} differ")
-    return complaints
+    return vector_quantize.compare_bwd(result, arguments, expected or reference_bwd(*arguments))
 
 
 def _quantising(
@@ -497,9 +472,8 @@ def _quantising(
         x = torch.randn(n, d, generator=generator)
         # Later stages have smaller residuals and, trained, smaller codes.
         scales = [0.9**q for q in range(1 if shared else len(sizes))]
-        codes = torch.cat(
-            [torch.randn(k, d, generator=generator) * s for k, s in zip(sizes, scales, strict=False)]
-        )
+        pairs = zip(sizes, scales, strict=False)
+        codes = torch.cat([torch.randn(k, d, generator=generator) * s for k, s in pairs])
         mask = (torch.rand(n, generator=generator) < 0.7).to(device) if masked else None
         arguments = x.to(device, dtype), codes.to(device, dtype), sizes, shared
         return *arguments, "euclidean", gradient, mask
