@@ -52,6 +52,7 @@ def test_unknown_level_is_an_error():
 def test_parity(level):
     """The tests of single ops, which have run at the highest level, at a lower one."""
     files = [HERE / "test_nearest_code.py", HERE / "test_code_statistics.py"]
+    files.append(HERE / "test_residual_quantize.py")
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpp", *files],
         env={**os.environ, "MMFAST_ISA": level},

@@ -161,6 +161,7 @@ struct ResidualQuantize {
 template <class T>
 struct ResidualQuantizeBwd {
   static constexpr int64_t slice = 16;  // columns, a cache line of float32
+  static constexpr int64_t ahead = 4;   // rows
   const ResidualQuantizeBwdArgs& args;
   const int64_t width;
   double factor = 0;  // of the mean of squares
@@ -183,7 +184,7 @@ struct ResidualQuantizeBwd {
 
   void work(int64_t begin, int64_t end) {
     const size_t size = (size_t)(args.codes.count * slice);
-    double* totals = args.grad_codes ? (double*)std::malloc(size * sizeof(double)) : nullptr;
+    double* totals = args.grad_codes ? (double*)std::aligned_alloc(64, size * sizeof(double)) : nullptr;
     if (args.grad_codes && !totals) {
       failed = true;
       return;
@@ -199,6 +200,20 @@ struct ResidualQuantizeBwd {
     std::free(totals);
   }
 
+  // Codes and their sums lie anywhere: ask for those of a later row while this one is added.
+  void prefetch(const Rows& x, const Rows& codes, int64_t row, const double* totals) const {
+    __builtin_prefetch(x.row(row));
+    for (int64_t q = 0; q < args.stages; ++q) {
+      const int64_t k = args.indices[row * args.stages + q];
+      if (k < 0) return;
+      __builtin_prefetch(codes.row(args.starts[q] + k));
+      if (!totals) continue;
+      const double* total = totals + (args.starts[q] + k) * slice;
+      __builtin_prefetch(total);
+      __builtin_prefetch(total + slice / 2);
+    }
+  }
+
   template <int64_t known>
   void columns_at(int64_t first, int64_t count, double* totals) const {
     if (known) count = known;
@@ -209,6 +224,7 @@ struct ResidualQuantizeBwd {
     double to_x[slice];
     for (int64_t i = 0; i < x.count; ++i) {
       const int64_t* index = args.indices + i * args.stages;
+      if (i + ahead < x.count) prefetch(x, codes, i + ahead, totals);
       const bool inside = index[0] >= 0;
       const T* g = args.quantized ? read_row<T>(quantized, i, grad) : grad;
       const bool pass = args.straight_through || !inside;
