@@ -31,20 +31,22 @@ _WIDEST = 128  # columns of them
 _MOST_ROWS = 256
 
 
-@triton.jit(do_not_specialize=["N", "Q", "start"])
+@triton.jit(do_not_specialize=["N", "Q", "K", "q", "start"])
 def residual_quantize_stage_kernel(
     x_ptr,  # [N, D] the residuals before this stage
     code_ptr,  # [codes of all stages, D]
     nearest_ptr,  # [N]
     mask_ptr,  # [N] bytes
     residual_ptr,  # [N, D] the residuals after it
-    index_ptr,  # [N, Q], at the stage's column
-    place_ptr,  # [N] the chosen codes' rows among all
-    square_ptr,  # [blocks of rows] float64
-    count_ptr,  # [K] int32
+    index_ptr,  # [N, Q]
+    place_ptr,  # [N, Q] the chosen codes' rows among all
+    square_ptr,  # [Q, blocks of rows] float64
+    count_ptr,  # [Q, K] int32
     N,
     Q,
+    K,
     D,
+    q,
     start,
     stride_xn,
     stride_xd,
@@ -63,9 +65,9 @@ def residual_quantize_stage_kernel(
     if MASKED:
         inside = m_n & (tl.load(mask_ptr + rows, mask=m_n, other=0) != 0)
     place = start + nearest
-    tl.store(index_ptr + rows * Q, tl.where(inside, nearest, -1), mask=m_n)
-    tl.store(place_ptr + rows, tl.where(inside, place, -1).to(tl.int32), mask=m_n)
-    tl.atomic_add(count_ptr + nearest, inside.to(tl.int32), mask=inside, sem="relaxed")
+    tl.store(index_ptr + rows * Q + q, tl.where(inside, nearest, -1), mask=m_n)
+    tl.store(place_ptr + rows * Q + q, tl.where(inside, place, -1).to(tl.int32), mask=m_n)
+    tl.atomic_add(count_ptr + q * K + nearest, inside.to(tl.int32), mask=inside, sem="relaxed")
     total = tl.zeros([BLOCK_N], tl.float64)
     for d in range(0, D, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
@@ -76,7 +78,7 @@ def residual_quantize_stage_kernel(
             tl.store(residual_ptr + rows[:, None] * D + o_d[None, :], b_r, mask=m)
         b_wide = b_r.to(tl.float64)
         total += tl.sum(b_wide * b_wide, 1)
-    tl.store(square_ptr + block, tl.sum(tl.where(inside, total, 0.0), 0))
+    tl.store(square_ptr + q * tl.num_programs(0) + block, tl.sum(tl.where(inside, total, 0.0), 0))
 
 
 @triton.jit
@@ -95,7 +97,7 @@ def _left(
 def residual_quantize_sum_kernel(
     x_ptr,  # [N, D]
     code_ptr,
-    place_ptr,  # [Q, N], -1 for vectors that pass
+    place_ptr,  # [N, Q], -1 for vectors that pass
     quantized_ptr,  # [N, D]
     N,
     Q,
@@ -114,30 +116,30 @@ def residual_quantize_sum_kernel(
     m_n = rows < N
     m = m_n[:, None] & (o_d < D)
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float64 if WIDE else tl.float32)
-    for _ in range(0, Q):
-        place = tl.load(place_ptr + rows, mask=m_n, other=0).to(tl.int64)
-        place_ptr += N
+    for q in range(0, Q):
+        place = tl.load(place_ptr + rows * Q + q, mask=m_n, other=0).to(tl.int64)
         p_c = code_ptr + tl.maximum(place, 0)[:, None] * stride_ck + o_d * stride_cd
         total += tl.load(p_c, mask=m, other=0.0).to(total.dtype)
     if MASKED:
-        place = tl.load(place_ptr - N + rows, mask=m_n, other=0)
+        place = tl.load(place_ptr + rows * Q, mask=m_n, other=0)
         b_x = tl.load(x_ptr + rows[:, None] * stride_xn + o_d * stride_xd, mask=m, other=0.0)
         total = tl.where((place >= 0)[:, None], total, b_x.to(total.dtype))
     total = total.to(quantized_ptr.dtype.element_ty)
     tl.store(quantized_ptr + rows[:, None] * D + o_d, total, mask=m)
 
 
-@triton.jit(do_not_specialize=["N", "Q", "start"])
+@triton.jit(do_not_specialize=["N", "Q", "q", "start"])
 def residual_quantize_bwd_kernel(
     x_ptr,  # [N, D] the residuals before this stage
     code_ptr,
-    index_ptr,  # [N, Q], at the stage's column
-    scale_ptr,  # [] of the residual in the gradient
+    index_ptr,  # [N, Q]
+    scale_ptr,  # [Q] of the residuals in the gradient
     residual_ptr,  # [N, D] the residuals after it
     grad_ptr,  # [N, D] of x
     N,
     Q,
     D,
+    q,
     start,
     stride_xn,
     stride_xd,
@@ -151,7 +153,7 @@ def residual_quantize_bwd_kernel(
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_n = rows < N
     m = m_n[:, None] & (o_d < D)[None, :]
-    index = tl.load(index_ptr + rows * Q, mask=m_n, other=0)
+    index = tl.load(index_ptr + rows * Q + q, mask=m_n, other=0)
     place = start + tl.maximum(index, 0)
     b_r = _left(x_ptr, code_ptr, residual_ptr, rows, place, o_d, m, stride_xn, stride_xd,
                 stride_ck, stride_cd)  # fmt: skip
@@ -159,7 +161,7 @@ def residual_quantize_bwd_kernel(
     tl.store(residual_ptr + at, b_r, mask=m)
     if ADD:
         m = m & (index >= 0)[:, None]
-        b_grad = tl.load(grad_ptr + at, mask=m, other=0.0) + tl.load(scale_ptr) * b_r
+        b_grad = tl.load(grad_ptr + at, mask=m, other=0.0) + tl.load(scale_ptr + q) * b_r
         tl.store(grad_ptr + at, b_grad, mask=m)
 
 
@@ -199,17 +201,16 @@ def residual_quantize(
     sizes_of_blocks = _blocks(num_dims)
     blocks = triton.cdiv(num_rows, sizes_of_blocks["BLOCK_N"])
     residual = x.new_empty(rows.shape, dtype=dtype)
-    places = x.new_empty((num_stages, num_rows), dtype=torch.int32)
+    places = x.new_empty((num_rows, num_stages), dtype=torch.int32)
     squares = x.new_empty((num_stages, blocks), dtype=torch.float64)
     flags = indices if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
-    by_column = indices.view(num_rows, num_stages)
     options = {"MASKED": mask is not None, **sizes_of_blocks, "enable_fp_fusion": False}
     source = rows
     for q, start in enumerate(_starts(sizes, shared)):
         nearest, _ = nearest_code(source, codes[start : start + sizes[q]], metric)
         residual_quantize_stage_kernel[(blocks,)](
-            source, codes, nearest, flags, residual, by_column[:, q], places[q], squares[q],
-            counts[q], num_rows, num_stages, num_dims, start, *source.stride(), *codes.stride(),
+            source, codes, nearest, flags, residual, indices, places, squares, counts, num_rows,
+            num_stages, counts.shape[1], num_dims, q, start, *source.stride(), *codes.stride(),
             STORE=q < num_stages - 1, num_warps=8, **options,
         )  # fmt: skip
         source = residual
@@ -254,11 +255,11 @@ def residual_quantize_bwd(
     blocks = _blocks(num_dims)
     grid = triton.cdiv(num_rows, blocks["BLOCK_N"]), triton.cdiv(num_dims, blocks["BLOCK_D"])
     add = need_x and commitment is not None
-    scales = (commitment.double() * factor).to(dtype) if add else factor.to(dtype)[None]
+    scales = (commitment.double() * factor).to(dtype) if add else residual
     for q, start in enumerate(_starts(sizes, shared) if num_rows else []):
         residual_quantize_bwd_kernel[grid](
-            source, codes, index[:, q], scales[q] if add else scales, residual, grad_x, num_rows,
-            num_stages, num_dims, start, *source.stride(), *codes.stride(), ADD=add, **blocks,
+            source, codes, index, scales, residual, grad_x, num_rows, num_stages, num_dims, q,
+            start, *source.stride(), *codes.stride(), ADD=add, **blocks,
         )  # fmt: skip
         source = residual
         if not need_codes:
