@@ -93,7 +93,8 @@ def _backend(op: Op, backend: Backend) -> Peer:
     def make(*arguments: Any) -> Callable[[], Any]:
         public = getattr(mmfast, op.name, None)
         device = next(a.device for a in arguments if isinstance(a, Tensor))
-        if public and automatic(op, device.type)[0] == backend.name:
+        takes = inspect.signature(public).parameters if public else {}
+        if public and set(names) <= set(takes) and automatic(op, device.type)[0] == backend.name:
             # What a user calls, checks included.
             return functools.partial(public, **dict(zip(names, arguments, strict=True)))
         return functools.partial(select(op, backend.name, *arguments), *arguments)

@@ -5,6 +5,7 @@ from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.ema_update import ema_update_, ema_update_from_statistics_
 from mmfast.ops.kmeans import KMeansResult, kmeans
 from mmfast.ops.nearest_code import nearest_code
+from mmfast.ops.residual_quantize import ResidualQuantized, residual_quantize
 from mmfast.ops.vector_quantize import VectorQuantized, vector_quantize
 from mmfast.version import __version__
 
@@ -13,6 +14,7 @@ extension()
 __all__ = [
     "BackendError",
     "KMeansResult",
+    "ResidualQuantized",
     "VectorQuantized",
     "__version__",
     "code_statistics",
@@ -20,6 +22,7 @@ __all__ = [
     "ema_update_from_statistics_",
     "kmeans",
     "nearest_code",
+    "residual_quantize",
     "use_backend",
     "vector_quantize",
 ]

@@ -70,3 +70,11 @@ def check_codebook(x: Tensor, codebook: Tensor) -> None:
             f"x must be (H, ..., D) with the codebook's H = {codebook.shape[0]}, "
             f"got shape {tuple(x.shape)}"
         )
+
+
+def check_mask(x: Tensor, mask: Tensor) -> None:
+    """``mask`` is bool, beside ``x`` and of its leading shape, else TypeError or ValueError."""
+    check_dtype("mask", mask, (torch.bool,))
+    check_device(x=x, mask=mask)
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask must have shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")

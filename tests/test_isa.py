@@ -51,9 +51,8 @@ def test_unknown_level_is_an_error():
 @pytest.mark.parametrize("level", LEVELS[:-1])
 def test_parity(level):
     """The tests of single ops, which have run at the highest level, at a lower one."""
-    files = [
-        HERE / f"test_{op}.py" for op in ("nearest_code", "code_statistics", "vector_quantize")
-    ]
+    ops = ("nearest_code", "code_statistics", "vector_quantize", "residual_quantize")
+    files = [HERE / f"test_{op}.py" for op in ops]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpp", *files],
         env={**os.environ, "MMFAST_ISA": level},

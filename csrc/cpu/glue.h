@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/nearest_code.h"
 #include "cpu/tensor_view.h"
 
 namespace mmfast {
@@ -78,6 +79,10 @@ inline int32_t choice(const char* argument, const std::string& value,
     names += (i++ ? ", " : "") + std::string(name);
   }
   STD_TORCH_CHECK(false, argument, " must be one of ", names, ", got '", value, "'");
+}
+
+inline Metric metric_of(const std::string& name) {
+  return (Metric)choice("metric", name, {"euclidean", "cosine", "dot"});
 }
 
 inline Parallel parallel() {

@@ -7,6 +7,7 @@
 #include "cpu/ema_update.h"
 #include "cpu/nearest_code.h"
 #include "cpu/vector_quantize.h"
+#include "cpu/residual_quantize.h"
 
 namespace mmfast {
 
@@ -15,6 +16,8 @@ struct Kernels {
   // Each returns false when memory ran out.
   bool (*nearest_code)(const NearestCodeArgs&, const Parallel&);
   bool (*code_statistics)(const CodeStatisticsArgs&, const Parallel&);
+  bool (*residual_quantize)(const ResidualQuantizeArgs&, const Parallel&);
+  bool (*residual_quantize_bwd)(const ResidualQuantizeBwdArgs&, const Parallel&);
   int64_t (*dot_products)(int64_t rounds, bool bfloat16);
   bool (*vector_quantize)(const VectorQuantizeArgs&, const Parallel&);
   bool (*vector_quantize_bwd)(const VectorQuantizeBwdArgs&, const Parallel&);

@@ -9,6 +9,7 @@
 #include "cpu/peak.h"
 #include "cpu/vector_quantize_bwd_kernel.h"
 #include "cpu/vector_quantize_kernel.h"
+#include "cpu/residual_quantize_kernel.h"
 
 #define MMFAST_STRING_(name) #name
 #define MMFAST_STRING(name) MMFAST_STRING_(name)
@@ -18,6 +19,8 @@
 namespace mmfast {
 extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     MMFAST_STRING(MMFAST_ISA), &MMFAST_ISA::nearest_code, &MMFAST_ISA::code_statistics,
+    &MMFAST_ISA::residual_quantize,
+    &MMFAST_ISA::residual_quantize_bwd,
     &MMFAST_ISA::dot_products,
     &MMFAST_ISA::vector_quantize,
     &MMFAST_ISA::vector_quantize_bwd,

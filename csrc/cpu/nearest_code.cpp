@@ -12,13 +12,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-Metric metric_of(const std::string& name) {
-  if (name == "euclidean") return Metric::euclidean;
-  if (name == "cosine") return Metric::cosine;
-  STD_TORCH_CHECK(name == "dot", "metric must be one of euclidean, cosine, dot, got '", name, "'");
-  return Metric::dot;
-}
-
 std::tuple<Tensor, Tensor> nearest_code(const Tensor& vectors, const Tensor& codebook,
                                         const std::string& metric) {
   const Tensor x = for_rows(vectors);

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize(
     VectorQuantizeArgs args{};
     args.x = rows_of(x, heads, h);
     args.codes = rows_of(codebook, heads, h);
-    args.metric = (Metric)choice("metric", metric, {"euclidean", "cosine", "dot"});
+    args.metric = metric_of(metric);
     if (inside) args.mask = (const bool*)inside->data_ptr() + h * args.x.count;
     args.quantized =
         (char*)quantized.data_ptr() + h * args.x.count * args.x.width * size_of(args.x.dtype);

@@ -15,8 +15,8 @@ from mmfast.checks import (
     check_choice,
     check_codebook,
     check_device,
-    check_dtype,
     check_floating,
+    check_mask,
 )
 from mmfast.ops import code_statistics, nearest_code
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
@@ -95,10 +95,7 @@ def vector_quantize(
     check_choice("metric", metric, nearest_code.METRICS)
     check_choice("gradient", gradient, GRADIENTS)
     if mask is not None:
-        check_dtype("mask", mask, (torch.bool,))
-        check_device(x=x, mask=mask)
-        if mask.shape != x.shape[:-1]:
-            raise ValueError(f"mask must have shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
+        check_mask(x, mask)
     if noise is not None and gradient != "directional":
         raise ValueError(f"noise is for gradient 'directional', got {gradient!r}")
     inner = "none" if gradient == "directional" else gradient
