@@ -122,7 +122,9 @@ def dimension(num_levels: int, variant: str, hard_clamp: bool) -> Dimension:
     shift = inverse(offset / half)
     middle = num_levels // 2
     # round(half tanh(z + shift) - offset) + middle >= l + 1
-    thresholds = (inverse((i + 0.5 - middle + offset) / half) - shift for i in range(num_levels - 1))
+    thresholds = (
+        inverse((i + 0.5 - middle + offset) / half) - shift for i in range(num_levels - 1)
+    )
     return Dimension(tuple(thresholds), shift, half / middle, 2 * middle)
 
 
