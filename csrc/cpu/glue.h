@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
+#include <string>
+#include <vector>
+
 #include "cpu/tensor_view.h"
 
 namespace mmfast {
@@ -55,6 +59,25 @@ inline Rows rows_of(const Tensor& tensor, int64_t first, int64_t head) {
     rows.strides[0] = 0;
   }
   return rows;
+}
+
+// The first dims sizes of tensor.
+inline std::vector<int64_t> sizes_of(const Tensor& tensor, int64_t dims) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < dims; ++d) sizes.push_back(tensor.size(d));
+  return sizes;
+}
+
+// Where among the choices value is; argument is what an error calls it.
+inline int32_t choice(const char* argument, const std::string& value,
+                      std::initializer_list<const char*> choices) {
+  std::string names;
+  int32_t i = 0;
+  for (const char* name : choices) {
+    if (value == name) return i;
+    names += (i++ ? ", " : "") + std::string(name);
+  }
+  STD_TORCH_CHECK(false, argument, " must be one of ", names, ", got '", value, "'");
 }
 
 inline Parallel parallel() {

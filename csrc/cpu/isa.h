@@ -4,7 +4,10 @@
 #include <vector>
 
 #include "cpu/code_statistics.h"
+#include "cpu/finite_scalar_quantize.h"
+#include "cpu/lookup_free_quantize.h"
 #include "cpu/nearest_code.h"
+#include "cpu/pack_indices.h"
 
 namespace mmfast {
 
@@ -14,6 +17,12 @@ struct Kernels {
   bool (*nearest_code)(const NearestCodeArgs&, const Parallel&);
   bool (*code_statistics)(const CodeStatisticsArgs&, const Parallel&);
   int64_t (*dot_products)(int64_t rounds, bool bfloat16);
+  bool (*finite_scalar_quantize)(const FiniteScalarQuantizeArgs&, const Parallel&);
+  bool (*finite_scalar_quantize_bwd)(const FiniteScalarQuantizeBwdArgs&, const Parallel&);
+  bool (*lookup_free_quantize)(const LookupFreeQuantizeArgs&, const Parallel&);
+  bool (*lookup_free_quantize_bwd)(const LookupFreeQuantizeBwdArgs&, const Parallel&);
+  void (*pack_indices)(const PackIndicesArgs&, const Parallel&);
+  void (*unpack_indices)(const PackIndicesArgs&, const Parallel&);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -4,7 +4,10 @@
 // After isa.h and the standard headers: nothing in these may instantiate library templates, whose
 // code the linker would share with processors that lack these instructions.
 #include "cpu/code_statistics_kernel.h"
+#include "cpu/finite_scalar_quantize_kernel.h"
+#include "cpu/lookup_free_quantize_kernel.h"
 #include "cpu/nearest_code_kernel.h"
+#include "cpu/pack_indices_kernel.h"
 #include "cpu/peak.h"
 
 #define MMFAST_STRING_(name) #name
@@ -15,5 +18,12 @@
 namespace mmfast {
 extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     MMFAST_STRING(MMFAST_ISA), &MMFAST_ISA::nearest_code, &MMFAST_ISA::code_statistics,
-    &MMFAST_ISA::dot_products};
+    &MMFAST_ISA::dot_products,
+    &MMFAST_ISA::finite_scalar_quantize,
+    &MMFAST_ISA::finite_scalar_quantize_bwd,
+    &MMFAST_ISA::lookup_free_quantize,
+    &MMFAST_ISA::lookup_free_quantize_bwd,
+    &MMFAST_ISA::pack_indices,
+    &MMFAST_ISA::unpack_indices,
+};
 }

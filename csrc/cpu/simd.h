@@ -46,6 +46,17 @@ MMFAST_INLINE d8 widen(f8 v) {
 #endif
 }
 
+MMFAST_INLINE f8 narrow(d8 v) {
+#if defined(__AVX512F__)
+  return (f8)_mm512_cvtpd_ps((__m512d)v);
+#else
+  return __builtin_convertvector(v, f8);
+#endif
+}
+
+MMFAST_INLINE d8 load_wide(const float* p) { return widen(load<f8>(p)); }
+MMFAST_INLINE d8 load_wide(const double* p) { return load<d8>(p); }
+
 MMFAST_INLINE d8 sqrt(d8 v) {
 #if defined(__AVX512F__)
   return (d8)_mm512_sqrt_pd((__m512d)v);
@@ -215,6 +226,9 @@ static const T* read_row(const Rows& rows, int64_t i, T* buffer) {
   constexpr Dtype native = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
   if (rows.dtype == native && rows.step == (int64_t)sizeof(T)) return (const T*)p;
   int64_t d = 0;
+  if constexpr (sizeof(T) == 8)
+    if (rows.step == 4 && rows.dtype == Dtype::float32)
+      for (; d + 8 <= rows.width; d += 8) store(buffer + d, widen(load<f8>(p + 4 * d)));
   if (rows.step == 2 && rows.dtype == Dtype::bfloat16) {
     for (; d < rows.width; ++d) buffer[d] = load_one<T>(p + 2 * d, Dtype::bfloat16);
     return buffer;

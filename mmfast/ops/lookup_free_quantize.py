@@ -146,6 +146,11 @@ def _magnitude(bits: int, scale: float, spherical: bool) -> float:
     return scale / math.sqrt(bits) if spherical else scale
 
 
+def _codes(sign: Tensor, s: float) -> Tensor:
+    """s where ``sign``, else -s, float64."""
+    return sign.double() * (2 * s) - s
+
+
 def _normalised(rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Vectors (N, C, B) of the norm ``scale``, and what they were divided by, (N, C, 1)."""
     norm = rows.norm(dim=-1, keepdim=True).clamp_min(_LEAST_NORM)
@@ -215,7 +220,7 @@ def reference(
     sign = rows > 0  # [N, C, B]
     place = torch.arange(bits - 1, -1, -1, device=z.device)
     indices.copy_((sign.long() << place).sum(2).view(indices.shape))
-    code = torch.where(sign, s, -s).double()
+    code = _codes(sign, s)
     quantized.copy_(code.view(z.shape))
     for loss in (commitment, entropy, means):
         loss.zero_()
@@ -306,7 +311,7 @@ def reference_bwd(
         weight, inside = _inside(z, mask)  # [N, 1]
         to_losses = torch.zeros_like(flat)
         if commitment is not None:
-            code = torch.where(rows > 0, s, -s).flatten(1)
+            code = _codes(rows > 0, s).flatten(1)
             to_losses += commitment.double() * 2 / z.shape[-1] * (flat - code)
         slope = 4 * inv_temperature * s  # of the logits
         if entropy is not None:
@@ -497,7 +502,7 @@ OP = register(
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={},
+        backends={"cpp": backends.cpp("lookup_free_quantize")},
         samples=samples,
         cost=cost,
         compare=compare,
@@ -514,7 +519,7 @@ BACKWARD = register(
         "Tensor? mask) -> Tensor",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={},
+        backends={"cpp": backends.cpp("lookup_free_quantize_bwd")},
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,
