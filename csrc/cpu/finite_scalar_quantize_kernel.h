@@ -9,9 +9,24 @@
 #include "cpu/finite_scalar_quantize.h"
 #include "cpu/row_blocks.h"
 #include "cpu/sixteen.h"
-#include "cpu/workspace.h"
 
 namespace mmfast::MMFAST_ISA {
+
+// Where z reaches the threshold t, the level is one more and its value w.
+template <class V, class I>
+MMFAST_INLINE void reach(V z, V t, V w, V& value, I& level) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) {  // GCC 12 makes vectors of its masks
+    const __mmask16 reached = _mm512_cmp_ps_mask((__m512)z, (__m512)t, _CMP_GE_OQ);
+    level = (I)_mm512_mask_add_epi32((__m512i)level, reached, (__m512i)level, _mm512_set1_epi32(1));
+    value = (V)_mm512_mask_mov_ps((__m512)value, reached, (__m512)w);
+    return;
+  }
+#endif
+  const I reached = z >= t;
+  level -= reached;
+  value = reached ? w : value;
+}
 
 template <class T>
 struct FiniteScalar {
@@ -87,21 +102,18 @@ struct FiniteScalar {
     return true;
   }
 
-  // Values and levels of sixteen numbers, the first of dimension `first`.
-  __attribute__((always_inline)) V quantize(V z, int64_t phase, int64_t first, I& level) const {
+  // Values and levels of sixteen numbers, which are at that place of a block.
+  __attribute__((always_inline)) V quantize(V z, int64_t phase, int64_t at, I& level) const {
     V v = load<V>(lowest + phase * 16);
     I count{};
     if (compares) {
       const T* t = thresholds + phase * most * 16;
       const T* w = values + phase * most * 16;
-      for (int k = 0; k < most; ++k) {
-        const I reached = z >= load<V>(t + k * 16);
-        count -= reached;
-        v = reached ? load<V>(w + k * 16) : v;
-      }
+      for (const T* end = t + most * 16; t < end; t += 16, w += 16)
+        reach(z, load<V>(t), load<V>(w), v, count);
     } else {
       for (int i = 0; i < 16; ++i) {
-        const ScalarLevels& d = args.levels[(first + i) % width];
+        const ScalarLevels& d = args.levels[(at + i) % width];
         int64_t low = 0, high = d.count - 1;  // thresholds below low are reached
         while (low < high) {
           const int64_t middle = (low + high) / 2;
@@ -136,43 +148,43 @@ struct FiniteScalar {
   void forward(int64_t block) {
     const auto [begin, end] = block_of(block, args.z.count);
     const int64_t rows = end - begin, count = rows * width;
-    T* buffer = allocate<T>(3 * count + 16);
-    int32_t* terms = allocate<int32_t>(count + 16);
-    if (buffer && terms) {
-      const T* z = read_rows(args.z, begin, rows, buffer);
-      const T* noise =
-          args.noise.data ? read_rows(args.noise, begin, rows, buffer + count) : nullptr;
-      const bool direct = size_of(args.z.dtype) == sizeof(T);
-      char* target = args.quantized + begin * width * size_of(args.z.dtype);
-      T* out = direct ? (T*)target : buffer + 2 * count;
-      int64_t phase = 0;
-      for (int64_t e = 0; e < count; e += 16) {
-        I level;
-        V v = quantize(load_some(z + e, count - e), phase, e % width, level);
-        if (noise) v = clamp(v + load_some(noise + e, count - e));
-        store_some(out + e, v, count - e);
-        using I32 = Sixteen<float>::I;
-        store(terms + e, __builtin_convertvector(level, I32) * load<I32>(basis + phase * 16));
-        if (++phase == phases) phase = 0;
-      }
-      if (!direct) write_numbers(target, args.z.dtype, out, count);
-      int32_t* indices = args.indices + begin;
-      switch (width) {
-        case 1: sum_levels<1>(terms, rows, width, indices); break;
-        case 2: sum_levels<2>(terms, rows, width, indices); break;
-        case 3: sum_levels<3>(terms, rows, width, indices); break;
-        case 4: sum_levels<4>(terms, rows, width, indices); break;
-        case 5: sum_levels<5>(terms, rows, width, indices); break;
-        case 6: sum_levels<6>(terms, rows, width, indices); break;
-        case 7: sum_levels<7>(terms, rows, width, indices); break;
-        case 8: sum_levels<8>(terms, rows, width, indices); break;
-        default: sum_levels<0>(terms, rows, width, indices);
-      }
-    } else {
+    const bool direct = size_of(args.z.dtype) == sizeof(T);
+    Scratch<T> z_buffer(count), noise_buffer(args.noise.data ? count : 0),
+        out_buffer(direct ? 0 : count);
+    Scratch<int32_t> term_buffer(count + 16);
+    int32_t* terms = term_buffer.data;
+    if (!z_buffer.data || !noise_buffer.data || !out_buffer.data || !terms) {
       failed = true;
+      return;
     }
-    std::free(buffer);
-    std::free(terms);
+    const T* z = read_rows(args.z, begin, rows, z_buffer.data);
+    const T* noise =
+        args.noise.data ? read_rows(args.noise, begin, rows, noise_buffer.data) : nullptr;
+    char* target = args.quantized + begin * width * size_of(args.z.dtype);
+    T* out = direct ? (T*)target : out_buffer.data;
+    int64_t phase = 0;
+    for (int64_t e = 0; e < count; e += 16) {
+      I level;
+      V v = quantize(load_some(z + e, count - e), phase, e, level);
+      if (noise) v = clamp(v + load_some(noise + e, count - e));
+      store_some(out + e, v, count - e);
+      using I32 = Sixteen<float>::I;
+      store(terms + e, __builtin_convertvector(level, I32) * load<I32>(basis + phase * 16));
+      if (++phase == phases) phase = 0;
+    }
+    if (!direct) write_numbers(target, args.z.dtype, out, count);
+    int32_t* indices = args.indices + begin;
+    switch (width) {
+      case 1: sum_levels<1>(terms, rows, width, indices); break;
+      case 2: sum_levels<2>(terms, rows, width, indices); break;
+      case 3: sum_levels<3>(terms, rows, width, indices); break;
+      case 4: sum_levels<4>(terms, rows, width, indices); break;
+      case 5: sum_levels<5>(terms, rows, width, indices); break;
+      case 6: sum_levels<6>(terms, rows, width, indices); break;
+      case 7: sum_levels<7>(terms, rows, width, indices); break;
+      case 8: sum_levels<8>(terms, rows, width, indices); break;
+      default: sum_levels<0>(terms, rows, width, indices);
+    }
   }
 
   // Derivative of the quantised value by z.
@@ -189,32 +201,32 @@ struct FiniteScalar {
   void backward(int64_t block, const FiniteScalarQuantizeBwdArgs& bwd) {
     const auto [begin, end] = block_of(block, args.z.count);
     const int64_t rows = end - begin, count = rows * width;
-    T* buffer = allocate<T>(4 * count + 16);
-    if (!buffer) {
+    const bool direct = size_of(args.z.dtype) == sizeof(T);
+    Scratch<T> z_buffer(count), grad_buffer(count), noise_buffer(args.noise.data ? count : 0),
+        out_buffer(direct ? 0 : count);
+    if (!z_buffer.data || !grad_buffer.data || !noise_buffer.data || !out_buffer.data) {
       failed = true;
       return;
     }
-    const T* z = read_rows(args.z, begin, rows, buffer);
-    const T* grad = read_rows(bwd.grad, begin, rows, buffer + count);
+    const T* z = read_rows(args.z, begin, rows, z_buffer.data);
+    const T* grad = read_rows(bwd.grad, begin, rows, grad_buffer.data);
     const T* noise =
-        args.noise.data ? read_rows(args.noise, begin, rows, buffer + 2 * count) : nullptr;
-    const bool direct = size_of(args.z.dtype) == sizeof(T);
+        args.noise.data ? read_rows(args.noise, begin, rows, noise_buffer.data) : nullptr;
     char* target = bwd.result + begin * width * size_of(args.z.dtype);
-    T* out = direct ? (T*)target : buffer + 3 * count;
+    T* out = direct ? (T*)target : out_buffer.data;
     int64_t phase = 0;
     for (int64_t e = 0; e < count; e += 16) {
       const V x = load_some(z + e, count - e);
       V factor = slope(x, phase);
       if (noise) {
         I level;
-        const V v = quantize(x, phase, e % width, level) + load_some(noise + e, count - e);
+        const V v = quantize(x, phase, e, level) + load_some(noise + e, count - e);
         factor = v > 1 ? V{} : v < -1 ? V{} : factor;
       }
       store_some(out + e, load_some(grad + e, count - e) * factor, count - e);
       if (++phase == phases) phase = 0;
     }
     if (!direct) write_numbers(target, args.z.dtype, out, count);
-    std::free(buffer);
   }
 };
 

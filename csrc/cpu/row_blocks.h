@@ -1,9 +1,24 @@
 // Rows as one contiguous run of numbers, and back: for kernels that look at numbers, not at rows.
 #pragma once
 #include "cpu/simd.h"
+#include "cpu/workspace.h"
 #include "cpu/write_row.h"
 
 namespace mmfast::MMFAST_ISA {
+
+// Room for count numbers, on the stack if they are few; no data when memory runs out.
+template <class T>
+struct Scratch {
+  static constexpr int64_t few = 4096;
+  alignas(64) T own[few];
+  T* const data;
+
+  explicit Scratch(int64_t count) : data(count <= few ? own : allocate<T>(count)) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    if (data != own) std::free(data);
+  }
+};
 
 static bool is_dense(const Rows& rows) {
   const int64_t size = size_of(rows.dtype);

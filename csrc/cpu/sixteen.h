@@ -40,7 +40,10 @@ MMFAST_INLINE typename Sixteen<T>::V load_some(const T* p, int64_t count) {
 
 template <class T, class V>
 MMFAST_INLINE void store_some(T* p, V v, int64_t count) {
-  std::memcpy(p, &v, (count >= 16 ? 16 : (size_t)count) * sizeof(T));
+  if (count >= 16)
+    store(p, v);
+  else
+    std::memcpy(p, &v, (size_t)count * sizeof(T));
 }
 
 MMFAST_INLINE double sum_of(f16 v) {
