@@ -86,7 +86,7 @@ def stack_stages(
 
 
 def state_before(layer: nn.Module, num_stages: int | Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The layer's buffers and copies of them, for :func:`restore`, if it may have to be undone."""
+    """The layer's buffers and copies of them for :func:`restore`, if it may have to be undone."""
     if isinstance(num_stages, int):
         return []
     return [(buffer, buffer.clone()) for buffer in layer.buffers()]
@@ -94,5 +94,7 @@ def state_before(layer: nn.Module, num_stages: int | Tensor) -> list[tuple[Tenso
 
 def restore(state: list[tuple[Tensor, Tensor]], stage: int, num_stages: int | Tensor) -> None:
     """Put back the buffers of a stage beyond ``num_stages``."""
+    if isinstance(num_stages, int):
+        return
     for buffer, before in state:
         buffer.copy_(torch.where(num_stages > stage, buffer, before))
