@@ -3,8 +3,11 @@
 from mmfast.backends import BackendError, extension, use_backend
 from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.ema_update import ema_update_, ema_update_from_statistics_
+from mmfast.ops.finite_scalar_quantize import FiniteScalarQuantized, finite_scalar_quantize
 from mmfast.ops.kmeans import KMeansResult, kmeans
+from mmfast.ops.lookup_free_quantize import LookupFreeQuantized, lookup_free_quantize
 from mmfast.ops.nearest_code import nearest_code
+from mmfast.ops.pack_indices import pack_indices, unpack_indices
 from mmfast.ops.residual_quantize import ResidualQuantized, residual_quantize
 from mmfast.ops.vector_quantize import VectorQuantized, vector_quantize
 from mmfast.version import __version__
@@ -13,16 +16,22 @@ extension()
 
 __all__ = [
     "BackendError",
+    "FiniteScalarQuantized",
     "KMeansResult",
+    "LookupFreeQuantized",
     "ResidualQuantized",
     "VectorQuantized",
     "__version__",
     "code_statistics",
     "ema_update_",
     "ema_update_from_statistics_",
+    "finite_scalar_quantize",
     "kmeans",
+    "lookup_free_quantize",
     "nearest_code",
+    "pack_indices",
     "residual_quantize",
+    "unpack_indices",
     "use_backend",
     "vector_quantize",
 ]

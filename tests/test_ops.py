@@ -72,7 +72,8 @@ def spread(t: Tensor) -> Tensor:
     """``t``, every other element of a buffer that starts with another one."""
     if t.dim() == 0:
         return t
-    buffer = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), -1)
+    other = -1 if t.dtype.is_signed else 1
+    buffer = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), other)
     view = buffer[..., 1::2]
     view.copy_(t)
     return view

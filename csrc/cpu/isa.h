@@ -5,9 +5,12 @@
 
 #include "cpu/code_statistics.h"
 #include "cpu/ema_update.h"
+#include "cpu/finite_scalar_quantize.h"
+#include "cpu/lookup_free_quantize.h"
 #include "cpu/nearest_code.h"
-#include "cpu/vector_quantize.h"
+#include "cpu/pack_indices.h"
 #include "cpu/residual_quantize.h"
+#include "cpu/vector_quantize.h"
 
 namespace mmfast {
 
@@ -16,12 +19,18 @@ struct Kernels {
   // Each returns false when memory ran out.
   bool (*nearest_code)(const NearestCodeArgs&, const Parallel&);
   bool (*code_statistics)(const CodeStatisticsArgs&, const Parallel&);
-  bool (*residual_quantize)(const ResidualQuantizeArgs&, const Parallel&);
-  bool (*residual_quantize_bwd)(const ResidualQuantizeBwdArgs&, const Parallel&);
-  int64_t (*dot_products)(int64_t rounds, bool bfloat16);
   bool (*vector_quantize)(const VectorQuantizeArgs&, const Parallel&);
   bool (*vector_quantize_bwd)(const VectorQuantizeBwdArgs&, const Parallel&);
   bool (*ema_update)(const EmaUpdateArgs&, const Parallel&);
+  bool (*residual_quantize)(const ResidualQuantizeArgs&, const Parallel&);
+  bool (*residual_quantize_bwd)(const ResidualQuantizeBwdArgs&, const Parallel&);
+  bool (*finite_scalar_quantize)(const FiniteScalarQuantizeArgs&, const Parallel&);
+  bool (*finite_scalar_quantize_bwd)(const FiniteScalarQuantizeBwdArgs&, const Parallel&);
+  bool (*lookup_free_quantize)(const LookupFreeQuantizeArgs&, const Parallel&);
+  bool (*lookup_free_quantize_bwd)(const LookupFreeQuantizeBwdArgs&, const Parallel&);
+  void (*pack_indices)(const PackIndicesArgs&, const Parallel&);
+  void (*unpack_indices)(const PackIndicesArgs&, const Parallel&);
+  int64_t (*dot_products)(int64_t rounds, bool bfloat16);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -5,11 +5,14 @@
 // code the linker would share with processors that lack these instructions.
 #include "cpu/code_statistics_kernel.h"
 #include "cpu/ema_update_kernel.h"
+#include "cpu/finite_scalar_quantize_kernel.h"
+#include "cpu/lookup_free_quantize_kernel.h"
 #include "cpu/nearest_code_kernel.h"
+#include "cpu/pack_indices_kernel.h"
 #include "cpu/peak.h"
+#include "cpu/residual_quantize_kernel.h"
 #include "cpu/vector_quantize_bwd_kernel.h"
 #include "cpu/vector_quantize_kernel.h"
-#include "cpu/residual_quantize_kernel.h"
 
 #define MMFAST_STRING_(name) #name
 #define MMFAST_STRING(name) MMFAST_STRING_(name)
@@ -18,12 +21,20 @@
 
 namespace mmfast {
 extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
-    MMFAST_STRING(MMFAST_ISA), &MMFAST_ISA::nearest_code, &MMFAST_ISA::code_statistics,
-    &MMFAST_ISA::residual_quantize,
-    &MMFAST_ISA::residual_quantize_bwd,
-    &MMFAST_ISA::dot_products,
+    MMFAST_STRING(MMFAST_ISA),
+    &MMFAST_ISA::nearest_code,
+    &MMFAST_ISA::code_statistics,
     &MMFAST_ISA::vector_quantize,
     &MMFAST_ISA::vector_quantize_bwd,
     &MMFAST_ISA::ema_update,
+    &MMFAST_ISA::residual_quantize,
+    &MMFAST_ISA::residual_quantize_bwd,
+    &MMFAST_ISA::finite_scalar_quantize,
+    &MMFAST_ISA::finite_scalar_quantize_bwd,
+    &MMFAST_ISA::lookup_free_quantize,
+    &MMFAST_ISA::lookup_free_quantize_bwd,
+    &MMFAST_ISA::pack_indices,
+    &MMFAST_ISA::unpack_indices,
+    &MMFAST_ISA::dot_products,
 };
 }

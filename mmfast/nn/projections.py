@@ -1,0 +1,29 @@
+"""What lookup-free quantisers have around the quantisation itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def projection(dim_in: int, dim_out: int, bias: bool, wanted: bool) -> nn.Module:
+    """A linear layer, or nothing where none is ``wanted``."""
+    return nn.Linear(dim_in, dim_out, bias=bias) if wanted else nn.Identity()
+
+
+def random_rotation(dim: int) -> Tensor:
+    """An orthogonal matrix ``(dim, dim)``."""
+    matrix = torch.empty(dim, dim)
+    nn.init.orthogonal_(matrix)
+    return matrix
+
+
+def soft_clamp(x: Tensor, value: Tensor | float) -> Tensor:
+    """x bent to stay within plus and minus ``value``."""
+    return (x / value).tanh() * value
+
+
+def check_last(x: Tensor, dim: int) -> None:
+    """The last dimension of x, channels having been moved there, has the size ``dim``."""
+    if x.dim() < 2 or x.shape[-1] != dim:
+        raise ValueError(f"x must have {dim} channels, got {x.shape[-1]}")
