@@ -8,6 +8,9 @@
 // Scores are s = x.c - |c|^2 / 2 (euclidean) or x.c: larger is nearer.
 #pragma once
 #include "cpu/nearest_code_dense.h"
+#if MMFAST_MATRIX
+#include "cpu/nearest_code_matrix.h"
+#endif
 #include "cpu/nearest_code_plain.h"
 #include "cpu/nearest_code_pruned.h"
 
@@ -26,7 +29,8 @@ struct Blocks {
   int64_t block_rows;
   bool stay = true;  // however hard the rows are
   std::atomic<int64_t> next;
-  std::atomic<bool> failed{false}, give_up{false};
+  std::atomic<int64_t> refused;  // the first row that was too hard, or the number of rows
+  std::atomic<bool> failed{false};
 
   Blocks(const NearestCodeArgs& a, const Exact<T>& e, const Codebook<T>& c, int64_t first,
          int threads)
@@ -34,7 +38,8 @@ struct Blocks {
         exact(e),
         codebook(c),
         block_rows(Method::rows_per_block(a.x.count - first, threads)),
-        next(first) {}
+        next(first),
+        refused(a.x.count) {}
 
   void work() {
     Method method(args, exact, codebook, block_rows);
@@ -43,12 +48,17 @@ struct Blocks {
       return;
     }
     const int64_t rows = args.x.count;
-    for (int64_t begin; !give_up && (begin = next.fetch_add(block_rows)) < rows;) {
-      method.run(begin, begin + block_rows < rows ? begin + block_rows : rows);
-      if (!stay && method.too_hard()) give_up = true;
-    }
+    for (int64_t begin; refused == rows && (begin = next.fetch_add(block_rows)) < rows;)
+      if (!method.run(begin, begin + block_rows < rows ? begin + block_rows : rows, stay))
+        refuse(begin);
   }
 
+  void refuse(int64_t begin) {
+    int64_t first = refused;
+    while (begin < first && !refused.compare_exchange_weak(first, begin)) continue;
+  }
+
+  // Decides the rows before `refused`, and perhaps some after it.
   bool run(const Parallel& parallel) {
     const int64_t blocks = (args.x.count - next + block_rows - 1) / block_rows;
     const int64_t threads = blocks < parallel.threads ? blocks : parallel.threads;
@@ -120,18 +130,36 @@ static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& para
   while (codes / group_codes > 1024) group_codes *= 2;
   const bool can_prune = args.metric == Metric::euclidean && codes >= 4 * group_codes;
   bool prune = can_prune && rows * codes > pruning_pairs && clustered(exact);
+  Form form = MMFAST_MATRIX ? Form::bfloat16 : Form::int16;
+  if (const char* e = getenv("MMX_FORM")) {
+    form = e[0] == '1' ? Form::bfloat16 : e[0] == '3' ? Form::pairs : Form::int16;
+    prune = e[1] == 'p';
+  }
   int64_t first = 0;
   for (;;) {
-    Codebook<T> codebook(args, exact);
+    Codebook<T> codebook(args, exact, form);
     if (!codebook.prepare(parallel, prune ? group_codes : 0)) return false;
     if (codebook.beyond) return direct(exact, parallel);
     if (codebook.grouped)
       return Blocks<T, Pruned<T>>(args, exact, codebook, first, parallel.threads).run(parallel);
+#if MMFAST_MATRIX
+    if (codebook.form != Form::int16) {
+      Blocks<T, Matrix<T>> blocks(args, exact, codebook, first, parallel.threads);
+      blocks.stay = form == Form::pairs && (prune || !can_prune);
+      if (!blocks.run(parallel)) return false;
+      first = blocks.refused;
+      if (first == rows) return true;
+      if (getenv("MMX_TELL")) printf("refused %ld\n", first);
+      if (form == Form::pairs) prune = true;
+      form = Form::pairs;
+      continue;
+    }
+#endif
     Blocks<T, Dense<T>> blocks(args, exact, codebook, first, parallel.threads);
     blocks.stay = prune || !can_prune;
     if (!blocks.run(parallel)) return false;
-    first = blocks.next;
-    if (first >= rows) return true;
+    first = blocks.refused;
+    if (first == rows) return true;
     // Too many codes had to be compared exactly: groups have finer scales.
     prune = true;
   }
