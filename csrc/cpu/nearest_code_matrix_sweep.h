@@ -41,59 +41,88 @@ constexpr int64_t score_stride = lanes * sizeof(float);
 constexpr int64_t code_stride = tile_codes * 2 * sizeof(int16_t);
 constexpr int64_t code_step = matrix_depth * tile_codes;  // int16 of matrix_depth dimensions
 
-// out[r] = max(a[r], b[r]) for `rows` rows of scores.
-template <int rows>
-MMFAST_INLINE void fold(float* out, const float* a, const float* b) {
-#pragma GCC unroll 16
-  for (int r = 0; r < rows * lanes; r += lanes)
-    _mm512_store_ps(out + r, _mm512_max_ps(_mm512_load_ps(a + r), _mm512_load_ps(b + r)));
-}
-
-// What follows computes folded, [tiles][strip_rows][lanes]: the best score of the codes of one tile
-// and lane. rows: [strip_rows][depth], codes: [tiles][depth / 2][tile_vectors][lanes][2].
+// What follows computes folded, [tiles / fold][strip_rows][lanes]: the best score of the codes of
+// `fold` tiles and one lane. rows: [strip_rows][depth], codes: [tiles][depth / 2][tile_vectors]
+// [lanes][2]. A job is what two registers accumulate.
 //
-// Scores cannot leave a matrix register before its products are done, nor be read where they were
-// stored before the store has retired: while two registers multiply, the scores that the other two
-// made are stored, and those of a few jobs before are folded.
-constexpr int64_t fold_lag = 2;  // jobs; a power of two
+// Scores cannot leave a register before its products are done: while two registers multiply, the
+// scores of the job before are stored from the other two, and those of a group of jobs before that
+// are folded, a part of the rows in each job.
 constexpr int64_t job_scores = 2 * matrix_rows * lanes;
+
+// The scores of `group` jobs and of the group before.
+template <int group>
+struct Ring {
+  alignas(64) float scores[2 * group][job_scores];
+  float* outs[2] = {};  // where the best of the two groups belong
+  int64_t job = 0;
+
+  float* before() { return scores[(job + 2 * group - 1) % (2 * group)]; }
+
+  // Folds the rows whose turn it is, then goes on to a job whose best belong to `out`, if it is
+  // the first of its group. Each job has `vectors` scores of a row.
+  template <int vectors>
+  __attribute__((always_inline)) void fold(float* out) {
+    const int64_t done = job - group - 1;
+    if (done >= 0) fold_part<vectors>(done);
+    if (job % group == 0) outs[job / group % 2] = out;
+    ++job;
+  }
+
+  template <int vectors>
+  __attribute__((always_inline)) void fold_part(int64_t done) {
+    constexpr int all_rows = job_scores / lanes / vectors, part = all_rows / group;
+    const int64_t first = done % group * part * lanes, which = done / group % 2;
+    const float* from = scores[which * group] + first;
+    float* to = outs[which] + first;
+#pragma GCC unroll 16
+    for (int r = 0; r < part; ++r) {
+      __m512 best = _mm512_load_ps(from + r * lanes);
+#pragma GCC unroll 16
+      for (int j = 1; j < group * vectors; ++j)
+        best = _mm512_max_ps(best, _mm512_load_ps(from + (j * all_rows + r) * lanes));
+      _mm512_store_ps(to + r * lanes, best);
+    }
+  }
+
+  // After the last job's scores are stored.
+  template <int vectors>
+  void finish() {
+    for (int64_t done = job > group ? job - group - 1 : 0; done < job; ++done)
+      fold_part<vectors>(done);
+  }
+};
 
 // Few dimensions, depth = steps * matrix_depth: the rows stay in their registers, 16 of them
 // against a few tiles of codes, which are then in the first-level cache for the other 16.
-template <int steps>
+template <int steps, int fold>
 static __attribute__((noinline)) void matrix_sweep_few(const int16_t* rows, int64_t,
                                                        const int16_t* codes, const float* terms,
                                                        int64_t tiles, float* folded) {
   constexpr int64_t together = 4, depth = steps * matrix_depth, row_stride = 2 * depth;
-  alignas(64) float scores[fold_lag][tile_vectors][matrix_rows][lanes];
-  float* outs[fold_lag] = {};  // where the best of `scores` belong
-  int64_t jobs = 0;
+  static_assert(together % fold == 0);
+  Ring<fold> ring;
   const auto job = [&]<int set>(int64_t t, float* out) __attribute__((always_inline)) {
-    constexpr int s = 2 * set, o = 2 - s, half = matrix_rows / 2;
+    constexpr int s = 2 * set, o = 2 - s;
     const int16_t* c = codes + t * tile_codes * depth;
-    auto& from = scores[jobs % fold_lag];
-    auto& to = scores[(jobs + fold_lag - 1) % fold_lag];
-    float* const done = outs[jobs % fold_lag];
-    outs[jobs % fold_lag] = out;
-    ++jobs;
+    float* to = ring.before();
     matrix_load<6>(c, code_stride);
     matrix_load<s>(terms + t * tile_codes, 0);
     matrix_load<s + 1>(terms + t * tile_codes + lanes, 0);
     matrix_multiply<s, 4, 6>();
-    matrix_store<o>(to[0], score_stride);
+    matrix_store<o>(to, score_stride);
     matrix_load<7>(c + 2 * lanes, code_stride);
     matrix_multiply<s + 1, 4, 7>();
-    if (done) fold<half>(done, from[0][0], from[1][0]);
     if constexpr (steps == 2) {
       matrix_load<6>(c + code_step, code_stride);
       matrix_multiply<s, 5, 6>();
     }
-    matrix_store<o + 1>(to[1], score_stride);
+    matrix_store<o + 1>(to + matrix_rows * lanes, score_stride);
     if constexpr (steps == 2) {
       matrix_load<7>(c + code_step + 2 * lanes, code_stride);
       matrix_multiply<s + 1, 5, 7>();
     }
-    if (done) fold<half>(done + half * lanes, from[0][half], from[1][half]);
+    ring.template fold<2>(out);
   };
   for (int64_t first = 0; first < tiles; first += together) {
     const int64_t end = first + together < tiles ? first + together : tiles;
@@ -102,8 +131,8 @@ static __attribute__((noinline)) void matrix_sweep_few(const int16_t* rows, int6
       matrix_load<4>(r, row_stride);
       if constexpr (steps == 2) matrix_load<5>(r + matrix_depth, row_stride);
       for (int64_t t = first; t < end; ++t) {
-        float* out = folded + (t * strip_rows + half * matrix_rows) * lanes;
-        if (jobs % 2 == 0)
+        float* out = folded + (t / fold * strip_rows + half * matrix_rows) * lanes;
+        if (ring.job % 2 == 0)
           job.template operator()<0>(t, out);
         else
           job.template operator()<1>(t, out);
@@ -111,28 +140,23 @@ static __attribute__((noinline)) void matrix_sweep_few(const int16_t* rows, int6
     }
   }
   // The number of jobs is even: the last one's scores are in registers 2 and 3.
-  auto& last = scores[(jobs - 1) % fold_lag];
-  matrix_store<2>(last[0], score_stride);
-  matrix_store<3>(last[1], score_stride);
-  for (int64_t j = jobs < fold_lag ? 0 : jobs - fold_lag; j < jobs; ++j) {
-    auto& from = scores[j % fold_lag];
-    fold<matrix_rows>(outs[j % fold_lag], from[0][0], from[1][0]);
-  }
+  matrix_store<2>(ring.before(), score_stride);
+  matrix_store<3>(ring.before() + matrix_rows * lanes, score_stride);
+  ring.template finish<2>();
 }
 
 // More dimensions: all rows against one vector of codes at a time.
+template <int fold>
 static __attribute__((noinline)) void matrix_sweep_many(const int16_t* rows, int64_t depth,
                                                         const int16_t* codes, const float* terms,
                                                         int64_t tiles, float* folded) {
-  constexpr int64_t lag = fold_lag / 2, half = matrix_rows * lanes;  // lag: in tiles
-  alignas(64) float scores[lag][tile_vectors][strip_rows][lanes];
+  Ring<2 * fold> ring;
   const int64_t row_stride = 2 * depth;
   const int16_t* below = rows + matrix_rows * depth;
   const auto job = [&]<int v>(int64_t t) __attribute__((always_inline)) {
     constexpr int s = 2 * v, o = 2 - s;
     const int16_t* c = codes + t * tile_codes * depth + v * 2 * lanes;
-    // The vector before this: of this tile or of the one before.
-    float* to = scores[(t + lag - 1 + v) % lag][1 - v][0];
+    float* to = ring.before();
     matrix_load<s>(terms + t * tile_codes + v * lanes, 0);
     matrix_load<s + 1>(terms + t * tile_codes + v * lanes, 0);
     const auto step = [&](int64_t d) __attribute__((always_inline)) {
@@ -145,36 +169,33 @@ static __attribute__((noinline)) void matrix_sweep_many(const int16_t* rows, int
     step(0);
     matrix_store<o>(to, score_stride);
     step(matrix_depth);
-    matrix_store<o + 1>(to + half, score_stride);
+    matrix_store<o + 1>(to + matrix_rows * lanes, score_stride);
     step(2 * matrix_depth);
-    const int64_t done = t - lag + v;
-    if (done >= 0) {
-      const auto& from = scores[done % lag];
-      const int64_t first = (1 - v) * half;
-      fold<matrix_rows>(folded + done * strip_rows * lanes + first, from[0][0] + first,
-                        from[1][0] + first);
-    }
+    ring.template fold<1>(folded + t / fold * strip_rows * lanes);
     for (int64_t d = 3 * matrix_depth; d < depth; d += matrix_depth) step(d);
   };
   for (int64_t t = 0; t < tiles; ++t) {
     job.template operator()<0>(t);
     job.template operator()<1>(t);
   }
-  auto& last = scores[(tiles - 1) % lag];
-  matrix_store<2>(last[1][0], score_stride);
-  matrix_store<3>(last[1][matrix_rows], score_stride);
-  for (int64_t t = tiles < lag ? 0 : tiles - lag; t < tiles; ++t) {
-    const auto& from = scores[t % lag];
-    fold<strip_rows>(folded + t * strip_rows * lanes, from[0][0], from[1][0]);
-  }
+  matrix_store<2>(ring.before(), score_stride);
+  matrix_store<3>(ring.before() + matrix_rows * lanes, score_stride);
+  ring.template finish<1>();
 }
 
-using MatrixSweep = decltype(&matrix_sweep_many);
+using MatrixSweep = decltype(&matrix_sweep_many<1>);
 
+template <int fold>
 static MatrixSweep matrix_sweep_for(int64_t depth) {
-  return depth == matrix_depth       ? matrix_sweep_few<1>
-         : depth == 2 * matrix_depth ? matrix_sweep_few<2>
-                                     : matrix_sweep_many;
+  return depth == matrix_depth       ? matrix_sweep_few<1, fold>
+         : depth == 2 * matrix_depth ? matrix_sweep_few<2, fold>
+                                     : matrix_sweep_many<fold>;
+}
+
+static MatrixSweep matrix_sweep_for(int64_t depth, int fold) {
+  return fold == 1 ? matrix_sweep_for<1>(depth)
+       : fold == 2 ? matrix_sweep_for<2>(depth)
+                   : matrix_sweep_for<4>(depth);
 }
 
 }  // namespace mmfast::MMFAST_ISA
