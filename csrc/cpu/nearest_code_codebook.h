@@ -22,7 +22,7 @@ constexpr double inflate = 1 + 1e-4;  // covers the rounding of norms
 enum class Form { int16, bfloat16, pairs };
 
 constexpr int64_t matrix_depth = 32;   // bfloat16 of a row of a matrix tile
-constexpr int64_t matrix_entries = 16;  // folded scores of a lane that stay in the first-level cache
+constexpr int64_t matrix_tiles = 16;   // tiles of codes whose scores stay in the first-level cache
 
 // Codes that share a scale, and whose packed form stays in cache while rows stream past. In a
 // grouped codebook, a group: its codes are rounded relative to its own centre.
@@ -44,7 +44,6 @@ struct Codebook {
   const Exact<T>& exact;
   Form form;                  // int16 if grouped
   int64_t width, depth = 0;   // D, and packed numbers of a code
-  int fold = 1;               // tiles whose codes of one lane compete as one
   bool beyond = false;        // a code is not finite, or so large or small that scores cannot be
   bool grouped = false;
   double max_norm = 0, mean_norm = 0;
@@ -100,7 +99,6 @@ struct Codebook {
     if (grouped) form = Form::int16;
     depth = form == Form::pairs ? 3 * part() : part();
     if (form != Form::int16) depth = (depth + matrix_depth - 1) / matrix_depth * matrix_depth;
-    if (form != Form::int16) fold = getenv("MMX_FOLD") ? atoi(getenv("MMX_FOLD")) : 1;
     if (grouped) {
       Halving<T> halving{args.codes, group_codes, order};
       if (!halving.run(unique, parallel)) return false;
@@ -275,10 +273,9 @@ struct Codebook {
   // Cuts the order into chunks and fills them up to whole tiles.
   bool cut(int64_t group_codes) {
     int64_t most = chunk_bytes / (2 * depth);
-    const int64_t step = fold * tile_codes, tiles_ = form == Form::int16 ? chunk_tiles : (getenv("MMX_ENT") ? atoi(getenv("MMX_ENT")) : 16) * fold;
-    const int64_t limit = tiles_ * tile_codes;
+    const int64_t limit = (form == Form::int16 ? chunk_tiles : matrix_tiles) * tile_codes;
     if (most > limit) most = limit;
-    most = most < step ? step : most / step * step;
+    most = most < tile_codes ? tile_codes : most / tile_codes * tile_codes;
     if (grouped) most = group_codes;
     const bool falling = !grouped && spread();
     const auto length = [&](int64_t first) {
@@ -291,7 +288,7 @@ struct Codebook {
     int64_t tiles = 0;
     for (int64_t first = 0, n; first < unique; first += n, ++num_chunks) {
       n = length(first);
-      tiles += (n + step - 1) / step * fold;
+      tiles += (n + tile_codes - 1) / tile_codes;
     }
     num_tiles = tiles;
     chunks = (Chunk*)std::calloc((size_t)num_chunks, sizeof(Chunk));
@@ -308,7 +305,7 @@ struct Codebook {
     for (int64_t first = 0, n; first < unique; first += n, ++i) {
       n = length(first);
       chunks[i].first_tile = tile;
-      chunks[i].tiles = (n + step - 1) / step * fold;
+      chunks[i].tiles = (n + tile_codes - 1) / tile_codes;
       while (chunks[i].id_mask < chunks[i].tiles - 1) chunks[i].id_mask = 2 * chunks[i].id_mask + 1;
       for (int64_t j = 0; j < chunks[i].tiles * tile_codes; ++j)
         padded[tile * tile_codes + j] = j < n ? order[first + j] : -1;

@@ -19,6 +19,7 @@ namespace mmfast::MMFAST_ISA {
 constexpr int64_t direct_rows = 6;           // below, packing the codebook does not pay
 constexpr int64_t direct_work = 20000;       // nor for fewer comparisons than this
 constexpr int64_t pruning_pairs = 1 << 20;   // rows times codes from which grouping can pay
+constexpr int64_t most_pairs_of_clusters = 12288;  // codes beyond which groups beat Form::pairs
 
 // The rows of one call, handed out in blocks.
 template <class T, class Method>
@@ -70,6 +71,12 @@ struct Blocks {
     return !failed;
   }
 };
+
+// Whether matrix products cost less than int16 dot products, which leave no depth unused.
+constexpr bool matrix_pays(int64_t width) { return MMFAST_MATRIX && width >= 24; }
+
+// And those of pairs, as long as the rows' fit the first-level cache.
+constexpr bool pairs_pay(int64_t width) { return width <= 84; }
 
 // Compares all rows with all codes in float64.
 template <class T>
@@ -130,10 +137,10 @@ static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& para
   while (codes / group_codes > 1024) group_codes *= 2;
   const bool can_prune = args.metric == Metric::euclidean && codes >= 4 * group_codes;
   bool prune = can_prune && rows * codes > pruning_pairs && clustered(exact);
-  Form form = MMFAST_MATRIX ? Form::bfloat16 : Form::int16;
-  if (const char* e = getenv("MMX_FORM")) {
-    form = e[0] == '1' ? Form::bfloat16 : e[0] == '3' ? Form::pairs : Form::int16;
-    prune = e[1] == 'p';
+  Form form = matrix_pays(args.x.width) ? Form::bfloat16 : Form::int16;
+  if (prune && form != Form::int16 && pairs_pay(args.x.width) && codes <= most_pairs_of_clusters) {
+    prune = false;
+    form = Form::pairs;
   }
   int64_t first = 0;
   for (;;) {
@@ -149,9 +156,8 @@ static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& para
       if (!blocks.run(parallel)) return false;
       first = blocks.refused;
       if (first == rows) return true;
-      if (getenv("MMX_TELL")) printf("refused %ld\n", first);
       if (form == Form::pairs) prune = true;
-      form = Form::pairs;
+      form = pairs_pay(args.x.width) ? Form::pairs : Form::int16;
       continue;
     }
 #endif

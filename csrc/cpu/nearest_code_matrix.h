@@ -24,7 +24,7 @@ struct Matrix {
   int64_t block_rows;
   MatrixTile* tiles = nullptr;  // [block_rows / 8]
   int16_t* packed = nullptr;    // [block_rows][depth]
-  float* folded = nullptr;      // [matrix_chunk / tile_codes][strip_rows][lanes]
+  float* folded = nullptr;      // [matrix_tiles][strip_rows][lanes]
   int64_t screened = 0, compared = 0;  // rows so far, and codes compared in float64
 
   Matrix(const NearestCodeArgs& args, const Exact<T>& exact, const Codebook<T>& c, int64_t rows)
@@ -32,7 +32,7 @@ struct Matrix {
         codebook(c),
         width(c.width),
         depth(c.depth),
-        sweep(matrix_sweep_for(c.depth, c.fold)),
+        sweep(matrix_sweep_for(c.depth)),
         pairs(c.form == Form::pairs),
         scale(c.chunks[0].scale),
         unit(scale * scale),
@@ -55,7 +55,7 @@ struct Matrix {
     const size_t n = (size_t)block_rows;
     tiles = (MatrixTile*)std::aligned_alloc(64, n / 8 * sizeof(MatrixTile));
     packed = (int16_t*)std::aligned_alloc(64, n * (size_t)depth * 2);
-    folded = (float*)std::aligned_alloc(64, 64 * strip_rows * lanes * 4);
+    folded = (float*)std::aligned_alloc(64, matrix_tiles * strip_rows * lanes * 4);
     return tiles && packed && folded && survivors.allocate();
   }
 
@@ -82,9 +82,10 @@ struct Matrix {
     return true;
   }
 
-  // Whether comparing codes in float64 costs more than the screening of all of them.
+  // Whether comparing codes in float64 costs more than finer screening would.
   bool too_hard() const {
-    return compared * (width + 60) / 2 > screened * codebook.unique * width / 32;
+    const int64_t worth = codebook.unique * width / ((pairs ? 16 : 64) * (width + 60));
+    return compared > screened * (4 + worth);
   }
 
   // Starts a tile on rows first to first + 7 of the n of a block that begins at row `begin`.
@@ -189,8 +190,7 @@ struct Matrix {
     __m512 best[8];
 #pragma GCC unroll 8
     for (int r = 0; r < 8; ++r) best[r] = _mm512_load_ps(scores + r * lanes);
-    const int64_t entries = chunk.tiles / codebook.fold;
-    for (int64_t t = 1; t < entries; ++t)
+    for (int64_t t = 1; t < chunk.tiles; ++t)
 #pragma GCC unroll 8
       for (int r = 0; r < 8; ++r)
         best[r] = _mm512_max_ps(best[r], _mm512_load_ps(scores + t * stride + r * lanes));
@@ -213,16 +213,16 @@ struct Matrix {
       if (!tile.screened(r)) continue;
       const float* p = scores + r * lanes;
       // Which scores reach the threshold, four tiles a word.
-      uint64_t hits[64 / 4]{};
+      uint64_t hits[matrix_tiles / 4]{};
       const __m512 least = _mm512_set1_ps(thresholds[r]);
-      for (int64_t t = 0; t < entries; ++t) {
+      for (int64_t t = 0; t < chunk.tiles; ++t) {
         const uint16_t mask = _mm512_cmp_ps_mask(_mm512_load_ps(p + t * stride), least, _CMP_GE_OQ);
         store((uint16_t*)hits + t, mask);
       }
-      for (int64_t word = 0; word < (entries + 3) / 4; ++word)
+      for (int64_t word = 0; word < (chunk.tiles + 3) / 4; ++word)
         for (uint64_t left = hits[word]; left; left &= left - 1) {
           const int64_t t = 4 * word + __builtin_ctzll(left) / lanes;
-          const int64_t lane = __builtin_ctzll(left) % lanes, at = chunk.first_tile + t * codebook.fold;
+          const int64_t lane = __builtin_ctzll(left) % lanes, at = chunk.first_tile + t;
           survivors.add(tile, r, lowers[r],
                         {p[t * stride + lane] * per_unit + adds[r], at * lanes + lane});
           survivors.prefetch(at * tile_codes + lane);

@@ -41,67 +41,60 @@ constexpr int64_t score_stride = lanes * sizeof(float);
 constexpr int64_t code_stride = tile_codes * 2 * sizeof(int16_t);
 constexpr int64_t code_step = matrix_depth * tile_codes;  // int16 of matrix_depth dimensions
 
-// What follows computes folded, [tiles / fold][strip_rows][lanes]: the best score of the codes of
-// `fold` tiles and one lane. rows: [strip_rows][depth], codes: [tiles][depth / 2][tile_vectors]
-// [lanes][2]. A job is what two registers accumulate.
+// What follows computes folded, [tiles][strip_rows][lanes]: the best score of the codes of one tile
+// and lane. rows: [strip_rows][depth], codes: [tiles][depth / 2][tile_vectors][lanes][2]. A job is
+// what two registers accumulate.
 //
-// Scores cannot leave a register before its products are done: while two registers multiply, the
-// scores of the job before are stored from the other two, and those of a group of jobs before that
-// are folded, a part of the rows in each job.
-constexpr int64_t job_scores = 2 * matrix_rows * lanes;
+// Scores cannot leave a register before its products are done, nor be read before they are in the
+// cache: while two registers multiply, the scores of the job before are stored from the other two,
+// and those of the tile before that are folded, a part of the rows in each job.
 
-// The scores of `group` jobs and of the group before.
-template <int group>
+// The scores of this tile and of the one before; `vectors`: how many of its scores a row gets in
+// one job.
+template <int vectors>
 struct Ring {
-  alignas(64) float scores[2 * group][job_scores];
-  float* outs[2] = {};  // where the best of the two groups belong
+  static constexpr int group = tile_vectors / vectors;  // jobs of a tile
+  static constexpr int rows = 2 * matrix_rows / vectors;
+  alignas(64) float scores[2 * group][2 * matrix_rows * lanes];
+  float* outs[2] = {};  // where the best scores of the two tiles belong
   int64_t job = 0;
 
   float* before() { return scores[(job + 2 * group - 1) % (2 * group)]; }
 
-  // Folds the rows whose turn it is, then goes on to a job whose best belong to `out`, if it is
-  // the first of its group. Each job has `vectors` scores of a row.
-  template <int vectors>
+  // Folds the rows whose turn it is and goes on to the next job, of a tile whose best scores
+  // belong to `out`.
   __attribute__((always_inline)) void fold(float* out) {
     const int64_t done = job - group - 1;
-    if (done >= 0) fold_part<vectors>(done);
+    if (done >= 0) fold_part(done);
     if (job % group == 0) outs[job / group % 2] = out;
     ++job;
   }
 
-  template <int vectors>
   __attribute__((always_inline)) void fold_part(int64_t done) {
-    constexpr int all_rows = job_scores / lanes / vectors, part = all_rows / group;
+    constexpr int part = rows / group, other = rows * lanes;
     const int64_t first = done % group * part * lanes, which = done / group % 2;
     const float* from = scores[which * group] + first;
     float* to = outs[which] + first;
 #pragma GCC unroll 16
-    for (int r = 0; r < part; ++r) {
-      __m512 best = _mm512_load_ps(from + r * lanes);
-#pragma GCC unroll 16
-      for (int j = 1; j < group * vectors; ++j)
-        best = _mm512_max_ps(best, _mm512_load_ps(from + (j * all_rows + r) * lanes));
-      _mm512_store_ps(to + r * lanes, best);
-    }
+    for (int r = 0; r < part * lanes; r += lanes)
+      _mm512_store_ps(
+          to + r, _mm512_max_ps(_mm512_load_ps(from + r), _mm512_load_ps(from + other + r)));
   }
 
   // After the last job's scores are stored.
-  template <int vectors>
   void finish() {
-    for (int64_t done = job > group ? job - group - 1 : 0; done < job; ++done)
-      fold_part<vectors>(done);
+    for (int64_t done = job > group ? job - group - 1 : 0; done < job; ++done) fold_part(done);
   }
 };
 
 // Few dimensions, depth = steps * matrix_depth: the rows stay in their registers, 16 of them
 // against a few tiles of codes, which are then in the first-level cache for the other 16.
-template <int steps, int fold>
+template <int steps>
 static __attribute__((noinline)) void matrix_sweep_few(const int16_t* rows, int64_t,
                                                        const int16_t* codes, const float* terms,
                                                        int64_t tiles, float* folded) {
   constexpr int64_t together = 4, depth = steps * matrix_depth, row_stride = 2 * depth;
-  static_assert(together % fold == 0);
-  Ring<fold> ring;
+  Ring<2> ring;
   const auto job = [&]<int set>(int64_t t, float* out) __attribute__((always_inline)) {
     constexpr int s = 2 * set, o = 2 - s;
     const int16_t* c = codes + t * tile_codes * depth;
@@ -122,7 +115,7 @@ static __attribute__((noinline)) void matrix_sweep_few(const int16_t* rows, int6
       matrix_load<7>(c + code_step + 2 * lanes, code_stride);
       matrix_multiply<s + 1, 5, 7>();
     }
-    ring.template fold<2>(out);
+    ring.fold(out);
   };
   for (int64_t first = 0; first < tiles; first += together) {
     const int64_t end = first + together < tiles ? first + together : tiles;
@@ -131,7 +124,7 @@ static __attribute__((noinline)) void matrix_sweep_few(const int16_t* rows, int6
       matrix_load<4>(r, row_stride);
       if constexpr (steps == 2) matrix_load<5>(r + matrix_depth, row_stride);
       for (int64_t t = first; t < end; ++t) {
-        float* out = folded + (t / fold * strip_rows + half * matrix_rows) * lanes;
+        float* out = folded + (t * strip_rows + half * matrix_rows) * lanes;
         if (ring.job % 2 == 0)
           job.template operator()<0>(t, out);
         else
@@ -142,15 +135,14 @@ static __attribute__((noinline)) void matrix_sweep_few(const int16_t* rows, int6
   // The number of jobs is even: the last one's scores are in registers 2 and 3.
   matrix_store<2>(ring.before(), score_stride);
   matrix_store<3>(ring.before() + matrix_rows * lanes, score_stride);
-  ring.template finish<2>();
+  ring.finish();
 }
 
 // More dimensions: all rows against one vector of codes at a time.
-template <int fold>
 static __attribute__((noinline)) void matrix_sweep_many(const int16_t* rows, int64_t depth,
                                                         const int16_t* codes, const float* terms,
                                                         int64_t tiles, float* folded) {
-  Ring<2 * fold> ring;
+  Ring<1> ring;
   const int64_t row_stride = 2 * depth;
   const int16_t* below = rows + matrix_rows * depth;
   const auto job = [&]<int v>(int64_t t) __attribute__((always_inline)) {
@@ -171,7 +163,7 @@ static __attribute__((noinline)) void matrix_sweep_many(const int16_t* rows, int
     step(matrix_depth);
     matrix_store<o + 1>(to + matrix_rows * lanes, score_stride);
     step(2 * matrix_depth);
-    ring.template fold<1>(folded + t / fold * strip_rows * lanes);
+    ring.fold(folded + t * strip_rows * lanes);
     for (int64_t d = 3 * matrix_depth; d < depth; d += matrix_depth) step(d);
   };
   for (int64_t t = 0; t < tiles; ++t) {
@@ -180,22 +172,15 @@ static __attribute__((noinline)) void matrix_sweep_many(const int16_t* rows, int
   }
   matrix_store<2>(ring.before(), score_stride);
   matrix_store<3>(ring.before() + matrix_rows * lanes, score_stride);
-  ring.template finish<1>();
+  ring.finish();
 }
 
-using MatrixSweep = decltype(&matrix_sweep_many<1>);
+using MatrixSweep = decltype(&matrix_sweep_many);
 
-template <int fold>
 static MatrixSweep matrix_sweep_for(int64_t depth) {
-  return depth == matrix_depth       ? matrix_sweep_few<1, fold>
-         : depth == 2 * matrix_depth ? matrix_sweep_few<2, fold>
-                                     : matrix_sweep_many<fold>;
-}
-
-static MatrixSweep matrix_sweep_for(int64_t depth, int fold) {
-  return fold == 1 ? matrix_sweep_for<1>(depth)
-       : fold == 2 ? matrix_sweep_for<2>(depth)
-                   : matrix_sweep_for<4>(depth);
+  return depth == matrix_depth       ? matrix_sweep_few<1>
+         : depth == 2 * matrix_depth ? matrix_sweep_few<2>
+                                     : matrix_sweep_many;
 }
 
 }  // namespace mmfast::MMFAST_ISA

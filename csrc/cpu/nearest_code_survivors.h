@@ -17,7 +17,7 @@ constexpr double infinity = std::numeric_limits<double>::infinity();
 
 struct Candidate {
   double upper;   // bound of the score
-  int64_t where;  // first tile * lanes + lane; or -1 - (chunk * lanes + lane), to look through that lane
+  int64_t where;  // tile * lanes + lane; or -1 - (chunk * lanes + lane), to look through that lane
 };
 
 // Rows that are screened together.
@@ -126,7 +126,7 @@ struct Survivors {
 
   // The codes of one tile and lane, which will be compared in float64.
   void prefetch(int64_t position) const {
-    for (int v = 0; v < codebook.fold * tile_vectors; ++v) {
+    for (int v = 0; v < tile_vectors; ++v) {
       const int32_t k = codebook.order[position + v * lanes];
       if (k < 0) continue;
       const char* p = args.codes.row(k);
@@ -162,8 +162,7 @@ struct Survivors {
         const Candidate& candidate = tile.candidates[r][j];
         if (candidate.upper < tile.lower[r]) continue;
         const bool lane = candidate.where < 0;
-        codes += tile_vectors * (lane ? codebook.chunks[(-1 - candidate.where) / lanes].tiles
-                                      : codebook.fold);
+        codes += tile_vectors * (lane ? codebook.chunks[(-1 - candidate.where) / lanes].tiles : 1);
       }
     }
     return codes;
@@ -190,7 +189,7 @@ struct Survivors {
   }
 
   void compare(Nearest<T>& best, int64_t where) const {
-    int64_t first = where / lanes, tiles = codebook.fold, lane = where % lanes;
+    int64_t first = where / lanes, tiles = 1, lane = where % lanes;
     if (where < 0) {
       const Chunk& chunk = codebook.chunks[(-1 - where) / lanes];
       first = chunk.first_tile;
