@@ -14,6 +14,7 @@ struct Kernels {
   bool (*nearest_code)(const NearestCodeArgs&, const Parallel&);
   bool (*code_statistics)(const CodeStatisticsArgs&, const Parallel&);
   int64_t (*dot_products)(int64_t rounds, bool bfloat16);
+  int64_t (*matrix_products)(int64_t rounds);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -15,5 +15,5 @@
 namespace mmfast {
 extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     MMFAST_STRING(MMFAST_ISA), &MMFAST_ISA::nearest_code, &MMFAST_ISA::code_statistics,
-    &MMFAST_ISA::dot_products};
+    &MMFAST_ISA::dot_products, &MMFAST_ISA::matrix_products};
 }

@@ -42,7 +42,7 @@ template <class T>
 struct Codebook {
   const NearestCodeArgs& args;
   const Exact<T>& exact;
-  Form form;                  // int16 if grouped
+  Form form = Form::int16;    // if grouped, always
   int64_t width, depth = 0;   // D, and packed numbers of a code
   bool beyond = false;        // a code is not finite, or so large or small that scores cannot be
   bool grouped = false;
@@ -60,18 +60,27 @@ struct Codebook {
   // [tile + 1][tile_codes] (reference - |c|^2 / 2) / half_range; of bfloat16, times scale^2 instead
   float* norm_terms = nullptr;
 
-  Codebook(const NearestCodeArgs& a, const Exact<T>& e, Form f)
-      : args(a), exact(e), form(f), width(a.x.width) {}
+  Codebook(const NearestCodeArgs& a, const Exact<T>& e)
+      : args(a), exact(e), width(a.x.width) {}
   Codebook(const Codebook&) = delete;
   ~Codebook() {
     std::free(mean);
     std::free(norms);
     std::free(hashes);
     std::free(order);
+    release();
+  }
+
+  // Frees what differs from form to form.
+  void release() {
     std::free(chunks);
     std::free(centres);
     std::free(packed);
     std::free(norm_terms);
+    chunks = nullptr;
+    centres = norm_terms = nullptr;
+    packed = nullptr;
+    num_chunks = 0;
   }
 
   int shift() const { return depth <= tagged_depth ? tag_shift : 0; }
@@ -81,22 +90,19 @@ struct Codebook {
   // Where the parts of a number lie in a packed code: D rounded up to pairs.
   int64_t part() const { return (width + 1) / 2 * 2; }
 
+  // Packs the codes in one form or, after that, in another.
   // group_codes: 0, or the codes of a group.
-  bool prepare(const Parallel& parallel, int64_t group_codes) {
-    const int64_t codes = args.codes.count;
-    norms = (double*)std::malloc((size_t)codes * sizeof(double));
-    hashes = (uint64_t*)std::malloc((size_t)codes * sizeof(uint64_t));
-    order = (int32_t*)std::malloc((size_t)codes * sizeof(int32_t));
-    if (!norms || !hashes || !order || !find_mean()) return false;
-    if (!over(parallel, codes, &Codebook::measure)) return false;
-    if (!representable()) {
-      beyond = true;
-      return true;
+  bool prepare(const Parallel& parallel, Form wanted, int64_t group_codes) {
+    if (!norms) {
+      if (!look(parallel)) return false;
+      if (beyond) return true;
+    } else {
+      drop_padding();
+      release();
     }
-    if (!drop_duplicates()) return false;
     // Centres and their distances are kept in float32, whose range their squares must not leave.
     grouped = group_codes > 0 && unique >= 4 * group_codes && max_norm > 1e-15 && max_norm < 1e15;
-    if (grouped) form = Form::int16;
+    form = grouped ? Form::int16 : wanted;
     depth = form == Form::pairs ? 3 * part() : part();
     if (form != Form::int16) depth = (depth + matrix_depth - 1) / matrix_depth * matrix_depth;
     if (grouped) {
@@ -111,6 +117,28 @@ struct Codebook {
     norm_terms = (float*)std::calloc((size_t)((num_tiles + 1) * tile_codes), sizeof(float));
     if (!packed || !norm_terms) return false;
     return over(parallel, num_chunks, &Codebook::pack);
+  }
+
+  // Finds the mean, the norms and the codes that differ.
+  bool look(const Parallel& parallel) {
+    const int64_t codes = args.codes.count;
+    norms = (double*)std::malloc((size_t)codes * sizeof(double));
+    hashes = (uint64_t*)std::malloc((size_t)codes * sizeof(uint64_t));
+    order = (int32_t*)std::malloc((size_t)codes * sizeof(int32_t));
+    if (!norms || !hashes || !order || !find_mean()) return false;
+    if (!over(parallel, codes, &Codebook::measure)) return false;
+    if (!representable()) {
+      beyond = true;
+      return true;
+    }
+    return drop_duplicates();
+  }
+
+  // Undoes what cut() added to the order.
+  void drop_padding() {
+    int64_t n = 0;
+    for (int64_t i = 0; i < num_tiles * tile_codes; ++i)
+      if (order[i] >= 0) order[n++] = order[i];
   }
 
   // Runs (this->*body)(i, [D + 16] doubles, [D] numbers) for all i < count.

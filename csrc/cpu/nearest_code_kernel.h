@@ -18,6 +18,7 @@ namespace mmfast::MMFAST_ISA {
 
 constexpr int64_t direct_rows = 6;           // below, packing the codebook does not pay
 constexpr int64_t direct_work = 20000;       // nor for fewer comparisons than this
+constexpr int64_t packing_rows = 1000;       // nor packing it as pairs rather than integers
 constexpr int64_t pruning_pairs = 1 << 20;   // rows times codes from which grouping can pay
 constexpr int64_t most_pairs_of_clusters = 12288;  // codes beyond which groups beat Form::pairs
 
@@ -143,9 +144,9 @@ static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& para
     form = Form::pairs;
   }
   int64_t first = 0;
+  Codebook<T> codebook(args, exact);
   for (;;) {
-    Codebook<T> codebook(args, exact, form);
-    if (!codebook.prepare(parallel, prune ? group_codes : 0)) return false;
+    if (!codebook.prepare(parallel, form, prune ? group_codes : 0)) return false;
     if (codebook.beyond) return direct(exact, parallel);
     if (codebook.grouped)
       return Blocks<T, Pruned<T>>(args, exact, codebook, first, parallel.threads).run(parallel);
@@ -157,7 +158,8 @@ static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& para
       first = blocks.refused;
       if (first == rows) return true;
       if (form == Form::pairs) prune = true;
-      form = pairs_pay(args.x.width) ? Form::pairs : Form::int16;
+      const bool again = pairs_pay(args.x.width) && rows - first > packing_rows;
+      form = form == Form::pairs || again ? Form::pairs : Form::int16;
       continue;
     }
 #endif

@@ -36,8 +36,9 @@ struct Matrix {
         pairs(c.form == Form::pairs),
         scale(c.chunks[0].scale),
         unit(scale * scale),
-        // Float32 sums in whatever order; products of two lower parts, which are left out.
-        relative((double)(depth + 16) * 0x1p-24 + (pairs ? 0x1p-16 : 0)),
+        // Float32 sums in whatever order; products of two lower parts, which are left out; and a
+        // margin for terms of second order.
+        relative(((double)(depth + 16) * 0x1p-24 + (pairs ? 0x1p-16 : 0)) * 0x1.1p0),
         block_rows(rows) {}
   ~Matrix() {
     std::free(tiles);
@@ -82,10 +83,11 @@ struct Matrix {
     return true;
   }
 
-  // Whether comparing codes in float64 costs more than finer screening would.
+  // Whether comparing codes in float64 costs more than finer screening would, and packing them
+  // again.
   bool too_hard() const {
-    const int64_t worth = codebook.unique * width / ((pairs ? 16 : 64) * (width + 60));
-    return compared > screened * (4 + worth);
+    const int64_t all = codebook.unique * width, each = width + 60;
+    return compared > screened * (4 + all / ((pairs ? 16 : 64) * each)) + 4 * all / each;
   }
 
   // Starts a tile on rows first to first + 7 of the n of a block that begins at row `begin`.
