@@ -17,18 +17,14 @@ ROOT = Path(__file__).parent
 CPU = "csrc/cpu"
 
 # The kernels are compiled once per instruction set; the processor chooses at run time.
+AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512bf16"]
 ISA_FLAGS = {
     "baseline": ["-march=x86-64"],
     "avx2": ["-march=x86-64-v3"],
-    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-    "avx512vnni": [
-        "-march=x86-64-v4",
-        "-mprefer-vector-width=512",
-        "-mavx512vnni",
-        "-mavx512vbmi",
-        "-mavx512vbmi2",
-        "-mavx512bf16",
-    ],
+    "avx512": AVX512,
+    "avx512vnni": VNNI,
+    "amx": [*VNNI, "-mamx-tile", "-mamx-bf16"],
 }
 
 

@@ -6,6 +6,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -69,18 +70,24 @@ def _package_versions() -> dict[str, str]:
 
 
 def ceilings(device: torch.device, threads: int) -> dict[str, float]:
-    """Rates that nothing exceeds: GFLOP/s of float32 and bfloat16 products, of dot-product
-    instructions alone where the CPU has them, GB/s of a copy (read and written)."""
+    """Rates that nothing exceeds: GFLOP/s of float32 and bfloat16 products, of dot-product and
+    matrix instructions alone where the CPU has them, GB/s of a copy (read and written)."""
     found = {
         "float32 GFLOP/s": _matmul(device, torch.float32),
         "bfloat16 GFLOP/s": _matmul(device, torch.bfloat16),
         "copy GB/s": _copy(device),
     }
     if device.type == "cpu" and not backends.extension_missing():
-        for name, bfloat16 in (("bfloat16", True), ("int16", False)):
-            rate = _dot_products(threads, bfloat16)
+        module = backends.extension()
+        instructions = {
+            "bfloat16 dot": lambda: module.dot_products(1 << 20, True),
+            "int16 dot": lambda: module.dot_products(1 << 20, False),
+            "bfloat16 matrix": lambda: module.matrix_products(1 << 18),
+        }
+        for name, call in instructions.items():
+            rate = _rate(threads, call)
             if rate:
-                found[f"{name} dot instructions GFLOP/s"] = rate
+                found[f"{name} instructions GFLOP/s"] = rate
     return found
 
 
@@ -101,13 +108,12 @@ def _copy(device: torch.device) -> float:
     return 2 * source.nbytes / _best(device, lambda: target.copy_(source)) / 1e9
 
 
-def _dot_products(threads: int, bfloat16: bool) -> float:
-    module = backends.extension()
-    rounds = 1 << 20
+def _rate(threads: int, products: Callable[[], int]) -> float:
+    """GFLOP/s of ``products``, which returns its multiply-adds, on each of ``threads``."""
     with ThreadPoolExecutor(threads) as pool:
         best = 0.0
         for _ in range(_ROUNDS):
             start = time.perf_counter()
-            made = sum(pool.map(lambda _: module.dot_products(rounds, bfloat16), range(threads)))
+            made = sum(pool.map(lambda _: products(), range(threads)))
             best = max(best, 2 * made / (time.perf_counter() - start) / 1e9)
     return best

@@ -69,7 +69,8 @@ def size(count: int | None) -> str:
 def peak(results: Results, threads: int) -> float | None:
     """GFLOP/s of the fastest exact-enough products here: bfloat16."""
     rates = results.ceilings.get(threads, {})
-    return rates.get("bfloat16 dot instructions GFLOP/s") or rates.get("bfloat16 GFLOP/s")
+    names = ("bfloat16 matrix instructions", "bfloat16 dot instructions", "bfloat16")
+    return next((rates[f"{n} GFLOP/s"] for n in names if rates.get(f"{n} GFLOP/s")), None)
 
 
 def all_tables(results: Results) -> list[Table]:

@@ -23,6 +23,10 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t rounds, bool bfloat16) { return mmfast::kernels().dot_products(rounds, bfloat16); },
       py::arg("rounds"), py::arg("bfloat16"), py::call_guard<py::gil_scoped_release>(),
       "Run rounds of dot-product instructions, int16 or bfloat16; the multiply-adds they were.");
+  m.def(
+      "matrix_products", [](int64_t rounds) { return mmfast::kernels().matrix_products(rounds); },
+      py::arg("rounds"), py::call_guard<py::gil_scoped_release>(),
+      "Run rounds of products of bfloat16 matrices; the multiply-adds they were, 0 without AMX.");
   m.def("isa", [] { return mmfast::kernels().isa; }, "The instruction set in use.");
   m.def("supported_isas", &mmfast::supported_isas, "The instruction sets this processor has.");
 }

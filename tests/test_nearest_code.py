@@ -152,6 +152,11 @@ def _one_dimension(d: int, factor: float) -> torch.Tensor:
     return scale
 
 
+def _magnitudes(d: int) -> torch.Tensor:
+    """From 1 down to denormals."""
+    return (10 ** -torch.linspace(0, 42, d, dtype=torch.float64)).float()
+
+
 def _lattice(n: int, d: int, seed: int) -> torch.Tensor:
     return torch.randint(-1, 2, (n, d), generator=torch.Generator().manual_seed(seed)).float()
 
@@ -191,6 +196,22 @@ HARD = {
     "one outlier dimension": lambda n, k, d: (
         normal(n, d) * _one_dimension(d, 1e6),
         normal(k, d, seed=1) * _one_dimension(d, 1e6),
+    ),
+    "magnitudes within a vector": lambda n, k, d: (
+        normal(n, d) * _magnitudes(d),
+        normal(k, d, seed=1) * _magnitudes(d),
+    ),
+    "a large denormal offset": lambda n, k, d: (
+        normal(n, d) * 1e-41 + _one_dimension(d, 1e5),
+        normal(k, d, seed=1) * 1e-41 + _one_dimension(d, 1e5),
+    ),
+    "codes that differ in the ninth bit": lambda n, k, d: (
+        1 + _lattice(n, d, 0) * 2**-9,
+        1 + _lattice(k, d, 1) * 2**-9,
+    ),
+    "small differences from a large vector": lambda n, k, d: (
+        1e3 * normal(1, d) + normal(n, d),
+        1e-3 * normal(k, d, seed=1),
     ),
     "codes that differ in the last bit": lambda n, k, d: (normal(n, d), _last_bits(k, d, 1.0)),
     "vectors among such codes": lambda n, k, d: (
@@ -233,7 +254,7 @@ def test_hard_data(backend, name, metric):
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 def test_more_hard_data(backend, name):
     """Enough of it that grouping the codes can pay."""
-    for d in (5, 24):
+    for d in (5, 24, 90):
         check(backend, *HARD[name](1700, 700, d))
 
 

@@ -1,5 +1,8 @@
 #include "cpu/isa.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstdlib>
 #include <stdexcept>
 
@@ -11,6 +14,14 @@ struct Level {
   bool supported;
 };
 
+// Linux lets a process use tiles once it has asked: their state would not fit the signal stacks
+// of those that know nothing of it.
+bool tiles_granted() {
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return granted;
+}
+
 std::vector<Level> levels() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -19,10 +30,14 @@ std::vector<Level> levels() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool amx = vnni && __builtin_cpu_supports("avx512bf16") &&
+                   __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                   tiles_granted();
   return {{&baseline_kernels, true},
           {&avx2_kernels, avx2},
           {&avx512_kernels, avx512},
-          {&avx512vnni_kernels, vnni}};
+          {&avx512vnni_kernels, vnni},
+          {&amx_kernels, amx}};
 }
 
 const Kernels& choose() {

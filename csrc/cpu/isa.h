@@ -31,10 +31,12 @@ struct Kernels {
   void (*pack_indices)(const PackIndicesArgs&, const Parallel&);
   void (*unpack_indices)(const PackIndicesArgs&, const Parallel&);
   int64_t (*dot_products)(int64_t rounds, bool bfloat16);
+  int64_t (*matrix_products)(int64_t rounds);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.
-extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels, avx512vnni_kernels;
+extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels, avx512vnni_kernels,
+    amx_kernels;
 
 // What the processor has, lowered by the environment variable MMFAST_ISA, read at first use.
 const Kernels& kernels();

@@ -36,5 +36,6 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::pack_indices,
     &MMFAST_ISA::unpack_indices,
     &MMFAST_ISA::dot_products,
+    &MMFAST_ISA::matrix_products,
 };
 }

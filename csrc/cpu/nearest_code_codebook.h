@@ -1,4 +1,4 @@
-// The codebook as the screening reads it: centred, rounded to integers, in chunks.
+// The codebook as the screening reads it: centred, rounded to integers or bfloat16, in chunks.
 #pragma once
 #include <atomic>
 #include <cmath>
@@ -18,11 +18,17 @@ constexpr int64_t chunk_bytes = 1 << 18;  // packed codes that stay in the secon
 constexpr double norm_term_range = 1 << 29;
 constexpr double inflate = 1 + 1e-4;  // covers the rounding of norms
 
+// What numbers are rounded to. pairs: each is the sum of two bfloat16, and its products are three.
+enum class Form { int16, bfloat16, pairs };
+
+constexpr int64_t matrix_depth = 32;   // bfloat16 of a row of a matrix tile
+constexpr int64_t matrix_tiles = 16;   // tiles of codes whose scores stay in the first-level cache
+
 // Codes that share a scale, and whose packed form stays in cache while rows stream past. In a
 // grouped codebook, a group: its codes are rounded relative to its own centre.
 struct Chunk {
   int64_t first_tile, tiles;
-  double scale;         // integers per unit
+  double scale;         // integers per unit, or bfloat16
   double max_norm;      // largest |c - centre|
   double max_residual;  // largest rounding error |c - centre - c' / scale|
   double reference;     // |c|^2 / 2 is stored relative to this
@@ -36,7 +42,8 @@ template <class T>
 struct Codebook {
   const NearestCodeArgs& args;
   const Exact<T>& exact;
-  int64_t width, depth;       // D, and D rounded up to pairs
+  Form form = Form::int16;    // if grouped, always
+  int64_t width, depth = 0;   // D, and packed numbers of a code
   bool beyond = false;        // a code is not finite, or so large or small that scores cannot be
   bool grouped = false;
   double max_norm = 0, mean_norm = 0;
@@ -50,41 +57,54 @@ struct Codebook {
   float* centres = nullptr;   // [D][centre_stride] of the groups, less the mean
   int64_t centre_stride = 0;
   int16_t* packed = nullptr;  // [tile][depth / 2][tile_vectors][lanes][2]
-  float* norm_terms = nullptr;  // [tile + 1][tile_codes] (reference - |c|^2 / 2) / half_range
+  // [tile + 1][tile_codes] (reference - |c|^2 / 2) / half_range; of bfloat16, times scale^2 instead
+  float* norm_terms = nullptr;
 
   Codebook(const NearestCodeArgs& a, const Exact<T>& e)
-      : args(a), exact(e), width(a.x.width), depth((a.x.width + 1) / 2 * 2) {}
+      : args(a), exact(e), width(a.x.width) {}
   Codebook(const Codebook&) = delete;
   ~Codebook() {
     std::free(mean);
     std::free(norms);
     std::free(hashes);
     std::free(order);
+    release();
+  }
+
+  // Frees what differs from form to form.
+  void release() {
     std::free(chunks);
     std::free(centres);
     std::free(packed);
     std::free(norm_terms);
+    chunks = nullptr;
+    centres = norm_terms = nullptr;
+    packed = nullptr;
+    num_chunks = 0;
   }
 
   int shift() const { return depth <= tagged_depth ? tag_shift : 0; }
   // The largest int16 that rounding to multiples of 2^shift cannot pass.
   double largest() const { return 32768 - (1 << shift()); }
 
+  // Where the parts of a number lie in a packed code: D rounded up to pairs.
+  int64_t part() const { return (width + 1) / 2 * 2; }
+
+  // Packs the codes in one form or, after that, in another.
   // group_codes: 0, or the codes of a group.
-  bool prepare(const Parallel& parallel, int64_t group_codes) {
-    const int64_t codes = args.codes.count;
-    norms = (double*)std::malloc((size_t)codes * sizeof(double));
-    hashes = (uint64_t*)std::malloc((size_t)codes * sizeof(uint64_t));
-    order = (int32_t*)std::malloc((size_t)codes * sizeof(int32_t));
-    if (!norms || !hashes || !order || !find_mean()) return false;
-    if (!over(parallel, codes, &Codebook::measure)) return false;
-    if (!representable()) {
-      beyond = true;
-      return true;
+  bool prepare(const Parallel& parallel, Form wanted, int64_t group_codes) {
+    if (!norms) {
+      if (!look(parallel)) return false;
+      if (beyond) return true;
+    } else {
+      drop_padding();
+      release();
     }
-    if (!drop_duplicates()) return false;
     // Centres and their distances are kept in float32, whose range their squares must not leave.
     grouped = group_codes > 0 && unique >= 4 * group_codes && max_norm > 1e-15 && max_norm < 1e15;
+    form = grouped ? Form::int16 : wanted;
+    depth = form == Form::pairs ? 3 * part() : part();
+    if (form != Form::int16) depth = (depth + matrix_depth - 1) / matrix_depth * matrix_depth;
     if (grouped) {
       Halving<T> halving{args.codes, group_codes, order};
       if (!halving.run(unique, parallel)) return false;
@@ -97,6 +117,28 @@ struct Codebook {
     norm_terms = (float*)std::calloc((size_t)((num_tiles + 1) * tile_codes), sizeof(float));
     if (!packed || !norm_terms) return false;
     return over(parallel, num_chunks, &Codebook::pack);
+  }
+
+  // Finds the mean, the norms and the codes that differ.
+  bool look(const Parallel& parallel) {
+    const int64_t codes = args.codes.count;
+    norms = (double*)std::malloc((size_t)codes * sizeof(double));
+    hashes = (uint64_t*)std::malloc((size_t)codes * sizeof(uint64_t));
+    order = (int32_t*)std::malloc((size_t)codes * sizeof(int32_t));
+    if (!norms || !hashes || !order || !find_mean()) return false;
+    if (!over(parallel, codes, &Codebook::measure)) return false;
+    if (!representable()) {
+      beyond = true;
+      return true;
+    }
+    return drop_duplicates();
+  }
+
+  // Undoes what cut() added to the order.
+  void drop_padding() {
+    int64_t n = 0;
+    for (int64_t i = 0; i < num_tiles * tile_codes; ++i)
+      if (order[i] >= 0) order[n++] = order[i];
   }
 
   // Runs (this->*body)(i, [D + 16] doubles, [D] numbers) for all i < count.
@@ -259,7 +301,8 @@ struct Codebook {
   // Cuts the order into chunks and fills them up to whole tiles.
   bool cut(int64_t group_codes) {
     int64_t most = chunk_bytes / (2 * depth);
-    if (most > chunk_tiles * tile_codes) most = chunk_tiles * tile_codes;
+    const int64_t limit = (form == Form::int16 ? chunk_tiles : matrix_tiles) * tile_codes;
+    if (most > limit) most = limit;
     most = most < tile_codes ? tile_codes : most / tile_codes * tile_codes;
     if (grouped) most = group_codes;
     const bool falling = !grouped && spread();
@@ -306,7 +349,7 @@ struct Codebook {
     centre(k, centred, buffer);
     if (grouped)
       for (int64_t d = 0; d < width; ++d) centred[d] -= (double)centres[d * centre_stride + i];
-    for (int64_t d = width; d < depth + 8; ++d) centred[d] = 0;
+    for (int64_t d = width; d < part() + 8; ++d) centred[d] = 0;
   }
 
   void pack(int64_t i, double* centred, T* buffer) {
@@ -332,12 +375,21 @@ struct Codebook {
     }
     chunk.max_norm = widest * inflate;
     chunk.far_norm = high * inflate;
-    chunk.scale = widest > 0 ? largest() / widest : 1;
+    if (form == Form::int16)
+      chunk.scale = widest > 0 ? largest() / widest : 1;
+    else
+      chunk.scale = max_norm > 0 ? std::ldexp(1.0, -std::ilogb(max_norm)) : 1;
     if (args.metric == Metric::euclidean) {
       chunk.reference = (low * low + high * high) / 4;
       chunk.half_range = (high * high - low * low) / 4;
     }
-    for (int64_t t = 0; t < chunk.tiles; ++t) pack_tile(i, chunk.first_tile + t, centred, buffer);
+    for (int64_t t = 0; t < chunk.tiles; ++t) {
+      const int64_t tile = chunk.first_tile + t;
+      if (form == Form::int16)
+        pack_tile(i, tile, centred, buffer);
+      else
+        pack_matrix_tile(i, tile, centred, buffer);
+    }
   }
 
   void find_centre(int64_t i, double* centred, T* buffer) {
@@ -390,6 +442,63 @@ struct Codebook {
       worst = norm > worst ? norm : worst;
     }
     if (worst * inflate > chunk.max_residual) chunk.max_residual = worst * inflate;
+  }
+
+  // The bfloat16 nearest to numbers that a float32 can hold, in its upper half.
+  static i32x8 nearest_bfloat16(d8 v) {
+    const i32x8 bits = (i32x8)__builtin_convertvector(v, f8);
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) & (i32x8{} + ~0xFFFF);
+  }
+
+  // In pairs a code is its upper parts, its lower parts and its upper parts again.
+  void pack_matrix_tile(int64_t i, int64_t tile, double* centred, T* buffer) {
+    Chunk& chunk = chunks[i];
+    int16_t* out = packed + tile * tile_codes * depth;
+    std::memset(out, 0, (size_t)(tile_codes * depth) * 2);
+    const double unit = chunk.scale * chunk.scale;
+    double worst = 0;
+    for (int j = 0; j < tile_codes; ++j) {
+      const int32_t k = order[tile * tile_codes + j];
+      float& term = norm_terms[tile * tile_codes + j];
+      if (k < 0) {
+        term = -std::numeric_limits<float>::infinity();
+        continue;
+      }
+      centre_in_group(i, k, centred, buffer);
+      term = args.metric == Metric::euclidean
+                 ? (float)((chunk.reference - norms[k] * norms[k] / 2) * unit)
+                 : 0.0f;
+      d8 error{};
+      for (int64_t d = 0; d < part(); d += 8) {
+        const d8 scaled = load<d8>(centred + d) * chunk.scale;
+        const i32x8 upper = nearest_bfloat16(scaled);
+        d8 e = scaled - widen((f8)upper);
+        write(out, j, d, upper);
+        if (form == Form::pairs) {
+          const i32x8 lower = nearest_bfloat16(e);
+          e -= widen((f8)lower);
+          write(out, j, part() + d, lower);
+          write(out, j, 2 * part() + d, upper);
+        }
+        error += e * e;
+      }
+      const double norm = std::sqrt(sum(error)) / chunk.scale;
+      worst = norm > worst ? norm : worst;
+    }
+    worst = worst * inflate + lost() / chunk.scale;
+    if (worst > chunk.max_residual) chunk.max_residual = worst;
+  }
+
+  // What the numbers too small for a bfloat16 add to the norm of a residual.
+  double lost() const { return (double)width * 0x1p-125; }
+
+  // Numbers d to d + 7, as far as they are of the same part, of code j of a packed tile.
+  void write(int16_t* out, int j, int64_t d, i32x8 values) const {
+    int16_t q[8];
+    store(q, __builtin_convertvector(values >> 16, i16x8));
+    const int64_t left = part() - d % part();
+    for (int64_t p = 0; p < 8 && p < left; p += 2)
+      store(out + (d + p) * tile_codes + 2 * j, load<int32_t>(q + p));
   }
 };
 

@@ -13,7 +13,7 @@ struct Dense {
   int16_t* packed = nullptr;  // [block_rows][depth]
   int32_t* order = nullptr;   // [block_rows]
   double* squares = nullptr;    // [block_rows]
-  int64_t screened = 0;       // rows so far
+  int64_t screened = 0, compared = 0;  // rows so far, and codes compared in float64
 
   Dense(const NearestCodeArgs& args, const Exact<T>& exact, const Codebook<T>& codebook,
         int64_t rows)
@@ -40,7 +40,8 @@ struct Dense {
     return tiles && packed && order && squares && screen.allocate();
   }
 
-  void run(int64_t begin, int64_t end) {
+  // False if the rows are too hard and may be left to another method: nothing is decided then.
+  bool run(int64_t begin, int64_t end, bool stay) {
     const int64_t n = end - begin, depth = screen.depth;
     screened += n;
     double low = infinity, high = 0;
@@ -63,14 +64,19 @@ struct Dense {
       for (int64_t t = 0; t < count; ++t)
         screen.screen(tiles[t], packed + t * tile_rows * depth, c, offset);
     }
+    if (!stay) {
+      for (int64_t t = 0; t < count; ++t) compared += screen.pending(tiles[t]);
+      if (too_hard()) return false;
+    }
     for (int64_t t = 0; t < count; ++t) screen.resolve(tiles[t], begin);
+    return true;
   }
 
-  // Whether comparing codes in float64 has cost more than the screening of all of them.
+  // Whether comparing codes in float64 costs more than the screening of all of them.
   bool too_hard() const {
-    return screen.compared * (width() + 60) / 2 > screened * screen.codebook.unique * width() / 32;
+    const int64_t width = screen.width;
+    return compared * (width + 60) / 2 > screened * screen.codebook.unique * width / 32;
   }
-  int64_t width() const { return screen.width; }
 
   // Insertion sort by exponent: a block is short.
   void sort(int64_t n) {

@@ -8,6 +8,9 @@
 // Scores are s = x.c - |c|^2 / 2 (euclidean) or x.c: larger is nearer.
 #pragma once
 #include "cpu/nearest_code_dense.h"
+#if MMFAST_MATRIX
+#include "cpu/nearest_code_matrix.h"
+#endif
 #include "cpu/nearest_code_plain.h"
 #include "cpu/nearest_code_pruned.h"
 
@@ -15,7 +18,9 @@ namespace mmfast::MMFAST_ISA {
 
 constexpr int64_t direct_rows = 6;           // below, packing the codebook does not pay
 constexpr int64_t direct_work = 20000;       // nor for fewer comparisons than this
+constexpr int64_t packing_rows = 1000;       // nor packing it as pairs rather than integers
 constexpr int64_t pruning_pairs = 1 << 20;   // rows times codes from which grouping can pay
+constexpr int64_t most_pairs_of_clusters = 12288;  // codes beyond which groups beat Form::pairs
 
 // The rows of one call, handed out in blocks.
 template <class T, class Method>
@@ -26,7 +31,8 @@ struct Blocks {
   int64_t block_rows;
   bool stay = true;  // however hard the rows are
   std::atomic<int64_t> next;
-  std::atomic<bool> failed{false}, give_up{false};
+  std::atomic<int64_t> refused;  // the first row that was too hard, or the number of rows
+  std::atomic<bool> failed{false};
 
   Blocks(const NearestCodeArgs& a, const Exact<T>& e, const Codebook<T>& c, int64_t first,
          int threads)
@@ -34,7 +40,8 @@ struct Blocks {
         exact(e),
         codebook(c),
         block_rows(Method::rows_per_block(a.x.count - first, threads)),
-        next(first) {}
+        next(first),
+        refused(a.x.count) {}
 
   void work() {
     Method method(args, exact, codebook, block_rows);
@@ -43,12 +50,17 @@ struct Blocks {
       return;
     }
     const int64_t rows = args.x.count;
-    for (int64_t begin; !give_up && (begin = next.fetch_add(block_rows)) < rows;) {
-      method.run(begin, begin + block_rows < rows ? begin + block_rows : rows);
-      if (!stay && method.too_hard()) give_up = true;
-    }
+    for (int64_t begin; refused == rows && (begin = next.fetch_add(block_rows)) < rows;)
+      if (!method.run(begin, begin + block_rows < rows ? begin + block_rows : rows, stay))
+        refuse(begin);
   }
 
+  void refuse(int64_t begin) {
+    int64_t first = refused;
+    while (begin < first && !refused.compare_exchange_weak(first, begin)) continue;
+  }
+
+  // Decides the rows before `refused`, and perhaps some after it.
   bool run(const Parallel& parallel) {
     const int64_t blocks = (args.x.count - next + block_rows - 1) / block_rows;
     const int64_t threads = blocks < parallel.threads ? blocks : parallel.threads;
@@ -60,6 +72,12 @@ struct Blocks {
     return !failed;
   }
 };
+
+// Whether matrix products cost less than int16 dot products, which leave no depth unused.
+constexpr bool matrix_pays(int64_t width) { return MMFAST_MATRIX && width >= 24; }
+
+// And those of pairs, as long as the rows' fit the first-level cache.
+constexpr bool pairs_pay(int64_t width) { return width <= 84; }
 
 // Compares all rows with all codes in float64.
 template <class T>
@@ -120,18 +138,36 @@ static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& para
   while (codes / group_codes > 1024) group_codes *= 2;
   const bool can_prune = args.metric == Metric::euclidean && codes >= 4 * group_codes;
   bool prune = can_prune && rows * codes > pruning_pairs && clustered(exact);
+  Form form = matrix_pays(args.x.width) ? Form::bfloat16 : Form::int16;
+  if (prune && form != Form::int16 && pairs_pay(args.x.width) && codes <= most_pairs_of_clusters) {
+    prune = false;
+    form = Form::pairs;
+  }
   int64_t first = 0;
+  Codebook<T> codebook(args, exact);
   for (;;) {
-    Codebook<T> codebook(args, exact);
-    if (!codebook.prepare(parallel, prune ? group_codes : 0)) return false;
+    if (!codebook.prepare(parallel, form, prune ? group_codes : 0)) return false;
     if (codebook.beyond) return direct(exact, parallel);
     if (codebook.grouped)
       return Blocks<T, Pruned<T>>(args, exact, codebook, first, parallel.threads).run(parallel);
+#if MMFAST_MATRIX
+    if (codebook.form != Form::int16) {
+      Blocks<T, Matrix<T>> blocks(args, exact, codebook, first, parallel.threads);
+      blocks.stay = form == Form::pairs && (prune || !can_prune);
+      if (!blocks.run(parallel)) return false;
+      first = blocks.refused;
+      if (first == rows) return true;
+      if (form == Form::pairs) prune = true;
+      const bool again = pairs_pay(args.x.width) && rows - first > packing_rows;
+      form = form == Form::pairs || again ? Form::pairs : Form::int16;
+      continue;
+    }
+#endif
     Blocks<T, Dense<T>> blocks(args, exact, codebook, first, parallel.threads);
     blocks.stay = prune || !can_prune;
     if (!blocks.run(parallel)) return false;
-    first = blocks.next;
-    if (first >= rows) return true;
+    first = blocks.refused;
+    if (first == rows) return true;
     // Too many codes had to be compared exactly: groups have finer scales.
     prune = true;
   }

@@ -42,8 +42,6 @@ struct Pruned {
     return share < 8192 ? share : 8192;
   }
 
-  bool too_hard() const { return false; }
-
   bool allocate() {
     const size_t n = (size_t)block_rows, s = (size_t)stride;
     tile = (Tile*)std::aligned_alloc(64, sizeof(Tile));
@@ -68,7 +66,7 @@ struct Pruned {
     return true;
   }
 
-  void run(int64_t begin, int64_t end) {
+  bool run(int64_t begin, int64_t end, bool) {
     const int64_t n = end - begin;
     for (int64_t i = 0; i < n; i += tile_rows) {
       const int64_t m = n - i < tile_rows ? n - i : tile_rows;
@@ -84,6 +82,7 @@ struct Pruned {
     sort(n);
     for (int64_t i = 0; i < n; i += tile_rows)
       run_tile(begin, order + i, n - i < tile_rows ? n - i : tile_rows);
+    return true;
   }
 
   void load_rows(int64_t begin, const int32_t* rows, int64_t n) {

@@ -1,5 +1,8 @@
-// The rate of dot-product instructions: the ceiling that benchmarks hold nearest_code against.
+// The rate of the instructions that multiply: the ceiling that benchmarks hold nearest_code against.
 #pragma once
+#if MMFAST_MATRIX
+#include "cpu/nearest_code_matrix_sweep.h"
+#endif
 #include "cpu/simd.h"
 
 namespace mmfast::MMFAST_ISA {
@@ -32,6 +35,22 @@ static int64_t dot_products(int64_t rounds, bool bfloat16) {
 #pragma GCC unroll 12
   for (int c = 0; c < chains; ++c) __asm__ volatile("" ::"v"(acc[c]));
   return rounds * chains * lanes * 2;
+}
+
+// The same for products of bfloat16 matrices.
+static int64_t matrix_products(int64_t rounds) {
+#if MMFAST_MATRIX
+  const MatrixRegisters registers;
+  for (int64_t r = 0; r < rounds; ++r) {
+    matrix_multiply<0, 4, 6>();
+    matrix_multiply<1, 4, 7>();
+    matrix_multiply<2, 5, 6>();
+    matrix_multiply<3, 5, 7>();
+  }
+  return rounds * 4 * matrix_rows * lanes * matrix_depth;
+#else
+  return 0;
+#endif
 }
 
 }  // namespace mmfast::MMFAST_ISA

@@ -9,6 +9,12 @@
 
 #include "cpu/tensor_view.h"
 
+#if defined(__AMX_BF16__)
+#define MMFAST_MATRIX 1  // instructions that multiply matrices of bfloat16
+#else
+#define MMFAST_MATRIX 0
+#endif
+
 #define MMFAST_INLINE static inline __attribute__((always_inline))
 
 namespace mmfast::MMFAST_ISA {
