@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.common import interpreting, num_programs
+from mmfast.kernels.common import interpreting, multiple, num_programs, strides
 
 METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
 _MOST_ROWS = 2**31 - 2**10
@@ -369,12 +369,6 @@ def nearest_code_screen_kernel(
 
 
 @triton.jit
-def _multiple(x):
-    """Tells the compiler that x, a multiple of 4, is one."""
-    return x // 4 * 4
-
-
-@triton.jit
 def _four(p, mask, d, D, stride):
     """The next four dimensions from ``d`` of p [A, B], zero beyond D and outside the mask: one
     wide load where the stride is 1."""
@@ -506,11 +500,11 @@ def nearest_code_exact_kernel(
     BLOCK_K: tl.constexpr,
 ):
     if FOUR:
-        D = _multiple(D)
-        stride_xh = _multiple(stride_xh)
-        stride_xn = _multiple(stride_xn)
-        stride_ch = _multiple(stride_ch)
-        stride_ck = _multiple(stride_ck)
+        D = multiple(D, 4)
+        stride_xh = multiple(stride_xh, 4)
+        stride_xn = multiple(stride_xn, 4)
+        stride_ch = multiple(stride_ch, 4)
+        stride_ck = multiple(stride_ck, 4)
     head = tl.program_id(1).to(tl.int64)
     x_ptr += head * stride_xh
     code_ptr += head * stride_ch
@@ -619,11 +613,11 @@ def nearest_code_distance_kernel(
     BLOCK_N: tl.constexpr,
 ):
     if FOUR:
-        D = _multiple(D)
-        stride_xh = _multiple(stride_xh)
-        stride_xn = _multiple(stride_xn)
-        stride_ch = _multiple(stride_ch)
-        stride_ck = _multiple(stride_ck)
+        D = multiple(D, 4)
+        stride_xh = multiple(stride_xh, 4)
+        stride_xn = multiple(stride_xn, 4)
+        stride_ch = multiple(stride_ch, 4)
+        stride_ck = multiple(stride_ck, 4)
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # [BN, 1]
     mask = rows < N
@@ -714,10 +708,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
             f"the Triton kernels take at most {_MOST_ROWS} vectors and {_MOST_CODES} codes, "
             f"got {num_rows} and {num_codes}"
         )
-    # The stride of a single head would be but another number to specialise for.
-    x_strides, code_strides = (
-        (t.stride(0) if num_heads > 1 else 0, t.stride(1), t.stride(2)) for t in (rows, codes)
-    )
+    x_strides, code_strides = strides(rows), strides(codes)
     packed_rows = x_strides[1:] == (num_dims, 1) and x_strides[0] in (0, num_rows * num_dims)
     euclidean = metric == "euclidean"
     norms = x.new_empty((num_heads, 0 if metric != "cosine" else num_codes), dtype=torch.float64)
