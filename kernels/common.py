@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from typing import Any
 
 import torch
 import triton
@@ -31,6 +32,23 @@ def num_programs(device: torch.device, each: int = 2) -> int:
         return 2
     index = torch.cuda.current_device() if device.index is None else device.index
     return each * _multiprocessors(index)
+
+
+@functools.cache
+def device_limits(index: Any) -> tuple[str, Any, int]:
+    """Triton's backend, the architecture, and the bytes of shared memory for one block."""
+    driver = triton.runtime.driver.active
+    target = driver.get_current_target()
+    properties = driver.utils.get_device_properties(index)
+    return target.backend, target.arch, int(properties["max_shared_mem"])
+
+
+def at_most(registers: int) -> dict[str, int]:
+    """Launch option. Left to itself ptxas may spill to reach a rounder number."""
+    if interpreting():
+        return {}
+    backend, _, _ = device_limits(triton.runtime.driver.active.get_currentdevice_limits())
+    return {"maxnreg": registers} if backend == "cuda" else {}
 
 
 def strides(t: Tensor) -> tuple[int, ...]:

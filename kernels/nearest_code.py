@@ -21,7 +21,6 @@ back to the host.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -29,7 +28,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.common import interpreting, multiple, num_programs, strides
+from mmfast.kernels.common import (
+    at_most,
+    device_limits,
+    interpreting,
+    multiple,
+    num_programs,
+    strides,
+)
 
 METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
 _MOST_ROWS = 2**31 - 2**10
@@ -643,28 +649,11 @@ SCREEN_CONFIGS = [
 ]
 
 
-@functools.cache
-def _device(index: Any) -> tuple[str, Any, int]:
-    """Triton's backend, the architecture, and the bytes of shared memory for one block."""
-    driver = triton.runtime.driver.active
-    target = driver.get_current_target()
-    properties = driver.utils.get_device_properties(index)
-    return target.backend, target.arch, int(properties["max_shared_mem"])
-
-
-def _at_most(registers: int) -> dict[str, int]:
-    """Launch option. Left to itself ptxas may spill to reach a rounder number."""
-    if interpreting():
-        return {}
-    backend, _, _ = _device(triton.runtime.driver.active.get_current_device())
-    return {"maxnreg": registers} if backend == "cuda" else {}
-
-
 def _fitting(
     configs: list[triton.Config], _: dict[str, Any], PADDED_D: int, STEP_D: int, **others: Any
 ) -> list[triton.Config]:
     """Of each size the configuration with most stages whose float16 tiles fit the device."""
-    backend, arch, limit = _device(triton.runtime.driver.active.get_current_device())
+    backend, arch, limit = device_limits(triton.runtime.driver.active.get_currentdevice_limits())
     fitting: dict[tuple[int, int], triton.Config] = {}
     for c in configs:
         block_n, block_k = c.kwargs["BLOCK_N"], c.kwargs["BLOCK_K"]
@@ -735,7 +724,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     nearest_code_pack_kernel[(padded_codes // 32, num_heads)](
         source, mean, low, high, half, terms, statistics, num_codes, num_dims, *source_strides,
         EUCLIDEAN=euclidean, WIDE=wide_codes, PADDED_D=padded, BLOCK_D=block_d,
-        BLOCK_K=32, **_at_most(128),
+        BLOCK_K=32, **at_most(128),
     )  # fmt: skip
 
     listed = x.new_empty((num_heads, num_rows), dtype=torch.int32)
@@ -751,7 +740,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
             rows, mean, half, terms, statistics, rounded, indices, listed, near, counts,
             start, num_rows, num_codes, num_dims, *x_strides, EUCLIDEAN=euclidean, WIDE=wide,
             PACKED=packed_rows, PADDED_D=padded, BLOCK_D=block_d,
-            STEP_D=step_d, **_at_most(255),
+            STEP_D=step_d, **at_most(255),
         )  # fmt: skip
     programs = triton.cdiv(num_programs(x.device, 4), num_heads)
     both = (num_rows, num_codes, num_dims, *x_strides, *code_strides)
@@ -759,11 +748,11 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     nearest_code_exact_kernel[(programs, num_heads)](
         rows, codes, norms, indices, listed, near, counts, *both,
         METRIC=METRICS[metric], SCREEN=not wide and metric != "cosine", FOUR=four, BLOCK_N=16,
-        BLOCK_K=16, enable_fp_fusion=False, **_at_most(128),
+        BLOCK_K=16, enable_fp_fusion=False, **at_most(128),
     )  # fmt: skip
     nearest_code_distance_kernel[(triton.cdiv(num_rows, 256), num_heads)](
         rows, codes, norms, indices, distances, *both,
-        METRIC=METRICS[metric], FOUR=four, BLOCK_N=256, enable_fp_fusion=False, **_at_most(128),
+        METRIC=METRICS[metric], FOUR=four, BLOCK_N=256, enable_fp_fusion=False, **at_most(128),
     )  # fmt: skip
     return indices, distances
 

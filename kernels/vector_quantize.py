@@ -44,8 +44,8 @@ from mmfast.kernels.common import (
 
 GRADIENTS = {"straight_through": 0, "rotation": 1, "none": 2}
 # These decide the order of the sums, and with it the last bits.
-_TILE = 4096
-_GRADIENT_TILE = 2048
+_TILE = 2048
+_SMALL_TILE = 1024  # where registers are short
 _FINISH = 1024
 
 _LEAST_NORM = tl.constexpr(1e-6)
@@ -86,17 +86,27 @@ def vector_quantize_kernel(
     D = multiple(D, FACTOR)
     place = tl.program_id(0).to(tl.int64)
     head = place // tl.cdiv(N, BLOCK_N)
-    rows = place % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # [BN, 1]
+    rows = place % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     m_n = rows < N
-    place_n = head * N + rows
-    index = tl.load(index_ptr + place_n, mask=m_n, other=0)
+    p_index = index_ptr + head * N + rows
+    index = tl.load(p_index, mask=m_n, other=0)
     inside = m_n
     if MASKED:
         p_mask = mask_ptr + head * stride_mh + rows * stride_mn
         inside = tl.load(p_mask, mask=m_n, other=0).to(tl.int1)
-        tl.store(index_ptr + place_n, tl.full([BLOCK_N, 1], -1, tl.int64), mask=m_n & ~inside)
+        tl.store(p_index, tl.full([BLOCK_N], -1, tl.int64), mask=m_n & ~inside)
+        number = tl.sum(inside.to(tl.int32)).to(tl.float64)
+        tl.store(part_ptr + place * 2 + 1, number)
     tl.atomic_add(hit_ptr + head * K + index, 1, mask=inside, sem="relaxed")
+    if DISTANCES:
+        b_distance = tl.load(distance_ptr + head * N + rows, mask=inside, other=0.0)
+        error = tl.sum(sum_rows(b_distance.to(tl.float64)[:, None]))
+        tl.store(part_ptr + place * 2, error)
 
+    rows = rows[:, None]
+    m_n = m_n[:, None]
+    index = index[:, None]
+    inside = inside[:, None]
     p_x = x_ptr + head * multiple(stride_xh, FACTOR) + rows * multiple(stride_xn, FACTOR)
     p_code = code_ptr + head * multiple(stride_ch, FACTOR) + index * multiple(stride_ck, FACTOR)
     b_error = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
@@ -113,15 +123,9 @@ def vector_quantize_kernel(
                 b_difference = b_x.to(tl.float64) - b_code.to(tl.float64)
                 b_error += tl.where(inside, b_difference * b_difference, 0.0)
             b_new = tl.where(inside, b_new, b_x)
-        tl.store(quantized_ptr + place_n * D + columns, b_new, mask=m_n & m_d)
-    if DISTANCES:
-        b_distance = tl.load(distance_ptr + place_n, mask=inside, other=0.0)
-        error = tl.sum(sum_rows(b_distance.to(tl.float64)))
-    else:
-        error = tl.sum(sum_columns(sum_rows(b_error)))
-    tl.store(part_ptr + place * 2, error)
-    if MASKED:
-        tl.store(part_ptr + place * 2 + 1, tl.sum(inside.to(tl.int32)).to(tl.float64))
+        tl.store(quantized_ptr + (head * N + rows) * D + columns, b_new, mask=m_n & m_d)
+    if not DISTANCES:
+        tl.store(part_ptr + place * 2, tl.sum(sum_columns(sum_rows(b_error))))
 
 
 @triton.jit(do_not_specialize=["N", "K", "D", "blocks"])
@@ -179,10 +183,7 @@ def _divide(a, b):
 def _length(b_square):
     """Of rows [BN, BD] with squares b_square, and that or the least divisor."""
     square = sum_columns(b_square)
-    if square.dtype == tl.float64:
-        length = tl.sqrt(square)
-    else:
-        length = tl.math.sqrt_rn(square)
+    length = tl.sqrt(square) if square.dtype == tl.float64 else tl.math.sqrt_rn(square)
     # A comparison keeps NaN.
     return length, tl.where(length < _LEAST_NORM, _LEAST_NORM, length)
 
@@ -230,13 +231,14 @@ def vector_quantize_row_gradient_kernel(
     D = multiple(D, FACTOR)
     place = tl.program_id(0).to(tl.int64)
     head = place // tl.cdiv(N, BLOCK_N)
-    rows = place % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # [BN, 1]
-    m_n = rows < N
-    index = tl.load(index_ptr + head * stride_ih + rows * stride_in, mask=m_n, other=-1)
+    rows = place % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    p_index = index_ptr + head * stride_ih + rows * stride_in
+    index = tl.load(p_index, mask=rows < N, other=-1).to(tl.int64)[:, None]
     inside = (index >= 0) & (index < K)
+    rows = rows[:, None]
+    m_n = rows < N
     p_grad = grad_ptr + head * multiple(stride_gh, FACTOR) + rows * multiple(stride_gn, FACTOR)
     p_x = x_ptr + head * multiple(stride_xh, FACTOR) + rows * multiple(stride_xn, FACTOR)
-    index = index.to(tl.int64)
     p_code = code_ptr + head * multiple(stride_ch, FACTOR) + index * multiple(stride_ck, FACTOR)
     o_d = tl.arange(0, BLOCK_D)[None, :]
     if ROTATE:
@@ -322,9 +324,14 @@ def vector_quantize_code_gradient_kernel(
     D = multiple(D, FACTOR)
     place = tl.program_id(0).to(tl.int64)
     head = place // tl.cdiv(K, BLOCK_N)
-    codes = place % tl.cdiv(K, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # [BN, 1]
-    p_code = code_ptr + head * multiple(stride_ch, FACTOR) + codes * multiple(stride_ck, FACTOR)
+    codes = place % tl.cdiv(K, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    if LOSS:
+        p_count = count_ptr + head * stride_nh + codes * stride_nk
+        b_count = tl.load(p_count, mask=codes < K, other=0.0)
+        scale = _scale(loss_ptr + head * stride_lh, total_ptr + head, D)
+    codes = codes[:, None]
     m_k = codes < K
+    p_code = code_ptr + head * multiple(stride_ch, FACTOR) + codes * multiple(stride_ck, FACTOR)
     for d in range(0, WIDTH, BLOCK_D):
         columns = (d + tl.arange(0, BLOCK_D)[None, :]).to(tl.int64)
         m_d = m_k & (columns < D)
@@ -333,11 +340,9 @@ def vector_quantize_code_gradient_kernel(
         if PASSED:
             b_grad += tl.load(passed_ptr + there, mask=m_d, other=0.0)
         if LOSS:
-            scale = _scale(loss_ptr + head * stride_lh, total_ptr + head, D)
-            b_count = tl.load(count_ptr + head * stride_nh + codes * stride_nk, mask=m_k, other=0.0)
             b_code = tl.load(p_code + columns * stride_cd, mask=m_d, other=0.0).to(tl.float64)
             b_sum = tl.load(sum_ptr + there, mask=m_d, other=0.0)
-            b_grad += scale * (b_count.to(tl.float64) * b_code - b_sum)
+            b_grad += scale * (b_count.to(tl.float64)[:, None] * b_code - b_sum)
         tl.store(grad_ptr + there, rounded(b_grad, grad_ptr.dtype.element_ty), mask=m_d)
 
 
@@ -385,7 +390,7 @@ def _quantize(
     num_rows = rows.shape[1]
     # Without a mask any tensor, which is not read.
     inside = (indices if mask is None else mask).reshape(num_heads, num_rows)
-    sizes = row_sizes(num_dims, _TILE)
+    sizes = row_sizes(num_dims, _SMALL_TILE if distances.dtype == torch.float64 else _TILE)
     blocks = triton.cdiv(num_rows, sizes["BLOCK_N"])
     hits = x.new_zeros((num_heads, num_codes), dtype=torch.int32)
     parts = x.new_empty((num_heads, blocks, 2), dtype=torch.float64)
@@ -431,14 +436,15 @@ def vector_quantize_bwd(
     passed = rows if quantized is None else quantized.reshape(rows.shape)
     if need_x:
         loss = totals if commitment is None else commitment.reshape(-1)
-        sizes = row_sizes(num_dims, _GRADIENT_TILE)
+        wide = torch.float64 in (x.dtype, codebook.dtype)
+        sizes = row_sizes(num_dims, _SMALL_TILE if wide or gradient == "rotation" else _TILE)
         vector_quantize_row_gradient_kernel[
             (num_heads * triton.cdiv(num_rows, sizes["BLOCK_N"]),)
         ](
             passed, loss, rows, codes, places, totals, grad_x, num_rows, num_codes, num_dims,
             *strides(passed), *strides(loss), *strides(rows), *strides(codes), *strides(places),
             GRADIENT=GRADIENTS[gradient], PASSED=quantized is not None,
-            LOSS=commitment is not None, WIDE=torch.float64 in (x.dtype, codebook.dtype),
+            LOSS=commitment is not None, WIDE=wide,
             FACTOR=_factor(num_dims, passed, rows, codes), **sizes, enable_fp_fusion=False,
         )  # fmt: skip
     if need_codebook:
@@ -451,7 +457,7 @@ def vector_quantize_bwd(
                 _, of_gradients = segment_sums(passed, by_code, None, torch.float64)
             if codebook_loss is not None:
                 _, of_x = segment_sums(rows, by_code, None, torch.float64)
-        sizes = row_sizes(num_dims, _GRADIENT_TILE)
+        sizes = row_sizes(num_dims, _SMALL_TILE)
         vector_quantize_code_gradient_kernel[
             (num_heads * triton.cdiv(num_codes, sizes["BLOCK_N"]),)
         ](
