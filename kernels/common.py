@@ -47,8 +47,14 @@ def at_most(registers: int) -> dict[str, int]:
     """Launch option. Left to itself ptxas may spill to reach a rounder number."""
     if interpreting():
         return {}
-    backend, _, _ = device_limits(triton.runtime.driver.active.get_currentdevice_limits())
+    backend, _, _ = device_limits(triton.runtime.driver.active.get_current_device())
     return {"maxnreg": registers} if backend == "cuda" else {}
+
+
+def num_threads(number: int) -> dict[str, int]:
+    """Launch option: so many threads per program, whatever the device calls a warp."""
+    warp = 32 if interpreting() else triton.runtime.driver.active.get_current_target().warp_size
+    return {"num_warps": number // warp}
 
 
 def strides(t: Tensor) -> tuple[int, ...]:

@@ -19,8 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels.common import (
+    at_most,
     common_multiple,
     multiple,
+    num_threads,
     rounded,
     row_sizes,
     strides,
@@ -208,6 +210,7 @@ def ema_update(
         codes, size, embed, count, total, new[0], new[2], parts, num_codes, num_dims, blocks,
         decay, eps, *(n for s in steps for n in s), NORMALIZE=normalize,
         FACTOR=common_multiple(num_dims, *rows), BLOCK=_SIZES, **sizes, enable_fp_fusion=False,
+        **num_threads(128), **at_most(255),
     )  # fmt: skip
     return new  # type: ignore[return-value]
 

@@ -653,7 +653,7 @@ def _fitting(
     configs: list[triton.Config], _: dict[str, Any], PADDED_D: int, STEP_D: int, **others: Any
 ) -> list[triton.Config]:
     """Of each size the configuration with most stages whose float16 tiles fit the device."""
-    backend, arch, limit = device_limits(triton.runtime.driver.active.get_currentdevice_limits())
+    backend, arch, limit = device_limits(triton.runtime.driver.active.get_current_device())
     fitting: dict[tuple[int, int], triton.Config] = {}
     for c in configs:
         block_n, block_k = c.kwargs["BLOCK_N"], c.kwargs["BLOCK_K"]

@@ -33,8 +33,10 @@ from torch import Tensor
 from mmfast.kernels import nearest_code as lookup
 from mmfast.kernels.code_statistics import segment_sums, sort_by_code
 from mmfast.kernels.common import (
+    at_most,
     common_multiple,
     multiple,
+    num_threads,
     rounded,
     row_sizes,
     strides,
@@ -399,6 +401,7 @@ def _quantize(
         num_dims, *strides(rows), *strides(codes), *strides(inside),
         DISTANCES=squared, MASKED=mask is not None,
         FACTOR=_factor(num_dims, rows, codes), **sizes, enable_fp_fusion=False,
+        **num_threads(128), **at_most(128),
     )  # fmt: skip
     vector_quantize_finish_kernel[(num_heads * triton.cdiv(num_codes, _FINISH),)](
         parts, hits, *losses, counts, num_rows, num_codes, num_dims, blocks,
@@ -446,6 +449,7 @@ def vector_quantize_bwd(
             GRADIENT=GRADIENTS[gradient], PASSED=quantized is not None,
             LOSS=commitment is not None, WIDE=wide,
             FACTOR=_factor(num_dims, passed, rows, codes), **sizes, enable_fp_fusion=False,
+            **num_threads(128), **at_most(255),
         )  # fmt: skip
     if need_codebook:
         loss = totals if codebook_loss is None else codebook_loss.reshape(-1)
@@ -464,7 +468,7 @@ def vector_quantize_bwd(
             loss, codes, per_code, totals, of_x, of_gradients, grad_codebook, num_codes,
             num_dims, *strides(loss), *strides(codes), *strides(per_code), PASSED=summed,
             LOSS=codebook_loss is not None, FACTOR=_factor(num_dims, codes), **sizes,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, **num_threads(128), **at_most(128),
         )  # fmt: skip
     return grad_x, grad_codebook
 

@@ -497,7 +497,7 @@ def quantize_problems(draw) -> Arguments:
     return x, codebook, draw(st.sampled_from(METRICS)), mask
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(problem=quantize_problems())
 def test_any_vector_quantize_problem(problem):
     check_quantize(*problem)
