@@ -440,7 +440,7 @@ def vector_quantize_bwd(
     if need_x:
         loss = totals if commitment is None else commitment.reshape(-1)
         wide = torch.float64 in (x.dtype, codebook.dtype)
-        sizes = row_sizes(num_dims, _SMALL_TILE if wide or gradient == "rotation" else _TILE)
+        sizes = row_sizes(num_dims, _SMALL_TILE)
         vector_quantize_row_gradient_kernel[
             (num_heads * triton.cdiv(num_rows, sizes["BLOCK_N"]),)
         ](
