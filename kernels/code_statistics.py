@@ -18,12 +18,14 @@ wants; at most 24 bytes per code; 8 * (D + 1) bytes per 256 vectors.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mmfast.kernels.common import strides, sum_rows, tile_sizes
 
 # These decide the order of the sums, and with it the last bits.
 _CHUNK = 256
@@ -51,15 +53,6 @@ def code_statistics_key_kernel(
     b_i = tl.load(index_ptr + head * stride_ih + rows * stride_in, mask=m_n, other=0).to(tl.int64)
     b_key = tl.where((b_i >= 0) & (b_i < K), b_i, K)
     tl.store(key_ptr + head * N + rows, b_key.to(key_ptr.dtype.element_ty), mask=m_n)
-
-
-@triton.jit
-def _sum_rows(b_x):
-    """[2^n, D] to [1, D]. A sum of two has one order, that of more has the layout's."""
-    for _ in tl.static_range(8):
-        if b_x.shape[0] > 1:
-            b_x = tl.sum(tl.reshape(b_x, [2, b_x.shape[0] // 2, b_x.shape[1]]), 0)
-    return b_x
 
 
 @triton.jit
@@ -118,9 +111,9 @@ def code_statistics_chunk_kernel(
                 b_sum, b_count, x_ptr, weight_ptr, order_ptr, first + n + o_n, o_n >= 0, D,
                 columns, stride_xn, stride_xd, stride_wn, WEIGHTED,
             )  # fmt: skip
-        tl.store(chunk_sum_ptr + place * D + columns, _sum_rows(b_sum), mask=columns < D)
+        tl.store(chunk_sum_ptr + place * D + columns, sum_rows(b_sum), mask=columns < D)
         if WEIGHTED and tl.program_id(1) == 0:
-            tl.store(chunk_count_ptr + place, tl.sum(_sum_rows(b_count)))
+            tl.store(chunk_count_ptr + place, tl.sum(sum_rows(b_count)))
 
 
 @triton.jit(do_not_specialize=["N", "K"])
@@ -181,22 +174,74 @@ def code_statistics_kernel(
             b_sum += tl.load(chunk_sum_ptr + chunks * D + columns, mask=m_c & m_d, other=0.0)
             if WEIGHTED:
                 b_count += tl.load(chunk_count_ptr + chunks, mask=m_c, other=0.0)
-    b_sum = _sum_rows(b_sum).to(sum_ptr.dtype.element_ty)  # [1, BD]
+    b_sum = sum_rows(b_sum).to(sum_ptr.dtype.element_ty)  # [1, BD]
     tl.store(sum_ptr + place * D + columns, b_sum, mask=m_d)
     if tl.program_id(1) == 0:
-        count = tl.sum(_sum_rows(b_count)) if WEIGHTED else (end - start).to(tl.float64)
+        count = tl.sum(sum_rows(b_count)) if WEIGHTED else (end - start).to(tl.float64)
         tl.store(count_ptr + place, count.to(count_ptr.dtype.element_ty))
 
 
 def block_sizes(num_dims: int, tile: int) -> dict[str, int]:
     """Compile-time sizes of the kernels that add; functions of D alone."""
-    block_d = min(triton.next_power_of_2(max(1, num_dims)), _WIDEST)
-    return {"CHUNK": _CHUNK, "BLOCK_N": min(tile // block_d, _CHUNK), "BLOCK_D": block_d}
+    return {"CHUNK": _CHUNK, **tile_sizes(num_dims, tile, _WIDEST, _CHUNK)}
 
 
-def _strides(t: Tensor) -> tuple[int, ...]:
-    """Strides of (H, ...). That of a single head would be but another number to specialise for."""
-    return (t.stride(0) if t.shape[0] > 1 else 0, *t.stride()[1:])
+class ByCode(NamedTuple):
+    """Vectors in the order of their codes.
+
+    Attributes:
+        keys: sorted codes, ``(H, N)``; K for the indices that are none.
+        order: the vectors' places, ``(H, N)``.
+        starts: where the vectors of a code start in that order, ``(H, K + 1)``.
+    """
+
+    keys: Tensor
+    order: Tensor
+    starts: Tensor
+
+
+def sort_by_code(indices: Tensor, num_codes: int) -> ByCode:
+    """The order of the vectors with ``indices`` (H, N), not empty."""
+    num_heads, num_rows = indices.shape
+    key_dtype = next(d for d in KEY_DTYPES if num_codes <= torch.iinfo(d).max)
+    keys = indices.new_empty((num_heads, num_rows), dtype=key_dtype)
+    code_statistics_key_kernel[(triton.cdiv(num_rows, 1024) * num_heads,)](
+        indices, keys, num_rows, num_codes, *strides(indices), BLOCK_N=1024
+    )
+    keys, order = torch.sort(keys, dim=1, stable=True)
+    codes = torch.arange(num_codes + 1, dtype=key_dtype, device=indices.device)
+    return ByCode(keys, order, torch.searchsorted(keys, codes.repeat(num_heads, 1)))
+
+
+def segment_sums(
+    x: Tensor, by_code: ByCode, weights: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Counts (H, K) and sums (H, K, D) of vectors x (H, N, D), rounded to ``dtype``."""
+    num_heads, num_rows, num_dims = x.shape
+    num_codes = by_code.starts.shape[1] - 1
+    weight = x if weights is None else weights
+    counts = x.new_empty((num_heads, num_codes), dtype=dtype)
+    sums = x.new_empty((num_heads, num_codes, num_dims), dtype=dtype)
+    num_chunks = num_rows // _CHUNK
+    chunk_sums = x.new_empty((num_heads, num_chunks, num_dims), dtype=torch.float64)
+    chunk_counts = x.new_empty((num_heads, num_chunks), dtype=torch.float64)
+    chunk_sizes = block_sizes(num_dims, _CHUNK_TILE)
+    code_sizes = block_sizes(num_dims, _CODE_TILE)
+    tiles = max(1, triton.cdiv(num_dims, code_sizes["BLOCK_D"]))
+    # The same bits as in the interpreter, which contracts nothing to fused multiply-adds.
+    options = {"WEIGHTED": weights is not None, "enable_fp_fusion": False}
+    steps = (*strides(x), *strides(weight)[:2])
+    shape = (num_rows, num_codes, num_dims)
+    if num_chunks:
+        code_statistics_chunk_kernel[(num_chunks * num_heads, tiles)](
+            x, weight, by_code.keys, by_code.order, chunk_sums, chunk_counts, *shape, *steps,
+            **chunk_sizes, **options, num_warps=8,
+        )  # fmt: skip
+    code_statistics_kernel[(num_codes * num_heads, tiles)](
+        x, weight, by_code.order, by_code.starts, chunk_sums, chunk_counts, counts, sums, *shape,
+        *steps, **code_sizes, **options,
+    )  # fmt: skip
+    return counts, sums
 
 
 def code_statistics(
@@ -207,44 +252,12 @@ def code_statistics(
         weights = None if weights is None else weights[None]
         counts, sums = code_statistics(x[None], indices[None], num_codes, weights)
         return counts[0], sums[0]
-    num_heads, num_rows, num_dims = x.shape
-    weight = x if weights is None else weights
-    wide = torch.float64 in (x.dtype, weight.dtype)
+    wide = x.dtype == torch.float64 or (weights is not None and weights.dtype == torch.float64)
     dtype = torch.float64 if wide else torch.float32
-    counts = x.new_empty((num_heads, num_codes), dtype=dtype)
-    sums = x.new_empty((num_heads, num_codes, num_dims), dtype=dtype)
-    if num_heads * num_rows == 0:
-        return counts.zero_(), sums.zero_()
-
-    key_dtype = next(d for d in KEY_DTYPES if num_codes <= torch.iinfo(d).max)
-    keys = x.new_empty((num_heads, num_rows), dtype=key_dtype)
-    code_statistics_key_kernel[(triton.cdiv(num_rows, 1024) * num_heads,)](
-        indices, keys, num_rows, num_codes, *_strides(indices), BLOCK_N=1024
-    )
-    keys, order = torch.sort(keys, dim=1, stable=True)
-    codes = torch.arange(num_codes + 1, dtype=key_dtype, device=x.device)
-    starts = torch.searchsorted(keys, codes.repeat(num_heads, 1))  # [H, K + 1]
-
-    num_chunks = num_rows // _CHUNK
-    chunk_sums = x.new_empty((num_heads, num_chunks, num_dims), dtype=torch.float64)
-    chunk_counts = x.new_empty((num_heads, num_chunks), dtype=torch.float64)
-    chunk_sizes = block_sizes(num_dims, _CHUNK_TILE)
-    code_sizes = block_sizes(num_dims, _CODE_TILE)
-    tiles = max(1, triton.cdiv(num_dims, code_sizes["BLOCK_D"]))
-    # The same bits as in the interpreter, which contracts nothing to fused multiply-adds.
-    options = {"WEIGHTED": weights is not None, "enable_fp_fusion": False}
-    strides = (*_strides(x), *_strides(weight)[:2])
-    shape = (num_rows, num_codes, num_dims)
-    if num_chunks:
-        code_statistics_chunk_kernel[(num_chunks * num_heads, tiles)](
-            x, weight, keys, order, chunk_sums, chunk_counts, *shape, *strides,
-            **chunk_sizes, **options, num_warps=8,
-        )  # fmt: skip
-    code_statistics_kernel[(num_codes * num_heads, tiles)](
-        x, weight, order, starts, chunk_sums, chunk_counts, counts, sums, *shape, *strides,
-        **code_sizes, **options,
-    )  # fmt: skip
-    return counts, sums
+    if indices.numel() == 0:
+        shape = (x.shape[0], num_codes)
+        return x.new_zeros(shape, dtype=dtype), x.new_zeros((*shape, x.shape[2]), dtype=dtype)
+    return segment_sums(x, sort_by_code(indices, num_codes), weights, dtype)
 
 
 def offline_variants() -> list[Any]:

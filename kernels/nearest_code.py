@@ -21,7 +21,6 @@ back to the host.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -29,7 +28,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.common import interpreting, num_programs
+from mmfast.kernels.common import (
+    at_most,
+    device_limits,
+    interpreting,
+    multiple,
+    num_programs,
+    strides,
+)
 
 METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
 _MOST_ROWS = 2**31 - 2**10
@@ -370,12 +376,6 @@ def nearest_code_screen_kernel(
 
 
 @triton.jit
-def _multiple(x):
-    """Tells the compiler that x, a multiple of 4, is one."""
-    return x // 4 * 4
-
-
-@triton.jit
 def _four(p, mask, d, D, stride):
     """The next four dimensions from ``d`` of p [A, B], zero beyond D and outside the mask: one
     wide load where the stride is 1."""
@@ -507,11 +507,11 @@ def nearest_code_exact_kernel(
     BLOCK_K: tl.constexpr,
 ):
     if FOUR:
-        D = _multiple(D)
-        stride_xh = _multiple(stride_xh)
-        stride_xn = _multiple(stride_xn)
-        stride_ch = _multiple(stride_ch)
-        stride_ck = _multiple(stride_ck)
+        D = multiple(D, 4)
+        stride_xh = multiple(stride_xh, 4)
+        stride_xn = multiple(stride_xn, 4)
+        stride_ch = multiple(stride_ch, 4)
+        stride_ck = multiple(stride_ck, 4)
     head = tl.program_id(1).to(tl.int64)
     x_ptr += head * stride_xh
     code_ptr += head * stride_ch
@@ -620,11 +620,11 @@ def nearest_code_distance_kernel(
     BLOCK_N: tl.constexpr,
 ):
     if FOUR:
-        D = _multiple(D)
-        stride_xh = _multiple(stride_xh)
-        stride_xn = _multiple(stride_xn)
-        stride_ch = _multiple(stride_ch)
-        stride_ck = _multiple(stride_ck)
+        D = multiple(D, 4)
+        stride_xh = multiple(stride_xh, 4)
+        stride_xn = multiple(stride_xn, 4)
+        stride_ch = multiple(stride_ch, 4)
+        stride_ck = multiple(stride_ck, 4)
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # [BN, 1]
     mask = rows < N
@@ -650,28 +650,11 @@ SCREEN_CONFIGS = [
 ]
 
 
-@functools.cache
-def _device(index: Any) -> tuple[str, Any, int]:
-    """Triton's backend, the architecture, and the bytes of shared memory for one block."""
-    driver = triton.runtime.driver.active
-    target = driver.get_current_target()
-    properties = driver.utils.get_device_properties(index)
-    return target.backend, target.arch, int(properties["max_shared_mem"])
-
-
-def _at_most(registers: int) -> dict[str, int]:
-    """Launch option. Left to itself ptxas may spill to reach a rounder number."""
-    if interpreting():
-        return {}
-    backend, _, _ = _device(triton.runtime.driver.active.get_current_device())
-    return {"maxnreg": registers} if backend == "cuda" else {}
-
-
 def _fitting(
     configs: list[triton.Config], _: dict[str, Any], PADDED_D: int, STEP_D: int, **others: Any
 ) -> list[triton.Config]:
     """Of each size the configuration with most stages whose float16 tiles fit the device."""
-    backend, arch, limit = _device(triton.runtime.driver.active.get_current_device())
+    backend, arch, limit = device_limits(triton.runtime.driver.active.get_current_device())
     fitting: dict[tuple[int, int], triton.Config] = {}
     for c in configs:
         block_n, block_k = c.kwargs["BLOCK_N"], c.kwargs["BLOCK_K"]
@@ -715,10 +698,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
             f"the Triton kernels take at most {_MOST_ROWS} vectors and {_MOST_CODES} codes, "
             f"got {num_rows} and {num_codes}"
         )
-    # The stride of a single head would be but another number to specialise for.
-    x_strides, code_strides = (
-        (t.stride(0) if num_heads > 1 else 0, t.stride(1), t.stride(2)) for t in (rows, codes)
-    )
+    x_strides, code_strides = strides(rows), strides(codes)
     packed_rows = x_strides[1:] == (num_dims, 1) and x_strides[0] in (0, num_rows * num_dims)
     euclidean = metric == "euclidean"
     norms = x.new_empty((num_heads, 0 if metric != "cosine" else num_codes), dtype=torch.float64)
@@ -745,7 +725,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     nearest_code_pack_kernel[(padded_codes // 32, num_heads)](
         source, mean, low, high, half, terms, statistics, num_codes, num_dims, *source_strides,
         EUCLIDEAN=euclidean, WIDE=wide_codes, PADDED_D=padded, BLOCK_D=block_d,
-        BLOCK_K=32, **_at_most(128),
+        BLOCK_K=32, **at_most(128),
     )  # fmt: skip
 
     listed = x.new_empty((num_heads, num_rows), dtype=torch.int32)
@@ -761,7 +741,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
             rows, mean, half, terms, statistics, rounded, indices, listed, near, counts,
             start, num_rows, num_codes, num_dims, *x_strides, EUCLIDEAN=euclidean, WIDE=wide,
             PACKED=packed_rows, PADDED_D=padded, BLOCK_D=block_d,
-            STEP_D=step_d, **_at_most(255),
+            STEP_D=step_d, **at_most(255),
         )  # fmt: skip
     programs = triton.cdiv(num_programs(x.device, 4), num_heads)
     both = (num_rows, num_codes, num_dims, *x_strides, *code_strides)
@@ -769,11 +749,11 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     nearest_code_exact_kernel[(programs, num_heads)](
         rows, codes, norms, indices, listed, near, counts, *both,
         METRIC=METRICS[metric], SCREEN=not wide and metric != "cosine", FOUR=four, BLOCK_N=16,
-        BLOCK_K=16, enable_fp_fusion=False, **_at_most(128),
+        BLOCK_K=16, enable_fp_fusion=False, **at_most(128),
     )  # fmt: skip
     nearest_code_distance_kernel[(triton.cdiv(num_rows, 256), num_heads)](
         rows, codes, norms, indices, distances, *both,
-        METRIC=METRICS[metric], FOUR=four, BLOCK_N=256, enable_fp_fusion=False, **_at_most(128),
+        METRIC=METRICS[metric], FOUR=four, BLOCK_N=256, enable_fp_fusion=False, **at_most(128),
     )  # fmt: skip
     return indices, distances
 

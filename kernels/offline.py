@@ -283,6 +283,46 @@ def variants(quick: bool = False) -> list[Variant]:
     return [v for v in declared if v.quick or not quick]
 
 
+def _print_table(found: list[tuple[Variant, Compiled]]) -> None:
+    table = Table("variant", "kernel", "target", "configuration")
+    for name in ("registers", "spills", "shared", "matrix instructions"):
+        table.add_column(name, justify="right")
+    table.add_column("complaints")
+    for variant, compiled in found:
+        instructions = compiled.matrix_instructions
+        table.add_row(
+            variant.name,
+            compiled.kernel,
+            compiled.target.name,
+            compiled.configuration(),
+            "?" if compiled.registers is None else str(compiled.registers),
+            "?" if compiled.spills is None else str(compiled.spills),
+            str(compiled.shared),
+            ", ".join(f"{count} {name}" for name, count in instructions.items()),
+            "; ".join(complaints(variant, compiled)),
+        )
+    # Piped into a file there is no width to keep to.
+    console = Console()
+    Console(width=None if console.is_terminal else 250).print(table)
+
+
+def _print_markdown(found: list[tuple[Variant, Compiled]]) -> None:
+    """A row for each tile of a kernel, a column for each target."""
+    targets = list(dict.fromkeys(compiled.target.name for _, compiled in found))
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for variant, compiled in found:
+        tile = " x ".join(str(v) for k, v in compiled.constants.items() if k.startswith("BLOCK"))
+        cell = f"{compiled.registers}, {compiled.shared / 1024:.3g}"
+        if compiled.spills:
+            cell += f", {compiled.spills} spilled"
+        row = rows.setdefault((variant.name, compiled.kernel, tile), {})
+        row[compiled.target.name] = cell
+    print("| " + " | ".join(["variant", "kernel", "tile", *targets]) + " |")
+    print("|" + "---|" * (3 + len(targets)))
+    for row_name, row in rows.items():
+        print("| " + " | ".join([*row_name, *(row.get(t, "") for t in targets)]) + " |")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile and print the table; status 1 if there are complaints."""
     parser = argparse.ArgumentParser(
@@ -292,35 +332,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--quick", action="store_true", help="only what the test suite compiles")
     parser.add_argument("-k", default="", metavar="TEXT", help="variants with TEXT in their name")
+    parser.add_argument(
+        "--kernel", default="", metavar="TEXT", help="report kernels with TEXT in their name"
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="registers and KiB of shared memory, for documents"
+    )
     given = parser.parse_args(arguments)
-    table = Table("variant", "kernel", "target", "configuration")
-    for name in ("registers", "spills", "shared", "matrix instructions"):
-        table.add_column(name, justify="right")
-    table.add_column("complaints")
-    failed = False
-    for variant in variants(given.quick):
-        if given.k not in variant.name:
-            continue
-        for name in given.target or TARGETS:
-            for compiled in compile_variant(variant, TARGETS[name]):
-                found = complaints(variant, compiled)
-                failed = failed or bool(found)
-                instructions = compiled.matrix_instructions
-                table.add_row(
-                    variant.name,
-                    compiled.kernel,
-                    name,
-                    compiled.configuration(),
-                    "?" if compiled.registers is None else str(compiled.registers),
-                    "?" if compiled.spills is None else str(compiled.spills),
-                    str(compiled.shared),
-                    ", ".join(f"{count} {name}" for name, count in instructions.items()),
-                    "; ".join(found),
-                )
-    # Piped into a file there is no width to keep to.
-    console = Console()
-    Console(width=None if console.is_terminal else 250).print(table)
-    return int(failed)
+    found = [
+        (variant, compiled)
+        for variant in variants(given.quick)
+        if given.k in variant.name
+        for name in given.target or TARGETS
+        for compiled in compile_variant(variant, TARGETS[name])
+        if given.kernel in compiled.kernel
+    ]
+    (_print_markdown if given.markdown else _print_table)(found)
+    return int(any(complaints(variant, compiled) for variant, compiled in found))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import test_code_statistics
 import test_nearest_code
 import test_residual_quantize
+import test_vector_quantize
 import torch
 from cases import METRICS, VIEWS, complaints, device_of, normal
 from hypothesis import given, settings
@@ -27,7 +29,7 @@ from torch import Tensor
 import mmfast
 from mmfast import backends
 from mmfast.backends import interpreting
-from mmfast.ops import code_statistics, nearest_code
+from mmfast.ops import code_statistics, ema_update, nearest_code, vector_quantize
 from mmfast.registry import OPS, Arguments, Op, Sample
 
 triton = pytest.importorskip("triton")
@@ -68,6 +70,12 @@ REPEATED = {
         "nan_rows",
         "one_stage_is_vector_quantize",
     ),
+    test_vector_quantize: (
+        "gradients",
+        "half_precision_keeps_its_dtype",
+        "mask",
+        "only_what_is_asked_for",
+    ),
 }
 if interpreting():
     for module, names in REPEATED.items():
@@ -100,6 +108,9 @@ def variants(op: Op, arguments: Arguments) -> list[Arguments]:
     """``arguments``, with every metric where there is one."""
     if op is nearest_code.OP:
         return [(*arguments[:2], metric) for metric in METRICS]
+    if op is vector_quantize.OP and arguments[3] == "straight_through":
+        # Whose distances are squared errors, and whose are not.
+        return [(*arguments[:2], metric, *arguments[3:]) for metric in ("euclidean", "dot")]
     return [arguments]
 
 
@@ -348,6 +359,215 @@ def test_any_code_statistics_problem(problem):
     check_statistics(*problem)
 
 
+def check_op(op: Op, *arguments: Any) -> tuple[Tensor, ...]:
+    """The result, which the op's own comparison accepts."""
+    arguments = on_device(*arguments)
+    result = run(op, *arguments)
+    assert op.compare(result, arguments) == []
+    return result
+
+
+def backward_of(arguments: Arguments, seed: int = 5) -> Arguments:
+    """Arguments of the gradients of a vector_quantize, random where they come from outside."""
+    x, codebook, _, gradient, _ = arguments
+    output = vector_quantize.reference(*arguments)
+    outputs = (output[0], *output[2:4])
+    grads = [normal(t.numel(), seed=seed).view(t.shape).to(t) for t in outputs]
+    return *grads, x, codebook, output[1], output[4], gradient, True, True
+
+
+PASSED_ON = ("straight_through", "rotation", "none")
+
+
+def check_quantize(x: Tensor, codebook: Tensor, metric: str, mask: Tensor | None) -> None:
+    """Forward, which they all share, and the backward of each gradient."""
+    check_op(vector_quantize.OP, x, codebook, metric, "none", mask)
+    for gradient in PASSED_ON:
+        check_op(vector_quantize.BACKWARD, *backward_of((x, codebook, metric, gradient, mask)))
+
+
+@pytest.mark.parametrize(("n", "k", "d"), [(40, 3, 257), (300, 2, 1)])
+def test_vector_quantize_sizes(n, k, d):
+    check_quantize(normal(n, d), normal(k, d, seed=1), "dot", normal(n, seed=3) < 1)
+
+
+def test_vector_quantize_more_blocks_and_codes_than_are_finished_at_once(monkeypatch):
+    from mmfast.kernels import vector_quantize as kernels
+
+    monkeypatch.setattr(kernels, "_FINISH", 4)
+    x, codebook = normal(2, 40, 130), normal(2, 9, 130, seed=1)
+    for mask in (None, normal(2, 40, seed=3) < 1):
+        check_op(vector_quantize.OP, x, codebook, "euclidean", "none", mask)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_vector_quantize_nan_and_infinity(metric):
+    x, codebook = normal(12, 5), normal(9, 5, seed=1)
+    x[[3, 4, 11], 2] = torch.tensor([math.nan, math.inf, math.nan])
+    mask = torch.arange(12) != 11
+    check_quantize(x, codebook, metric, mask)
+    codebook[7, 1] = -math.inf
+    check_quantize(x, codebook, metric, mask)
+
+
+def test_vector_quantize_masked_rows_pass_whatever_they_hold():
+    x = normal(6, 3)
+    x[4] = math.nan
+    mask = torch.tensor([True, True, False, True, False, True])
+    arguments = on_device(x, normal(4, 3, seed=1), "euclidean", "rotation", mask)
+    quantized, indices, loss, _, counts = run(vector_quantize.OP, *arguments)
+    assert quantized[4].isnan().all()
+    assert indices[[2, 4]].tolist() == [-1, -1]
+    assert loss.isfinite()
+    assert counts.sum() == 4
+    grad_x, grad_codebook = run(vector_quantize.BACKWARD, *backward_of(arguments))
+    assert grad_x.isfinite().all()
+    assert grad_codebook.isfinite().all()
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_vector_quantize_bits_do_not_depend_on_strides(view):
+    codebook, grad = normal(9, 20, seed=1), VIEWS[view](normal(40, 20, seed=4)).to(DEVICE)
+    apart = torch.stack([normal(40, seed=3) < 0.5, torch.zeros(40, dtype=torch.bool)], 1)[:, 0]
+    for gradient, metric in (("rotation", "dot"), ("none", "euclidean")):
+        x, codes, mask = VIEWS[view](normal(40, 20)), VIEWS[view](codebook), apart
+        x, codes, mask = on_device(x, codes, mask)
+        strided = (x, codes, metric, gradient, mask)
+        dense = (x.contiguous(), codes.contiguous(), metric, gradient, mask.contiguous())
+        expected = run(vector_quantize.OP, *dense)
+        assert_same_bits(run(vector_quantize.OP, *strided), expected)
+        given = grad, expected[2], expected[3]
+        saved = expected[1], expected[4], gradient, True, True
+        assert_same_bits(
+            run(vector_quantize.BACKWARD, *given, *strided[:2], *saved),
+            run(vector_quantize.BACKWARD, given[0].contiguous(), *given[1:], *dense[:2], *saved),
+        )
+
+
+def test_vector_quantize_bwd_of_expanded_gradients():
+    arguments = on_device(normal(2, 30, 6), normal(2, 5, 6, seed=1), "euclidean", "none", None)
+    _, _, _, *saved = backward_of(arguments)
+    one = torch.ones((), device=DEVICE)
+    check_op(vector_quantize.BACKWARD, one.expand(2, 30, 6), one.expand(2), one.expand(2), *saved)
+
+
+@pytest.mark.parametrize("gradient", PASSED_ON)
+def test_vector_quantize_bwd_of_some_gradients(gradient):
+    arguments = on_device(normal(30, 6), normal(5, 6, seed=1), "euclidean", gradient, None)
+    *given, x, codebook, indices, counts, _, _, _ = backward_of(arguments)
+    saved = x, codebook, indices, counts, gradient
+    for which in range(8):
+        some = [g if which & (1 << i) else None for i, g in enumerate(given)]
+        check_op(vector_quantize.BACKWARD, *some, *saved, True, True)
+    check_op(vector_quantize.BACKWARD, *given, *saved, True, False)
+    check_op(vector_quantize.BACKWARD, *given, *saved, False, True)
+
+
+# Beside the direction of the code, and exactly against it, where x and the code cancel; of vectors
+# without a direction too.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [1, 3, 70])
+def test_vector_quantize_bwd_rotation_between_extremes(d, dtype):
+    x = normal(24, d).to(dtype)
+    codebook = torch.cat([x[:8] * 3, -x[8:16] * 0.5, x[16:20] * 0, x[20:] * -1e-3]).to(dtype)
+    x[17] = 0
+    indices, counts = torch.arange(24), torch.ones(24, dtype=nearest_code.output_dtype(x, codebook))
+    grad = normal(24, d, seed=2).to(dtype)
+    saved = x, codebook, indices, counts, "rotation", True, False
+    check_op(vector_quantize.BACKWARD, grad, None, None, *saved)
+
+
+def test_vector_quantize_bwd_keeps_differences_to_codes_far_from_zero():
+    x, codebook = 1e4 + normal(600, 3), 1e4 + normal(2, 3, seed=1)
+    check_quantize(x, codebook, "euclidean", None)
+
+
+def test_vector_quantize_bwd_leaves_out_indices_out_of_range():
+    arguments = on_device(normal(30, 6), normal(5, 6, seed=1), "euclidean", "none", None)
+    *given, x, codebook, indices, counts, gradient, _, _ = backward_of(arguments)
+    inside, outside = indices.clone(), indices.clone()
+    inside[::3], outside[::3] = -1, 1 << 40
+    for need in ((True, False), (False, True)):
+        results = [
+            run(vector_quantize.BACKWARD, *given, x, codebook, i, counts, gradient, *need)
+            for i in (inside, outside)
+        ]
+        assert_same_bits(*results)
+
+
+@st.composite
+def quantize_problems(draw) -> Arguments:
+    """What ``check_quantize`` takes."""
+    n, k, d, heads = (draw(st.integers(*limits)) for limits in ((1, 40), (1, 12), (1, 20), (0, 2)))
+    lead = (heads,) if heads else ()
+    dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
+    x = normal(*lead, n, d).to(draw(dtypes))
+    codebook = normal(*lead, k, d, seed=1).to(draw(dtypes))
+    mask = normal(*lead, n, seed=3) < draw(st.floats(-1, 1)) if draw(st.booleans()) else None
+    return x, codebook, draw(st.sampled_from(METRICS)), mask
+
+
+@settings(max_examples=8)
+@given(problem=quantize_problems())
+def test_any_vector_quantize_problem(problem):
+    check_quantize(*problem)
+
+
+def averages(heads: int, k: int, d: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Codebook, sizes, sums, counts and sums of a batch, positive where they must be."""
+    shapes = ((heads, k, d), (heads, k), (heads, k, d), (heads, k), (heads, k, d))
+    tensors = [normal(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+    return [t.abs() if t.dim() == 2 else t for t in tensors]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_ema_update_decays(decay, normalize):
+    # 0.8 and 1e-5, rounded to float32, would differ in float64.
+    for dtype in (torch.float32, torch.float64):
+        check_op(ema_update.OP, *averages(2, 9, 5, dtype), decay, 1e-5, normalize)
+
+
+@pytest.mark.parametrize(("k", "d"), [(3, 257), (2, 520), (1030, 2)])
+def test_ema_update_sizes(k, d):
+    for normalize in (False, True):
+        check_op(ema_update.OP, *averages(1, k, d), 0.9, 1e-5, normalize)
+
+
+def test_ema_update_more_blocks_than_it_adds_at_once(monkeypatch):
+    from mmfast.kernels import ema_update as kernels
+
+    monkeypatch.setattr(kernels, "_SIZES", 4)
+    check_op(ema_update.OP, *averages(2, 23, 5), 0.9, 1e-5, False)
+
+
+def test_ema_update_of_a_codebook_never_used():
+    codebook, size, total, counts, sums = averages(2, 9, 5)
+    size[1], counts[1] = 0, 0
+    codes, *_ = check_op(ema_update.OP, codebook, size, total, counts, sums, 0.9, 1e-5, False)
+    assert torch.equal(codes[1], codebook[1].to(DEVICE))
+
+
+def test_ema_update_nan_and_infinity():
+    for value in (math.nan, math.inf):
+        for which in range(5):
+            tensors = averages(2, 9, 5)
+            tensors[which][0, 3] = value
+            for normalize in (False, True):
+                check_op(ema_update.OP, *tensors, 0.9, 1e-5, normalize)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_ema_update_bits_do_not_depend_on_strides(view):
+    dense = averages(1, 40, 19)
+    matrices = (VIEWS[view](t[0])[None] if t.dim() == 3 else t for t in dense)
+    strided = [t if t.dim() == 3 else torch.stack([t, -t], 2)[..., 0] for t in matrices]
+    strided = list(on_device(*strided))
+    for normalize in (False, True):
+        expected = run(ema_update.OP, *(t.contiguous() for t in strided), 0.9, 1e-5, normalize)
+        assert_same_bits(run(ema_update.OP, *strided, 0.9, 1e-5, normalize), expected)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(interpreting(), reason="not in the interpreter")
 class TestOnTheGpu:
@@ -393,7 +613,12 @@ class TestOnTheGpu:
             x, codebook = on_device(normal(n, 24), normal(k, 24, seed=1))
             for metric in METRICS:
                 indices, _ = run(nearest_code.OP, x, codebook, metric)
-            run(code_statistics.OP, x, indices, k, None)
+            counts, sums = run(code_statistics.OP, x, indices, k, None)
+            run(ema_update.OP, codebook, counts, sums, counts, sums, 0.9, 1e-5, True)
+            for gradient in PASSED_ON:
+                forward = x, codebook, "dot", gradient, indices % 2 == 0
+                run(vector_quantize.OP, *forward)
+                run(vector_quantize.BACKWARD, *backward_of(forward))
 
         call(513, 65)
         monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", hook)
@@ -414,6 +639,7 @@ class TestOnTheGpu:
                 (nearest_code.OP, (x, codebook, "euclidean"), 0),
                 (nearest_code.OP, (codebook, x, "cosine"), 1),
                 (code_statistics.OP, (x, indices, 2, None), 0),
+                (vector_quantize.OP, (x, codebook, "dot", "none", None), 0),
             ):
                 dense = list(arguments)
                 dense[strided] = x.contiguous()

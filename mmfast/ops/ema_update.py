@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -186,6 +186,12 @@ def samples() -> Iterable[Sample]:
     yield of(17, 19, heads=2, normalize=True)
 
 
+def _load_triton() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    from mmfast.kernels.ema_update import ema_update as launch
+
+    return launch
+
+
 OP = register(
     Op(
         name="ema_update",
@@ -193,7 +199,10 @@ OP = register(
         "Tensor sums, float decay, float eps, bool normalize) -> (Tensor, Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("ema_update")},
+        backends={
+            "cpp": backends.cpp("ema_update"),
+            "triton": backends.triton(_load_triton, backends.always),
+        },
         samples=samples,
         cost=cost,
         compare=compare,

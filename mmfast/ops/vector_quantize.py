@@ -423,7 +423,10 @@ OP = register(
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("vector_quantize")},
+        backends={
+            "cpp": backends.cpp("vector_quantize"),
+            "triton": backends.triton(_load_triton, backends.always),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -440,7 +443,10 @@ BACKWARD = register(
         "bool need_codebook) -> (Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={"cpp": backends.cpp("vector_quantize_bwd")},
+        backends={
+            "cpp": backends.cpp("vector_quantize_bwd"),
+            "triton": backends.triton(_load_triton_bwd, backends.always),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,
