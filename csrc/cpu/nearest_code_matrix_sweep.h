@@ -43,47 +43,38 @@ constexpr int64_t code_step = matrix_depth * tile_codes;  // int16 of matrix_dep
 
 // What follows computes folded, [tiles][strip_rows][lanes]: the best score of the codes of one tile
 // and lane. rows: [strip_rows][depth], codes: [tiles][depth / 2][tile_vectors][lanes][2]. A job is
-// what two registers accumulate.
+// a tile of codes against some rows.
 //
 // Scores cannot leave a register before its products are done, nor be read before they are in the
-// cache: while two registers multiply, the scores of the job before are stored from the other two,
-// and those of the tile before that are folded, a part of the rows in each job.
-
-// The scores of this tile and of the one before; `vectors`: how many of its scores a row gets in
-// one job.
-template <int vectors>
+// cache: in each job the scores of the job before are stored, and those of the one before that are
+// folded.
+template <int rows>
 struct Ring {
-  static constexpr int group = tile_vectors / vectors;  // jobs of a tile
-  static constexpr int rows = 2 * matrix_rows / vectors;
-  alignas(64) float scores[2 * group][2 * matrix_rows * lanes];
-  float* outs[2] = {};  // where the best scores of the two tiles belong
+  static constexpr int64_t vector = rows * lanes;
+  alignas(64) float scores[2][tile_vectors * vector];
+  float* outs[2] = {};  // where the best scores of the last two jobs belong
   int64_t job = 0;
 
-  float* before() { return scores[(job + 2 * group - 1) % (2 * group)]; }
+  float* before() { return scores[(job + 1) % 2]; }
 
-  // Folds the rows whose turn it is and goes on to the next job, of a tile whose best scores
-  // belong to `out`.
+  // Folds the scores of two jobs ago and goes on to the next job, whose best belong to `out`.
   __attribute__((always_inline)) void fold(float* out) {
-    const int64_t done = job - group - 1;
-    if (done >= 0) fold_part(done);
-    if (job % group == 0) outs[job / group % 2] = out;
+    if (job > 1) fold_to(outs[job % 2], scores[job % 2]);
+    outs[job % 2] = out;
     ++job;
   }
 
-  __attribute__((always_inline)) void fold_part(int64_t done) {
-    constexpr int part = rows / group, other = rows * lanes;
-    const int64_t first = done % group * part * lanes, which = done / group % 2;
-    const float* from = scores[which * group] + first;
-    float* to = outs[which] + first;
-#pragma GCC unroll 16
-    for (int r = 0; r < part * lanes; r += lanes)
+  static __attribute__((always_inline)) void fold_to(float* out, const float* from) {
+#pragma GCC unroll 32
+    for (int r = 0; r < vector; r += lanes)
       _mm512_store_ps(
-          to + r, _mm512_max_ps(_mm512_load_ps(from + r), _mm512_load_ps(from + other + r)));
+          out + r, _mm512_max_ps(_mm512_load_ps(from + r), _mm512_load_ps(from + vector + r)));
   }
 
   // After the last job's scores are stored.
   void finish() {
-    for (int64_t done = job > group ? job - group - 1 : 0; done < job; ++done) fold_part(done);
+    if (job > 1) fold_to(outs[job % 2], scores[job % 2]);
+    fold_to(outs[(job + 1) % 2], scores[(job + 1) % 2]);
   }
 };
 
@@ -94,7 +85,7 @@ static __attribute__((noinline)) void matrix_sweep_few(const int16_t* rows, int6
                                                        const int16_t* codes, const float* terms,
                                                        int64_t tiles, float* folded) {
   constexpr int64_t together = 4, depth = steps * matrix_depth, row_stride = 2 * depth;
-  Ring<2> ring;
+  Ring<matrix_rows> ring;
   const auto job = [&]<int set>(int64_t t, float* out) __attribute__((always_inline)) {
     constexpr int s = 2 * set, o = 2 - s;
     const int16_t* c = codes + t * tile_codes * depth;
@@ -110,7 +101,7 @@ static __attribute__((noinline)) void matrix_sweep_few(const int16_t* rows, int6
       matrix_load<6>(c + code_step, code_stride);
       matrix_multiply<s, 5, 6>();
     }
-    matrix_store<o + 1>(to + matrix_rows * lanes, score_stride);
+    matrix_store<o + 1>(to + ring.vector, score_stride);
     if constexpr (steps == 2) {
       matrix_load<7>(c + code_step + 2 * lanes, code_stride);
       matrix_multiply<s + 1, 5, 7>();
@@ -134,44 +125,57 @@ static __attribute__((noinline)) void matrix_sweep_few(const int16_t* rows, int6
   }
   // The number of jobs is even: the last one's scores are in registers 2 and 3.
   matrix_store<2>(ring.before(), score_stride);
-  matrix_store<3>(ring.before() + matrix_rows * lanes, score_stride);
+  matrix_store<3>(ring.before() + ring.vector, score_stride);
   ring.finish();
 }
 
-// More dimensions: all rows against one vector of codes at a time.
+// More dimensions: all rows against a tile of codes.
 static __attribute__((noinline)) void matrix_sweep_many(const int16_t* rows, int64_t depth,
                                                         const int16_t* codes, const float* terms,
                                                         int64_t tiles, float* folded) {
-  Ring<1> ring;
+  Ring<strip_rows> ring;
+  constexpr int64_t half = matrix_rows * lanes;
   const int64_t row_stride = 2 * depth;
   const int16_t* below = rows + matrix_rows * depth;
-  const auto job = [&]<int v>(int64_t t) __attribute__((always_inline)) {
-    constexpr int s = 2 * v, o = 2 - s;
-    const int16_t* c = codes + t * tile_codes * depth + v * 2 * lanes;
-    float* to = ring.before();
-    matrix_load<s>(terms + t * tile_codes + v * lanes, 0);
-    matrix_load<s + 1>(terms + t * tile_codes + v * lanes, 0);
-    const auto step = [&](int64_t d) __attribute__((always_inline)) {
-      matrix_load<6 + v>(c + d * tile_codes, code_stride);
-      matrix_load<4>(rows + d, row_stride);
-      matrix_multiply<s, 4, 6 + v>();
-      matrix_load<5>(below + d, row_stride);
-      matrix_multiply<s + 1, 5, 6 + v>();
-    };
-    step(0);
-    matrix_store<o>(to, score_stride);
-    step(matrix_depth);
-    matrix_store<o + 1>(to + matrix_rows * lanes, score_stride);
-    step(2 * matrix_depth);
-    ring.fold(folded + t * strip_rows * lanes);
-    for (int64_t d = 3 * matrix_depth; d < depth; d += matrix_depth) step(d);
-  };
   for (int64_t t = 0; t < tiles; ++t) {
-    job.template operator()<0>(t);
-    job.template operator()<1>(t);
+    const int16_t* c = codes + t * tile_codes * depth;
+    const float* term = terms + t * tile_codes;
+    float* to = ring.before();
+    matrix_load<4>(rows, row_stride);
+    matrix_load<6>(c, code_stride);
+    matrix_store<0>(to, score_stride);
+    matrix_load<0>(term, 0);
+    matrix_multiply<0, 4, 6>();
+    matrix_load<7>(c + 2 * lanes, code_stride);
+    matrix_store<1>(to + ring.vector, score_stride);
+    matrix_load<1>(term + lanes, 0);
+    matrix_multiply<1, 4, 7>();
+    matrix_load<5>(below, row_stride);
+    matrix_store<2>(to + half, score_stride);
+    matrix_load<2>(term, 0);
+    matrix_multiply<2, 5, 6>();
+    matrix_store<3>(to + ring.vector + half, score_stride);
+    matrix_load<3>(term + lanes, 0);
+    matrix_multiply<3, 5, 7>();
+    const auto step = [&](int64_t d) __attribute__((always_inline)) {
+      matrix_load<4>(rows + d, row_stride);
+      matrix_load<6>(c + d * tile_codes, code_stride);
+      matrix_multiply<0, 4, 6>();
+      matrix_load<7>(c + d * tile_codes + 2 * lanes, code_stride);
+      matrix_multiply<1, 4, 7>();
+      matrix_load<5>(below + d, row_stride);
+      matrix_multiply<2, 5, 6>();
+      matrix_multiply<3, 5, 7>();
+    };
+    step(matrix_depth);
+    ring.fold(folded + t * strip_rows * lanes);
+    for (int64_t d = 2 * matrix_depth; d < depth; d += matrix_depth) step(d);
   }
-  matrix_store<2>(ring.before(), score_stride);
-  matrix_store<3>(ring.before() + matrix_rows * lanes, score_stride);
+  float* to = ring.before();
+  matrix_store<0>(to, score_stride);
+  matrix_store<1>(to + ring.vector, score_stride);
+  matrix_store<2>(to + half, score_stride);
+  matrix_store<3>(to + ring.vector + half, score_stride);
   ring.finish();
 }
 
