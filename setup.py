@@ -18,13 +18,13 @@ CPU = "csrc/cpu"
 
 # The kernels are compiled once per instruction set; the processor chooses at run time.
 AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
-VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512bf16"]
+VNNI = [*AVX512, "-mavx512vnni"]  # no more than every processor with VNNI has
 ISA_FLAGS = {
     "baseline": ["-march=x86-64"],
     "avx2": ["-march=x86-64-v3"],
     "avx512": AVX512,
     "avx512vnni": VNNI,
-    "amx": [*VNNI, "-mamx-tile", "-mamx-bf16"],
+    "amx": [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 
