@@ -16,9 +16,7 @@ pip := $(python) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) 
 extras := triton,test,bench,examples,integrations,lint
 # pytest exits with 5 when TEST_ARGS select nothing in a file.
 none_selected := $(if $(TEST_ARGS),|| test $$$$? -eq 5)
-# Processes share the cores, so that idle threads of one must not spin.
 workers := --numprocesses auto --maxprocesses 8
-export OMP_WAIT_POLICY ?= passive
 sources := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 installed := $(VENV)/.mmfast-installed
@@ -50,11 +48,13 @@ $(built): $(installed) $(sources)
 	@touch $(built)
 
 # Triton decides at import whether it interprets, so that its interpreter has processes of its own.
+# Processes share the cores: idle threads of one must not spin.
 test: $(built)
 	@if $(python) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	    set -ex; \
 	    $(python) -m pytest $(TEST_ARGS); \
 	else \
+	    export OMP_WAIT_POLICY=passive; \
 	    set -ex; \
 	    $(python) -m pytest $(workers) --dist loadfile --ignore=tests/test_triton.py $(TEST_ARGS); \
 	    TRITON_INTERPRET=1 $(python) -m pytest $(workers) tests/test_triton.py $(TEST_ARGS) \
