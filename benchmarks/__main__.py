@@ -91,7 +91,7 @@ def _parse() -> argparse.Namespace:
     if options.threads and min(options.threads) < 1:
         parser.error(f"--threads must be at least 1, got {min(options.threads)}")
     if options.seconds is None:
-        options.seconds = 0.3 if options.quick else 0.7
+        options.seconds = 0.3 if options.quick else 0.6
     if not _choose(options):
         parser.error(f"no case matches --only {options.only!r}; --list shows them")
     return options
@@ -129,7 +129,7 @@ def _run(
     return contest.run(
         case,
         device,
-        counts[-1:] if case.sweep else counts,
+        counts if case.scales else counts[-1:],
         seconds,
         lambda name: bool(re.search(options.subjects or "", name)),
         lambda what: tell(f"{case.key} {what}", 0),

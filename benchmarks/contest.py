@@ -82,6 +82,9 @@ def enter(
     reasons = subject.reasons(arguments)
     if reasons:
         return "; ".join(reasons)
+    needed = subject.peer.workspace(*arguments)
+    if needed > _free_memory(device) and not hasattr(peers.of(case.op), "first_rows"):
+        return f"not run where it needs {needed >> 30} GiB"
     given, rows = _cut(case, subject, arguments, device)
     call = subject.peer.make(*given)
     match = None

@@ -21,6 +21,7 @@ _PEERS = {
     "baseline": {"FAISS_OPT_LEVEL": "generic", "OPENBLAS_CORETYPE": "Prescott"},
     "avx2": {"FAISS_OPT_LEVEL": "avx2", "OPENBLAS_CORETYPE": "Haswell"},
     "avx512": {"FAISS_OPT_LEVEL": "avx512", "OPENBLAS_CORETYPE": "SkylakeX"},
+    "avx512vnni": {"FAISS_OPT_LEVEL": "avx512", "OPENBLAS_CORETYPE": "SkylakeX"},
 }
 _SUBJECTS = r"mmfast \(cpp\)|faiss flat"
 

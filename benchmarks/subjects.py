@@ -70,7 +70,7 @@ def judge(op: str, result: Any, arguments: Arguments, wanted: Any) -> str:
     """What is wrong with ``result``; empty when nothing."""
     if op in COMPOSITES:
         return COMPOSITES[op].judge(result, arguments, wanted)
-    if isinstance(result, tuple):
+    if isinstance(result, tuple) or isinstance(wanted, Tensor):
         return "; ".join(OPS[op].compare(result, arguments, wanted))
     wanted = wanted[0]
     wrong = int((result.to(wanted.device) != wanted).sum())

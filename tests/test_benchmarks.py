@@ -12,9 +12,22 @@ import pytest
 import torch
 
 import mmfast
-from benchmarks import cases, contest, goals, memory, peers, plots, report, subjects, tables, timing
+from benchmarks import (
+    cases,
+    contest,
+    goals,
+    levels,
+    memory,
+    peers,
+    plots,
+    report,
+    subjects,
+    tables,
+    timing,
+)
 from benchmarks.composites import COMPOSITES
 from benchmarks.results import FILE, Results, Row
+from mmfast import backends
 from mmfast.registry import OPS
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +79,12 @@ def test_every_op_has_cases_and_contenders():
         # An op without kernels is its reference.
         own = "reference" if op in OPS and not OPS[op].backends else "mmfast"
         assert {own, "peer"} <= kinds, op
+
+
+def test_peers_are_held_to_every_lower_level():
+    if backends.extension_missing():
+        pytest.skip("the compiled extension is absent")
+    assert set(backends.extension().supported_isas()[:-1]) <= set(levels._PEERS)
 
 
 def test_case_names_are_unique():
