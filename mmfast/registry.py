@@ -80,6 +80,8 @@ class Op:
         dtypes: the floating dtypes the op takes.
         backward: None for an op without gradients.
         vmap: batching rule, as ``torch.library.register_vmap`` wants it.
+        mutates: positions of the arguments that the op changes in place, as its schema says;
+            such an op returns nothing. ``compare`` gets them as they are afterwards.
     """
 
     name: str
@@ -93,6 +95,20 @@ class Op:
     dtypes: tuple[torch.dtype, ...]
     backward: Backward | None = None
     vmap: Callable[..., Any] | None = None
+    mutates: tuple[int, ...] = ()
+
+    def result(self, run: Callable[..., Any], arguments: Arguments) -> Any:
+        """What ``run`` makes of ``arguments``, which stay as they are: the op's outputs, or the
+        arguments that it changed (those that are not None)."""
+        if not self.mutates:
+            return run(*arguments)
+        changed = {
+            i: arguments[i].clone(memory_format=torch.preserve_format)
+            for i in self.mutates
+            if arguments[i] is not None
+        }
+        run(*(changed.get(i, a) for i, a in enumerate(arguments)))
+        return tuple(changed.values())
 
 
 OPS: dict[str, Op] = {}

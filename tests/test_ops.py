@@ -40,7 +40,7 @@ def cases(bench: bool) -> list[Any]:
 
 def run(op: Op, backend: str, arguments: Arguments) -> Any:
     """The result of ``backend``, and no other."""
-    return backends.select(op, backend, *arguments)(*arguments)
+    return op.result(backends.select(op, backend, *arguments), arguments)
 
 
 def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -106,7 +106,7 @@ def test_compare_sees_a_wrong_element(op):
         s for s in op.samples() if not s.bench and min(s.shape["N"], s.shape["K"], s.shape["D"]) > 1
     )
     arguments = sample.make(torch.device("cpu"), torch.float32, 0)
-    result = op.reference(*arguments)
+    result = op.result(op.reference, arguments)
     leaves, spec = tree_flatten(result)
     assert op.compare(result, arguments) == []
     for i, leaf in enumerate(leaves):
@@ -126,6 +126,6 @@ def test_samples_and_costs(op):
             continue
         arguments = sample.make(torch.device("cpu"), torch.float32, 0)
         cost = op.cost(*arguments)
-        outputs = sum(t.nbytes for t in tree_flatten(op.reference(*arguments))[0])
+        outputs = sum(t.nbytes for t in tree_flatten(op.result(op.reference, arguments))[0])
         assert cost.bytes >= outputs
         assert cost.flops >= 0
