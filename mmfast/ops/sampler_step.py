@@ -42,16 +42,15 @@ def reference(
         on = rows[:, Layout.GUIDANCE]
         conditional = (1 + on * (mix[:, 0] - 1)).view(lead)
         m = conditional * m + (on * mix[:, 1]).view(lead) * unconditional.double()
-    sources: list[Tensor | None] = [x.double(), m, None, None]
-    if noise is not None:
-        sources[2] = noise.double()
-        if variance is not None:
-            bias, factor = column(Layout.LOG_SCALE), column(Layout.LOG_SCALE + 1)
-            sources[2] = sources[2] * (bias + factor * variance.double()).exp()
+    n = None if noise is None else noise.double()
+    if n is not None and variance is not None:
+        bias, factor = column(Layout.LOG_SCALE), column(Layout.LOG_SCALE + 1)
+        n = n * (bias + factor * variance.double()).exp()
+    sources: list[Tensor | None] = [x.double(), m, n, None]
     sources += [] if history is None else list(history.double())
 
     def weighted(start: int, number: int) -> Tensor:
-        total = torch.zeros_like(sources[0])
+        total = torch.zeros_like(x, dtype=torch.float64)
         for i, source in enumerate(sources[:number]):
             weight = column(start + i)
             if source is not None:
