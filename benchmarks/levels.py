@@ -18,10 +18,10 @@ from mmfast import backends
 CASES = ("n65536_k1024_d64", "n65536_k512_d64", "n65536_k16384_d8", "patches_k1024")
 # What makes faiss and its OpenBLAS do without the instructions that mmfast does without.
 _PEERS = {
-    "baseline": {"FAISS_OPT_LEVEL": "generic", "OPENBLAS_CORETYPE": "Prescott"},
-    "avx2": {"FAISS_OPT_LEVEL": "avx2", "OPENBLAS_CORETYPE": "Haswell"},
-    "avx512": {"FAISS_OPT_LEVEL": "avx512", "OPENBLAS_CORETYPE": "SkylakeX"},
-    "avx512vnni": {"FAISS_OPT_LEVEL": "avx512", "OPENBLAS_CORETYPE": "SkylakeX"},
+    "baseline": {"FAISS_SIMD_LEVEL": "NONE", "OPENBLAS_CORETYPE": "Prescott"},
+    "avx2": {"FAISS_SIMD_LEVEL": "AVX2", "OPENBLAS_CORETYPE": "Haswell"},
+    "avx512": {"FAISS_SIMD_LEVEL": "AVX512", "OPENBLAS_CORETYPE": "SkylakeX"},
+    "avx512vnni": {"FAISS_SIMD_LEVEL": "AVX512", "OPENBLAS_CORETYPE": "SkylakeX"},
 }
 _SUBJECTS = r"mmfast \(cpp\)|faiss flat"
 

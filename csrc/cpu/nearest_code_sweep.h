@@ -7,6 +7,8 @@ namespace mmfast::MMFAST_ISA {
 constexpr int tile_rows = lanes == 16 ? 6 : 4;  // rows of a register tile
 constexpr int tile_vectors = 2;                 // vectors of codes of a register tile
 constexpr int tile_codes = tile_vectors * lanes;
+// Sixteen registers hold the best scores of a tile's rows, and the sums of one vector of codes.
+constexpr bool vector_by_vector = lanes == 8;
 
 // With few dimensions the comparison costs as much as the products. There, both factors are
 // multiples of 2^tag_shift, so that the low bits of a score stay those it starts from: the id.
@@ -39,8 +41,36 @@ static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, con
       if constexpr (tagged) start[v] = vtag(start[v], mask, vset((int32_t)t));
     }
   };
+  const auto take = [&](int r, vi s, int64_t t) __attribute__((always_inline)) {
+    if constexpr (!tagged) s = vtag(s, mask, vset((int32_t)t));
+    low[r] = vmax(low[r], vmin(high[r], s));
+    high[r] = vmax(high[r], s);
+  };
   prepare(0);
   for (int64_t t = 0; t < tiles; ++t) {
+    if constexpr (vector_by_vector && known_pairs > 0) {
+      vi first[tile_vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < tile_vectors; ++v) first[v] = start[v];
+      prepare(t + 1);
+#pragma GCC unroll 8
+      for (int v = 0; v < tile_vectors; ++v) {
+        vi acc[tile_rows];
+#pragma GCC unroll 8
+        for (int r = 0; r < tile_rows; ++r) acc[r] = first[v];
+#pragma GCC unroll 16
+        for (int64_t p = 0; p < known_pairs; ++p) {
+          const vi c = vload(codes + (p * tile_vectors + v) * lanes * 2);
+#pragma GCC unroll 8
+          for (int r = 0; r < tile_rows; ++r)
+            acc[r] = vdot16(acc[r], c, vbroadcast(x + r * depth + 2 * p));
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < tile_rows; ++r) take(r, acc[r], t);
+      }
+      codes += tile_codes * depth;
+      continue;
+    }
     vi acc[tile_rows][tile_vectors];
 #pragma GCC unroll 8
     for (int r = 0; r < tile_rows; ++r)
@@ -71,9 +101,7 @@ static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, con
       vi s = acc[r][0];
 #pragma GCC unroll 8
       for (int v = 1; v < tile_vectors; ++v) s = vmax(s, acc[r][v]);
-      if constexpr (!tagged) s = vtag(s, mask, vset((int32_t)t));
-      low[r] = vmax(low[r], vmin(high[r], s));
-      high[r] = vmax(high[r], s);
+      take(r, s, t);
     }
   }
 #pragma GCC unroll 8

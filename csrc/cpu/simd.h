@@ -127,7 +127,12 @@ MMFAST_INLINE vi vscale(const float* p, float scale) {
   return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(p), _mm256_set1_ps(scale)));
 }
 MMFAST_INLINE vi vdot16(vi acc, vi a, vi b) {
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+  // Or GCC adds in another order and spills the products.
+  vi product;
+  __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+          : "+x"(acc), "=&x"(product)
+          : "x"(a), "xm"(b));
+  return acc;
 }
 #else
 using vi = __m128i;
