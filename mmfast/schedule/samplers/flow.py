@@ -55,7 +55,7 @@ def flow_heun(
             steps.step(i, steps.clean(i) or x + change * velocity)
             continue
         steps.step(i, x + change * velocity, keep={"half": x + change / 2 * velocity})
-        steps.step(i + 1, steps.kept("half") + change / 2 * _velocity(steps, i + 1))
+        steps.step(i + 1, steps.kept("half") + change / 2 * _velocity(steps, i + 1), to=i + 1)
     return steps.table()
 
 

@@ -30,5 +30,5 @@ def heun(grid: Grid, *, prediction: str = "epsilon", clip: Clip = None) -> Sampl
             steps.step(i, denoised + after * steps.noise(i))
             continue
         steps.step(i, denoised + after * steps.noise(i), keep={"half": first})
-        steps.step(i + 1, steps.kept("half") + half * steps.noise(i + 1))
+        steps.step(i + 1, steps.kept("half") + half * steps.noise(i + 1), to=i + 1)
     return steps.table()
