@@ -97,12 +97,12 @@ class Interval:
             self.k = -h
             self.gain = sigma_t * (1 + tau**2)
             self.linear = alpha_t / alpha_s
-            self.noise = tau * sigma_t * math.sqrt(math.expm1(2 * h))
+            self.noise = tau * sigma_t * math.sqrt(max(math.expm1(2 * h), 0.0))
         else:
             self.k = (1 + tau**2) * h
             self.gain = alpha_t
             self.linear = sigma_t / sigma_s * (math.exp(-(tau**2) * h) if tau else 1.0)
-            self.noise = sigma_t * math.sqrt(-math.expm1(-2 * tau**2 * h)) if tau else 0.0
+            self.noise = sigma_t * math.sqrt(max(-math.expm1(-2 * tau**2 * h), 0.0)) if tau else 0.0
 
     def node(self, i: int) -> float:
         """u of point i."""
