@@ -1,1 +1,70 @@
 """Noise schedules and samplers: they fill tables in float64, and one kernel runs them."""
+
+from mmfast.schedule import betas, sigmas, spacings, weights
+from mmfast.schedule.edm_schedule import EDMSchedule
+from mmfast.schedule.flow_schedule import FlowSchedule
+from mmfast.schedule.grid import Grid
+from mmfast.schedule.noise_schedule import NoiseSchedule
+from mmfast.schedule.predictions import PREDICTIONS
+from mmfast.schedule.samplers import (
+    ddim,
+    ddpm,
+    deis,
+    dpm_solver,
+    dpm_solver_singlestep,
+    edm_dpm,
+    edm_euler,
+    euler,
+    euler_ancestral,
+    flow_euler,
+    flow_heun,
+    heun,
+    ipndm,
+    kdpm2,
+    kdpm2_ancestral,
+    lcm,
+    lms,
+    pndm,
+    sa_solver,
+    tcd,
+    unipc,
+)
+from mmfast.schedule.sigmas import dynamic_mu
+from mmfast.schedule.table import Linear, SamplerTable, TableBuilder
+
+__all__ = [
+    "PREDICTIONS",
+    "EDMSchedule",
+    "FlowSchedule",
+    "Grid",
+    "Linear",
+    "NoiseSchedule",
+    "SamplerTable",
+    "TableBuilder",
+    "betas",
+    "ddim",
+    "ddpm",
+    "deis",
+    "dpm_solver",
+    "dpm_solver_singlestep",
+    "dynamic_mu",
+    "edm_dpm",
+    "edm_euler",
+    "euler",
+    "euler_ancestral",
+    "flow_euler",
+    "flow_heun",
+    "heun",
+    "ipndm",
+    "kdpm2",
+    "kdpm2_ancestral",
+    "lcm",
+    "lms",
+    "pndm",
+    "sa_solver",
+    "sigmas",
+    "spacings",
+    "tcd",
+    "unipc",
+    "weights",
+]
