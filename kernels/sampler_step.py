@@ -14,11 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.common import common_multiple, multiple, num_threads, rounded
+from mmfast.kernels.common import (
+    at_most,
+    common_multiple,
+    first_stride,
+    lying_together,
+    multiple,
+    num_threads,
+    rounded,
+)
 from mmfast.kernels.philox import normals, normals_in_order
 from mmfast.schedule.layout import HISTORY, Layout, M, N, P, X, slots_of
 
-_BLOCK = 1024
+_OPTIONAL = ("unconditional", "noise", "variance", "denoised", "model_input")
 
 _LOW = tl.constexpr(Layout.LOW)
 _HIGH = tl.constexpr(Layout.HIGH)
@@ -43,7 +51,7 @@ def _add(b_total, weight, b_source):
 @triton.jit
 def _read(pointer, places, mask, used, dtype: tl.constexpr):
     """The numbers as ``dtype``; zeros where nothing uses them."""
-    return tl.load(pointer + places, mask=mask & used, other=0.0).to(dtype)
+    return tl.load(pointer + places, mask=tl.where(used, mask, False), other=0.0).to(dtype)
 
 
 @triton.jit
@@ -215,7 +223,11 @@ def sampler_step_kernel(
         for s in tl.static_range(SLOTS):
             changed = _changes(p_row + _NEXT + (1 + s) * WIDTH, s, WIDTH) | (poison != poison)
             p_s = p_h + s * multiple(stride_hs, FACTOR) + places
-            tl.store(p_s, rounded(made[s + 1], h_ptr.dtype.element_ty), mask=mask & changed)
+            tl.store(
+                p_s,
+                rounded(made[s + 1], h_ptr.dtype.element_ty),
+                mask=tl.where(changed, mask, False),
+            )
     p_out = out_ptr + b * multiple(stride_o, FACTOR) + places
     tl.store(p_out, rounded(b_next, out_ptr.dtype.element_ty), mask=mask)
     if d_ptr is not None:
@@ -263,16 +275,15 @@ def sampler_step(
         for t in (x, model_output, unconditional, noise, variance)
     ]
     given = [out, history, denoised, model_input]
-    targets = [
-        None if t is None else lying_together(t, 1 + (t is history)) for t in given
-    ]
-    strides = [batch_stride(t) for t in (*sources, targets[0])]
+    targets = [None if t is None else lying_together(t, 1 + (t is history)) for t in given]
+    strides = [first_stride(t) for t in (*sources, targets[0])]
     slots = slots_of(table.shape[1])
     kept = targets[1] if slots else None
-    strides += [0, 0] if kept is None else [first_stride(kept), batch_stride(kept[0])]
-    strides += [batch_stride(t) for t in targets[2:]]
+    strides += [first_stride(kept), 0 if kept is None else first_stride(kept[0])]
+    strides += [first_stride(t) for t in targets[2:]]
+    block = 1024 if x.dtype != torch.float64 else 512 if slots <= 4 else 256
     per_sample = seed is not None and seed.dim() > 0 and batch > 1
-    sampler_step_kernel[(batch * triton.cdiv(numbers, _BLOCK),)](
+    sampler_step_kernel[(batch * triton.cdiv(numbers, block),)](
         *sources[:3], guidance_scale, None if guidance is None else guidance.contiguous(),
         table.contiguous(), step, sources[3], None if seed is None else seed.contiguous(),
         sources[4], None if threshold is None else threshold.contiguous(), targets[0], kept,
@@ -281,9 +292,44 @@ def sampler_step(
         2 if guidance is not None and guidance.shape[0] > 1 else 0, *strides, SLOTS=slots,
         COPIES=0 if model_input is None else model_input.shape[0] // batch,
         FACTOR=common_multiple(numbers, *strides),
-        FOURS=per_sample or batch == 1 or numbers % 4 == 0, BLOCK=_BLOCK,
-        enable_fp_fusion=False, **num_threads(128),
+        FOURS=per_sample or batch == 1 or numbers % 4 == 0, BLOCK=block,
+        enable_fp_fusion=False, **num_threads(128), **at_most(255),
     )  # fmt: skip
     for tensor, target in zip(given, targets, strict=True):
         if tensor is not target and tensor is not None:
             tensor.copy_(target)
+
+
+def offline_variants() -> list[Any]:
+    """Launches for ``mmfast.kernels.offline``."""
+    from mmfast.kernels.offline import Variant
+
+    def variant(slots: int, dtype: torch.dtype, *more: str, quick: bool = False) -> Variant:
+        def launch(n: int, _: int) -> None:
+            x = torch.ones(n, 64, dtype=dtype)
+            given = {name: x if name in more else None for name in _OPTIONAL}
+            table = torch.ones(4, Layout(slots).columns, dtype=torch.float64)
+            step = torch.zeros(n, dtype=torch.int64)
+            sampler_step(
+                x, x, given["unconditional"], 7.5, None, table, step, given["noise"],
+                step if "seed" in more else None, given["variance"],
+                torch.ones(n) if "threshold" in more else None, x,
+                torch.ones(slots, n, 64, dtype=dtype) if slots else None, given["denoised"],
+                given["model_input"],
+            )  # fmt: skip
+
+        name = ", ".join(("sampler_step: " + str(dtype).removeprefix("torch."), *more))
+        return Variant(
+            f"{name}, {slots} slots",
+            launch,
+            wide=(("sampler_step_kernel", "tl.load(pointer + places"),),
+            quick=quick,
+        )
+
+    some = ((0, torch.float32, True), (3, torch.bfloat16, False))
+    return [
+        variant(slots, dtype, *more, quick=(slots, dtype, not more) in some)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+        for slots in (0, 2, 3, 6)
+        for more in ((), ("unconditional", "seed", "denoised", "model_input"))
+    ] + [variant(2, torch.bfloat16, "noise", "variance", "threshold")]

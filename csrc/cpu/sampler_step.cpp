@@ -15,7 +15,7 @@ void check_rows(const SamplerStepArgs& args, int64_t rows, bool noise, bool vari
   const int64_t steps = args.step_stride ? args.samples : 1;
   const int width = 4 + args.slots;
   for (int64_t b = 0; b < steps; ++b) {
-    const int64_t step = args.steps[b];
+    const int64_t step = args.steps[b * args.step_stride];
     STD_TORCH_CHECK(step >= 0 && step < rows, "step must be from 0 to ", rows - 1,
                     " for a table of ", rows, " rows, got ", step);
     const double* c = args.table + step * args.columns;

@@ -22,7 +22,6 @@ MOST_SLOTS = 16
 _slots_of = functools.cache(slots_of)
 
 
-@torch.no_grad()
 def sampler_step(
     x: Tensor,
     model_output: Tensor,
@@ -200,7 +199,11 @@ def _rows(table: Tensor, step: Tensor, batch: int) -> Tensor:
 def _lacking(rows: Tensor, noise: bool, variance: bool) -> tuple[Tensor, Tensor]:
     """Which rows [B] take noise, or a variance, that is not there."""
     layout = Layout(_slots_of(rows.shape[1]))
-    taken = [Layout.DENOISED + N, Layout.NEXT + N, *(layout.slot(s) + N for s in range(layout.slots))]
+    taken = [
+        Layout.DENOISED + N,
+        Layout.NEXT + N,
+        *(layout.slot(s) + N for s in range(layout.slots)),
+    ]
     noisy = (rows[:, taken] != 0).any(1)
     scaled = noisy & (rows[:, Layout.LOG_SCALE + 1] != 0)
     return noisy & (not noise), scaled & (not variance)
@@ -238,8 +241,9 @@ def _values(
     batch = x.shape[0]
     layout = Layout(_slots_of(table.shape[1]))
     rows = _rows(table, step, batch)
-    no_noise, no_variance = _lacking(rows, (noise if noise is not None else seed) is not None,
-                                     variance is not None)
+    no_noise, no_variance = _lacking(
+        rows, (noise if noise is not None else seed) is not None, variance is not None
+    )
     if x.device.type == "cpu":
         if bool(no_noise.any()):
             raise RuntimeError("a row of the table takes noise: give noise or seed")
@@ -377,8 +381,10 @@ def cost(
     moved += 0 if unconditional is None else reads[M] * unconditional.element_size()
     moved += 0 if noise is None else reads[N] * noise.element_size()
     moved += 0 if variance is None else reads[N] * variance.element_size()
-    moved += 0 if history is None else history.element_size() * (
-        sum(reads[HISTORY:]) + int(changes.sum())
+    moved += (
+        0
+        if history is None
+        else history.element_size() * (sum(reads[HISTORY:]) + int(changes.sum()))
     )
     written = batch * (out.element_size() + (0 if denoised is None else denoised.element_size()))
     more = 0 if model_input is None else model_input.nbytes
@@ -576,6 +582,7 @@ OP = register(
         fake=fake,
         backends={
             "cpp": backends.cpp("sampler_step"),
+            "triton": backends.triton(_load_triton, backends.always),
         },
         samples=samples,
         cost=cost,
