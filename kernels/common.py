@@ -59,7 +59,22 @@ def num_threads(number: int) -> dict[str, int]:
 
 def strides(t: Tensor) -> tuple[int, ...]:
     """Strides of (H, ...). That of a single head would be but another number to specialise for."""
-    return (t.stride(0) if t.shape[0] > 1 else 0, *t.stride()[1:])
+    return (first_stride(t), *t.stride()[1:])
+
+
+def lying_together(t: Tensor, first: int) -> Tensor:
+    """t, or a copy of it where the numbers of dimensions [first, dim) do not follow each other."""
+    expected = 1
+    for size, stride in zip(reversed(t.shape[first:]), reversed(t.stride()[first:]), strict=True):
+        if size != 1 and stride != expected:
+            return t.contiguous()
+        expected *= size
+    return t
+
+
+def first_stride(t: Tensor | None) -> int:
+    """Stride of the first dimension. That of a single one would be but another number."""
+    return t.stride(0) if t is not None and t.shape[0] > 1 else 0
 
 
 def tile_sizes(num_dims: int, tile: int, widest: int, most_rows: int = 256) -> dict[str, int]:

@@ -9,6 +9,7 @@ from mmfast.ops.lookup_free_quantize import LookupFreeQuantized, lookup_free_qua
 from mmfast.ops.nearest_code import nearest_code
 from mmfast.ops.pack_indices import pack_indices, unpack_indices
 from mmfast.ops.residual_quantize import ResidualQuantized, residual_quantize
+from mmfast.ops.sampler_step import sampler_step
 from mmfast.ops.vector_quantize import VectorQuantized, vector_quantize
 from mmfast.version import __version__
 
@@ -31,6 +32,7 @@ __all__ = [
     "nearest_code",
     "pack_indices",
     "residual_quantize",
+    "sampler_step",
     "unpack_indices",
     "use_backend",
     "vector_quantize",
