@@ -6,6 +6,7 @@ from mmfast.schedule.flow_schedule import FlowSchedule
 from mmfast.schedule.grid import Grid
 from mmfast.schedule.noise_schedule import NoiseSchedule
 from mmfast.schedule.predictions import PREDICTIONS
+from mmfast.schedule.sample import SampleLoop, sample
 from mmfast.schedule.samplers import (
     ddim,
     ddpm,
@@ -39,6 +40,7 @@ __all__ = [
     "Grid",
     "Linear",
     "NoiseSchedule",
+    "SampleLoop",
     "SamplerTable",
     "TableBuilder",
     "betas",
@@ -62,6 +64,7 @@ __all__ = [
     "lms",
     "pndm",
     "sa_solver",
+    "sample",
     "sigmas",
     "spacings",
     "tcd",
