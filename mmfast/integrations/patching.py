@@ -40,8 +40,8 @@ def patch(model: Any, *, libraries: Iterable[str] | None = None) -> PatchReport:
     :func:`mmfast.integrations.diffusers.patch`.
 
     Args:
-        model: any module; it and all its submodules are looked at. Or a pipeline of diffusers, or one
-            of its schedulers.
+        model: any module; it and all its submodules are looked at. Or a pipeline of diffusers, or a
+            scheduler of it.
         libraries: names out of ``LIBRARIES``; by default all of them.
 
     Returns:

@@ -1,7 +1,7 @@
 """diffusers: the ``VectorQuantizer`` of ``VQModel``, and its schedulers.
 
-The schedulers are here by the library's names, as ``mmfast.integrations.diffusers.DDIMScheduler``;
-the library is imported when the first of them is asked for. :func:`patch` swaps those of a pipeline.
+The schedulers are here by the library's names, as ``mmfast.integrations.diffusers.DDIMScheduler``.
+The library is imported when the first of them is asked for. :func:`patch` swaps a pipeline's.
 """
 
 from __future__ import annotations

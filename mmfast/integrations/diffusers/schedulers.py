@@ -1,7 +1,8 @@
 """Schedulers of diffusers, by their own names, on tables.
 
-Each has the arguments, attributes and configuration of the library's class, which it derives from. The
-mixins below hold what differs: the signature of ``step``, and the function that makes the table.
+Each has the arguments, attributes and configuration of the library's class, which it derives from.
+The mixins below hold what differs: the signature of ``step``, and the function that makes the
+table.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ Generator = Any
 def _set(scheduler: Any) -> None:
     if scheduler.num_inference_steps is None:
         raise ValueError(
-            "Number of inference steps is 'None', you need to run 'set_timesteps' after creating the "
-            "scheduler"
+            "Number of inference steps is 'None', you need to run 'set_timesteps' after creating "
+            "the scheduler"
         )
 
 
@@ -125,7 +126,14 @@ class DDIM(Uncounted):
         if type(index) is int and index < 0:  # a timestep of its own, not of the schedule
             options, index = (*options, int(timestep)), 0
         return self._run(
-            model_output, timestep, sample, return_dict, options, generator, variance_noise, index=index
+            model_output,
+            timestep,
+            sample,
+            return_dict,
+            options,
+            generator,
+            variance_noise,
+            index=index,
         )
 
     def _missing(self, timestep: float) -> int:
@@ -372,7 +380,8 @@ class PNDM(Cumulative, _Plain):
     _outputs = (SchedulerOutput, 1)
 
     ets = History("ets")
-    _first = 0
+    counter: int  # of the library
+    _first: Any = 0  # the index of its first call
 
     def _index(self, timestep: Any) -> Index:
         _set(self)
@@ -455,9 +464,7 @@ class DPMMultistep(_Solver):
         """As the library's, by a table."""
         if self.config.variance_type is not None:
             model_output = self._predicted(model_output)
-        return self._run(
-            model_output, timestep, sample, return_dict, (), generator, variance_noise
-        )
+        return self._run(model_output, timestep, sample, return_dict, (), generator, variance_noise)
 
     def _noise(self, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor:
         wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
@@ -509,10 +516,8 @@ class SASolver(_Solver):
             model_output = self._predicted(model_output)
         return self._run(model_output, timestep, sample, return_dict, (), generator)
 
-    def _steps_made(self) -> int:
-        state = self._state()
-        orders = self.config.predictor_order, self.config.corrector_order - 1
-        return min(state.next - state.begin, *[max(orders)])  # type: ignore[type-var, operator]
+    def _highest(self) -> int:
+        return max(self.config.predictor_order, self.config.corrector_order - 1)
 
     def _noisy_points(self) -> Iterable[tuple[float, float]]:
         return [point(value) for value in host(self.alphas_cumprod)]  # type: ignore[attr-defined]
@@ -644,9 +649,11 @@ _MIXINS: dict[str, type[Tabled]] = {
 def on_tables(theirs: type) -> type:
     """The class ``theirs`` of the library with its steps by tables."""
 
-    @functools.wraps(theirs.__init__)  # its signature is what configurations are read by
+    made: Any = theirs.__init__  # type: ignore[misc]
+
+    @functools.wraps(made)  # its signature is what configurations are read by
     def __init__(self: Any, *args: Any, **options: Any) -> None:
-        theirs.__init__(self, *args, **options)  # type: ignore[misc]
+        made(self, *args, **options)
         reasons = objections(self)
         if reasons:
             raise ValueError("; ".join(reasons))
@@ -673,7 +680,7 @@ def _reduced(scheduler: Any, protocol: int) -> Any:
 
 
 def _blank(name: str) -> Any:
-    return CLASSES[name].__new__(CLASSES[name])
+    return object.__new__(CLASSES[name])
 
 
 CLASSES: dict[str, type] = {

@@ -1,12 +1,12 @@
 """What all patched schedulers share: a table instead of arithmetic, and a counter on the host.
 
-:class:`Tabled` goes before a scheduler's own class among the bases. Configuration, timesteps and sigmas
-stay the library's; a step is one call of :func:`mmfast.sampler_step` with the row of its index.
+:class:`Tabled` goes before a scheduler's own class among the bases. Configuration, timesteps and
+sigmas stay the library's; a step is one :func:`mmfast.sampler_step` with the row of its index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -69,12 +69,13 @@ class State:
         """The program for steps that begin at ``index``."""
         begin = index if isinstance(index, int) else 0
         key = (*self.key, begin, options)
-        program = self.programs.get(key)
-        if program is None:
-            program = type(scheduler)._program(scheduler, begin, options)
+        found = self.programs.get(key)
+        if found is None:
+            found = type(scheduler)._program(scheduler, begin, options)
             if len(self.programs) >= _PROGRAMS:
                 self.programs.clear()
-            self.programs[key] = program
+            self.programs[key] = found
+        program = found
         if len(program.table) == len(self.values):
             begin = 0
         if program is not self.program:
@@ -99,7 +100,7 @@ def _version(tensor: Any) -> int | None:
     return tensor._version
 
 
-class Remembered(list):  # type: ignore[type-arg]
+class Remembered(list[Any]):
     """The memory of a scheduler, newest last: what is written to a place goes to the history."""
 
     def __setitem__(self, place: Any, value: Any) -> None:
@@ -172,7 +173,7 @@ class Count:
 class Tabled:
     """The steps of a scheduler, by a table."""
 
-    _program: ClassVar[Callable[[Any, int, Options], Program]]
+    _program: ClassVar[Any]  # (scheduler, begin, options) to Program
     _levels: ClassVar[str] = "sigmas"  # the attribute the table is made from, besides timesteps
     _missing_is_last: ClassVar[bool] = False  # an unknown timestep counts as the last one
     _outputs: ClassVar[tuple[type | None, int]] = (None, 1)  # type, and how many tensors
@@ -192,8 +193,8 @@ class Tabled:
     def use_philox(self, seed: int | Tensor | None) -> None:
         """Draw the noise of steps without a generator in the kernel, from this seed.
 
-        The noise is that of :func:`mmfast.randn` with the number of the step as offset, and does not
-        change with the device. By default, and again after ``use_philox(None)``, it comes from
+        The noise of a step is that of :func:`mmfast.randn` with its number as offset, the same on
+        every device. By default, and again after ``use_philox(None)``, it comes from
         torch's global generator.
 
         Args:
@@ -208,10 +209,11 @@ class Tabled:
 
     def _prepare(self) -> State:
         old = vars(self).get("_tabled")
-        same = old is not None and old.config is self._internal_dict  # type: ignore[attr-defined]
-        state = State(self, old.programs if same else {})
+        state = State(self, {})
         if old is not None:
             state.history = old.history
+            if old.config is state.config:
+                state.programs = old.programs
         vars(self)["_tabled"] = state
         return state
 
@@ -228,7 +230,11 @@ class Tabled:
 
     def _steps_made(self) -> int:
         state = vars(self)["_tabled"]
-        return min(state.next - state.begin, self.config.get("solver_order", 99))
+        return min(state.next - state.begin, self._highest())
+
+    def _highest(self) -> int:
+        """At most so many earlier steps are counted."""
+        return int(self.config.solver_order)
 
     def _past(self) -> list[Tensor] | None:
         """What the last steps pushed, oldest first; None while there is nothing to go on with."""
@@ -320,9 +326,10 @@ class Tabled:
         state = self._state()
         if index is None:
             index = self._index(timestep)
-        whole = type(index) is int
         program = state.program
-        goes_on = whole and type(state.next) is int and index == state.next or index is state.next
+        goes_on = index is state.next or (
+            type(index) is int and type(state.next) is int and index == state.next
+        )
         if program is None or options != state.options or (self._remembers and not goes_on):
             program = state.enter(self, index, options)
             goes_on = False
@@ -331,10 +338,10 @@ class Tabled:
                 f"no gradient passes through the steps of mmfast's {type(self).__name__}: call it "
                 "under torch.no_grad(), or take the patch back"
             )
-        device, dtype = sample.device, sample.dtype
-        table, steps = state.on(device)
-        seed = None
-        if whole:
+        table, steps = state.on(sample.device)
+        if isinstance(index, Tensor):
+            step, draws, last = index.to(sample.device), any(program.draws), False
+        else:
             row = index - state.begin
             if not 0 <= row < len(steps):
                 raise IndexError(
@@ -342,27 +349,35 @@ class Tabled:
                     "set_timesteps to start again"
                 )
             step, draws, last = steps[row], program.draws[row], row == len(steps) - 1
-        else:
-            step, draws, last = index.to(device), any(program.draws), False
+        seed, given = None, noise is not None
         if draws and noise is None:
             if self._philox is not None and generator is None:
                 seed = self._philox
             else:
                 noise = self._noise(model_output, sample, generator)
+        result = sample.dtype
+        if model_output.dtype != result:
+            other = model_output.dtype
+            result = other if self._of_output else torch.promote_types(result, other)
         history = None
         if program.table.slots:
             history = self._history(state, program, sample, goes_on)
-        result = dtype
-        if model_output.dtype != dtype:
-            other = model_output.dtype
-            result = other if self._of_output else torch.promote_types(dtype, other)
+        kind, outputs = self._outputs
         out = torch.empty_like(sample, dtype=result)
-        outputs = self._outputs[1]
         second = None
         if outputs > 1 and program.output is None and not (last and program.final):
             wide = self._wide and result.itemsize < 4
             second = torch.empty_like(sample, dtype=torch.float32 if wide else result)
-        if seed is None and model_output.shape == sample.shape and sample.dim():
+        if (
+            seed is None
+            and not given
+            and model_output.shape == sample.shape
+            and model_output.device == sample.device
+            and model_output.is_floating_point()
+            and sample.is_floating_point()
+            and sample.dim()
+        ):
+            # The public function's checks would find nothing: all else was made here.
             backends.call(
                 OP, sample, model_output, None, 1.0, None, table, step, noise, None, variance,
                 None, out, history, second, None,
@@ -373,10 +388,12 @@ class Tabled:
                 history=history, out=out, denoised=second,
             )  # fmt: skip
         self._advance(index)
-        state.next = index + 1 if whole else getattr(self, "_step_index", None)
+        state.next = index + 1 if isinstance(index, int) else vars(self).get("_step_index", -1)
         if outputs > 1 and second is None:
-            second = out if program.output is None else history[program.output]  # type: ignore[index]
-        kind = self._outputs[0]
+            second = out
+            if program.output is not None:
+                assert history is not None
+                second = history[program.output]
         if return_dict and kind is not None:
             return kind(out) if second is None else kind(out, second)
         return (out,) if second is None else (out, second)
@@ -387,9 +404,9 @@ class Tabled:
         history = state.history
         if not self._remembers:
             return torch.empty(shape, dtype=sample.dtype, device=sample.device)
-        if history is not None and history.shape == shape:
-            if history.dtype == wide and history.device == sample.device:
-                return history
+        fits = history is not None and history.shape == shape and history.dtype == wide
+        if history is not None and fits and history.device == sample.device:
+            return history
         if goes_on:
             was = None if history is None else tuple(history.shape[1:])
             raise ValueError(
@@ -424,11 +441,10 @@ class Tabled:
         scales = state.scales
         if scales is None:
             scales = state.scales = self._scales()
-        if type(index) is int:
+        if isinstance(index, int):
             return sample * scales[index]
-        return sample * torch.tensor(scales, device=index.device).index_select(
-            0, index.reshape(1)
-        ).to(sample)
+        every = torch.tensor(scales, device=index.device)
+        return sample * every.index_select(0, index.reshape(1).clamp(min=0)).to(sample)
 
     def _scales(self) -> list[float]:
         return [(s * s + 1) ** -0.5 for s in self._state().key[1]]
@@ -482,6 +498,6 @@ def _refuse_whole(timestep: Any) -> None:
         whole = timestep.dtype in (torch.int32, torch.int64)
     if whole:
         raise ValueError(
-            "Passing integer indices (e.g. from `enumerate(timesteps)`) as timesteps is not supported: "
-            "pass one of the `scheduler.timesteps`"
+            "Passing integer indices (e.g. from `enumerate(timesteps)`) as timesteps is not "
+            "supported: pass one of the `scheduler.timesteps`"
         )

@@ -1,8 +1,8 @@
 """diffusers' schedulers as tables: what each one's configuration, sigmas and timesteps mean.
 
-One function per scheduler: it takes the scheduler, the index that its steps begin at, and the options
-of the call, and gives a :class:`Program`. The tables are filled in float64 from the numbers that the
-scheduler itself has set, so that what differs from it is only its rounding.
+One function per scheduler: it takes the scheduler, the index that its steps begin at, and the
+options of the call, and gives a :class:`Program`. The tables are filled in float64 from the numbers
+that the scheduler itself has set, so that what differs from it is only its rounding.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def _paired(s: Any, begin: int) -> tuple[list[float], list[float], int]:
     # Two calls a step: every second entry of what is repeated.
     if begin % 2:
         raise ValueError(
-            f"{type(s).__name__} makes its steps of two calls: it can begin at an even index, got {begin}"
+            f"{type(s).__name__} makes its steps of two calls: it can begin at an even index, got "
+            f"{begin}"
         )
     timesteps = host(s.timesteps)[::2]
     sigmas = host(s.sigmas)[: 2 * len(timesteps) : 2]
@@ -231,8 +232,8 @@ def lms(s: Any, begin: int, options: Options) -> Program:
 
 
 def pndm(s: Any, begin: int, options: Options) -> Program:
-    # Each call goes from one timestep to another by a rule of the library's that does not ask what the
-    # next timestep is, so that a fine grid has both ends of each.
+    # Each call goes from one timestep to another by a rule of the library's that does not ask what
+    # the next timestep is, so that a fine grid has both ends of each.
     values, final = host(s.alphas_cumprod), float(s.final_alpha_cumprod)
     stride = s.config.num_train_timesteps // s.num_inference_steps
     starts = 0 if s.config.skip_prk_steps else len(s.prk_timesteps)
@@ -419,7 +420,7 @@ def tcd(s: Any, begin: int, options: Options) -> Program:
     """options: eta."""
     (eta,) = options
     values = host(s.alphas_cumprod)
-    steps, points = _consistency(s, None, point(values[0]))
+    steps, _ = _consistency(s, None, point(values[0]))
     count, grid = len(steps.grid), steps.grid
     for i in range(count):
         after = int(grid.timestep(i + 1)) if i + 1 < count else 0
@@ -473,5 +474,3 @@ def noising(points: Sequence[tuple[float, float]]) -> Tensor:
     rows[:, Layout.GUIDANCE] = rows[:, Layout.INPUT_SCALE] = 1.0
     rows[:, [Layout.NEXT, Layout.NEXT + 2]] = torch.tensor(points, dtype=torch.float64).view(-1, 2)
     return rows
-
-
