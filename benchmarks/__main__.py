@@ -125,7 +125,7 @@ def _run(
     options: argparse.Namespace,
     tell: Callable[[str, int], None],
 ) -> list[contest.Row]:
-    seconds = options.seconds * (_CURVE_SHARE if case.sweep else 1)
+    seconds = options.seconds * (_CURVE_SHARE if case.sweep else case.share)
     return contest.run(
         case,
         device,

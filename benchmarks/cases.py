@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import patches
+from benchmarks import patches, schedulers
 from mmfast.registry import OPS, Sample
 
 Make = Callable[[torch.device], tuple[Any, ...]]
@@ -40,6 +41,7 @@ class Case:
     make: Make
     sweep: str | None = None
     quick: bool = False
+    share: float = 1.0  # of a case's time
 
     @property
     def scales(self) -> bool:
@@ -93,6 +95,11 @@ def _tables() -> Iterator[Case]:
         lambda device: _kmeans(patches.patches().to(device), 1024),
     )
 
+    for setting in schedulers.SETTINGS:
+        for name, shape in schedulers.SHAPES.items():
+            yield _scheduler("scheduler_step", setting, name, shape)
+    for name, shape in schedulers.SHAPES.items():
+        yield _scheduler("scheduler_add_noise", schedulers.SETTINGS[0], name, shape)
     for n, k, d in ((65536, 1024, 64), (65536, 8192, 32), (16384, 16384, 256)):
         yield Case(
             "vector_quantize_step",
@@ -101,6 +108,18 @@ def _tables() -> Iterator[Case]:
             "Gaussian",
             functools.partial(_step, n, k, d),
         )
+
+
+def _scheduler(op: str, setting: schedulers.Setting, name: str, shape: tuple[int, ...]) -> Case:
+    numbers = math.prod(shape)
+    return Case(
+        op,
+        f"{setting.key}_{name}",
+        {"N": numbers, "K": 1, "D": numbers // shape[0]},
+        setting.title,
+        lambda device: schedulers.arguments(setting, shape, device),
+        share=schedulers.SHARE,
+    )
 
 
 def _step(n: int, k: int, d: int, device: torch.device) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import mmfast
+from benchmarks import schedulers
 from mmfast.ops import ema_update, vector_quantize
 from mmfast.registry import OPS
 
@@ -117,4 +118,8 @@ def _judge_step(result: Any, arguments: tuple[Any, ...], wanted: tuple[Tensor, .
 COMPOSITES = {
     "kmeans": Composite(_kmeans, _expected_kmeans, _judge_codebook),
     "vector_quantize_step": Composite(_step, _expected_step, _judge_step),
+    "scheduler_step": Composite(schedulers.step, schedulers.expected_step, schedulers.judge),
+    "scheduler_add_noise": Composite(
+        schedulers.add_noise, schedulers.expected_add_noise, schedulers.judge
+    ),
 }

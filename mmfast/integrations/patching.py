@@ -56,8 +56,8 @@ def patch(model: Any, *, libraries: Iterable[str] | None = None) -> PatchReport:
     modules, schedulers = _parts(model)
     if modules is None:
         raise TypeError(
-            "model must be a torch.nn.Module, or a pipeline or scheduler of diffusers, got "
-            f"{type(model).__name__}"
+            f"model must be a torch.nn.Module, got {type(model).__name__}; a pipeline or a "
+            "scheduler of diffusers can be given too"
         )
     chosen = _chosen(libraries)
     entries: list[Entry] = []

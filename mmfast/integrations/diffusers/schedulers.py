@@ -658,13 +658,21 @@ def on_tables(theirs: type) -> type:
         if reasons:
             raise ValueError("; ".join(reasons))
 
+    given: Any = theirs.set_timesteps  # type: ignore[attr-defined]
+
+    @functools.wraps(given)  # pipelines ask its signature for what it takes
+    def set_timesteps(self: Any, *args: Any, **options: Any) -> None:
+        given(self, *args, **options)
+        self._prepare()
+
     mixin = _MIXINS[theirs.__name__]
-    members = {
+    members: dict[str, Any] = {
         "__init__": __init__,
         "__doc__": f"diffusers' {theirs.__name__} with its steps by tables.",
         # Pipelines are saved with the module of their scheduler: they stay readable without mmfast.
         "__module__": theirs.__module__,
         "__reduce_ex__": _reduced,
+        "set_timesteps": set_timesteps,
     }
     for method, by_table in (("add_noise", Tabled._noised), ("scale_model_input", Tabled._scale)):
         if hasattr(theirs, method):

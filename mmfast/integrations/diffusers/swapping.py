@@ -67,8 +67,8 @@ def patch(pipeline_or_scheduler: Any) -> PatchReport:
         pipeline_or_scheduler: a scheduler of diffusers, or a pipeline with one or several.
 
     Returns:
-        A :class:`mmfast.integrations.PatchReport`; its ``undo()``, or the end of a ``with`` block on
-        it, takes the patch back.
+        A :class:`mmfast.integrations.PatchReport`; its ``undo()``, or the end of a ``with`` block
+        on it, takes the patch back.
 
     Raises:
         ValueError: there is no scheduler, its class is not supported, or one of its options: says

@@ -202,12 +202,8 @@ class Tabled:
         """
         self._philox = seed
 
-    def set_timesteps(self, *args: Any, **options: Any) -> None:
-        """As the library's."""
-        super().set_timesteps(*args, **options)  # type: ignore[misc]
-        self._prepare()
-
     def _prepare(self) -> State:
+        """Read the timesteps and sigmas, maybe from a device: when they are set, not in a step."""
         old = vars(self).get("_tabled")
         state = State(self, {})
         if old is not None:
@@ -258,8 +254,8 @@ class Tabled:
     def _locate(self, timestep: Any) -> Index:
         """The index of a timestep.
 
-        One of the scheduler's own is known by its place in memory, numbers and tensors on the CPU by
-        their value. For any other tensor the index is found on its device.
+        One of the scheduler's own is known by its place in memory, numbers and tensors on the CPU
+        by their value. For any other tensor the index is found on its device.
         """
         state = self._state()
         if isinstance(timestep, Tensor):
