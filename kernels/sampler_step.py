@@ -170,7 +170,7 @@ def sampler_step_kernel(
     b_n = tl.zeros_like(b_x)
     if n_ptr is not None:
         b_n = _read(n_ptr + b * multiple(stride_n, FACTOR), places, mask, use_n, DTYPE)
-    elif seed_ptr is not None:
+    elif seed_ptr is not None:  # noqa: SIM102 (the other condition is on the device)
         if use_n:
             seed = tl.load(seed_ptr + b * stride_seed)
             start = first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from mmfast.schedule.table import x as sample
 
 MOST_SLOTS = 16
 
-_slots_of = functools.cache(slots_of)
+_SLOTS = {Layout(slots).columns: slots for slots in range(MOST_SLOTS + 1)}
 
 
 def sampler_step(
@@ -99,7 +98,9 @@ def sampler_step(
             f"table must be (S, columns) with at least one row, got {tuple(coefficients.shape)}"
         )
     rows, columns = coefficients.shape
-    slots = _slots_of(columns)
+    if columns not in _SLOTS:
+        raise ValueError(f"table has {slots_of(columns)} slots, at most {MOST_SLOTS} are possible")
+    slots = _SLOTS[columns]
     batch = shape[0]
 
     if isinstance(step, Tensor):
@@ -198,7 +199,7 @@ def _rows(table: Tensor, step: Tensor, batch: int) -> Tensor:
 
 def _lacking(rows: Tensor, noise: bool, variance: bool) -> tuple[Tensor, Tensor]:
     """Which rows [B] take noise, or a variance, that is not there."""
-    layout = Layout(_slots_of(rows.shape[1]))
+    layout = Layout(slots_of(rows.shape[1]))
     taken = [
         Layout.DENOISED + N,
         Layout.NEXT + N,
@@ -239,7 +240,7 @@ def _values(
 ) -> _Values:
     """The step. ``absolute``: of the absolute values of all terms, by which rounding is judged."""
     batch = x.shape[0]
-    layout = Layout(_slots_of(table.shape[1]))
+    layout = Layout(slots_of(table.shape[1]))
     rows = _rows(table, step, batch)
     no_noise, no_variance = _lacking(
         rows, (noise if noise is not None else seed) is not None, variance is not None
@@ -297,8 +298,11 @@ def _values(
     if threshold is not None:
         t = threshold.double().view(lead)
         p = (p if absolute else torch.maximum(torch.minimum(p, t), -t)) / t
-    if not absolute:
-        p = torch.maximum(torch.minimum(p, column(Layout.HIGH)), column(Layout.LOW))
+    low, high = column(Layout.LOW), column(Layout.HIGH)
+    if absolute:
+        p = p + low.clamp(min=0) - high.clamp(max=0)  # what p may be though its terms are not
+    else:
+        p = torch.maximum(torch.minimum(p, high), low)
     result = weighted(Layout.NEXT, p)
     slots = [weighted(layout.slot(s), p) for s in range(layout.slots)]
     stays = []
@@ -366,7 +370,7 @@ def cost(
 ) -> Cost:
     """What the rows have a weight for read once, what changes written once."""
     batch, numbers = x.shape[0], x.shape[1:].numel()
-    layout = Layout(_slots_of(table.shape[1]))
+    layout = Layout(slots_of(table.shape[1]))
     rows = table[step.reshape(-1)].expand(batch, -1)
     combined = [rows[:, layout.NEXT :].view(batch, 1 + layout.slots, layout.sources)]
     unit = torch.eye(layout.sources, dtype=rows.dtype, device=rows.device)[HISTORY:]
