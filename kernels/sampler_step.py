@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels.common import (
+    add_term,
     at_most,
     common_multiple,
     first_stride,
+    load_used,
     lying_together,
     multiple,
     num_threads,
@@ -42,26 +44,13 @@ _HISTORY = tl.constexpr(HISTORY)
 
 
 @triton.jit
-def _add(b_total, weight, b_source):
-    """b_total + weight b_source; what the source holds does not matter where the weight is 0."""
-    weight = weight.to(b_total.dtype)
-    return tl.where(weight != 0, tl.fma(b_source, weight, b_total), b_total)
-
-
-@triton.jit
-def _read(pointer, places, mask, used, dtype: tl.constexpr):
-    """The numbers as ``dtype``; zeros where nothing uses them."""
-    return tl.load(pointer + places, mask=tl.where(used, mask, False), other=0.0).to(dtype)
-
-
-@triton.jit
 def _prediction(p_row, poison, b_x, b_m, b_u, b_n, conditional, unconditional):
     """The weighted sum of x, the guided model output and the noise, weights at p_row."""
     m = tl.load(p_row + _M)
-    b_total = _add(tl.zeros_like(b_x), tl.load(p_row + _X) + poison, b_x)
-    b_total = _add(b_total, m * conditional + poison, b_m)
-    b_total = _add(b_total, m * unconditional + poison, b_u)
-    return _add(b_total, tl.load(p_row + _N) + poison, b_n)
+    b_total = add_term(tl.zeros_like(b_x), tl.load(p_row + _X) + poison, b_x)
+    b_total = add_term(b_total, m * conditional + poison, b_m)
+    b_total = add_term(b_total, m * unconditional + poison, b_u)
+    return add_term(b_total, tl.load(p_row + _N) + poison, b_n)
 
 
 @triton.jit
@@ -69,8 +58,8 @@ def _sum(p_row, poison, sources, slots, b_p, conditional, unconditional, SLOTS: 
     """That of all sources."""
     b_total = _prediction(p_row, poison, *sources, conditional, unconditional)
     for s in tl.static_range(SLOTS):
-        b_total = _add(b_total, tl.load(p_row + _HISTORY + s) + poison, slots[s + 1])
-    return _add(b_total, tl.load(p_row + _P) + poison, b_p)
+        b_total = add_term(b_total, tl.load(p_row + _HISTORY + s) + poison, slots[s + 1])
+    return add_term(b_total, tl.load(p_row + _P) + poison, b_p)
 
 
 @triton.jit
@@ -180,17 +169,17 @@ def sampler_step_kernel(
             conditional += on * (scale - 1.0)
             unconditional = on * (1.0 - scale)
 
-    b_x = _read(x_ptr + b * multiple(stride_x, FACTOR), places, mask, use_x, DTYPE)
-    b_m = _read(
+    b_x = load_used(x_ptr + b * multiple(stride_x, FACTOR), places, mask, use_x, DTYPE)
+    b_m = load_used(
         m_ptr + b * multiple(stride_m, FACTOR), places, mask, use_m & (conditional != 0), DTYPE
     )
     b_u = tl.zeros_like(b_x)
     if u_ptr is not None:
         use_u = use_m & (unconditional != 0)
-        b_u = _read(u_ptr + b * multiple(stride_u, FACTOR), places, mask, use_u, DTYPE)
+        b_u = load_used(u_ptr + b * multiple(stride_u, FACTOR), places, mask, use_u, DTYPE)
     b_n = tl.zeros_like(b_x)
     if n_ptr is not None:
-        b_n = _read(n_ptr + b * multiple(stride_n, FACTOR), places, mask, use_n, DTYPE)
+        b_n = load_used(n_ptr + b * multiple(stride_n, FACTOR), places, mask, use_n, DTYPE)
     elif seed_ptr is not None:  # noqa: SIM102 (the other condition is on the device)
         if use_n:
             seed = tl.load(seed_ptr + b * stride_seed)
@@ -203,8 +192,8 @@ def sampler_step_kernel(
                 b_n = normals(seed, step, start + tl.arange(0, BLOCK)).to(DTYPE)
     if v_ptr is not None:
         use_v = use_n & (factor != 0)
-        b_v = _read(v_ptr + b * multiple(stride_v, FACTOR), places, mask, use_v, DTYPE)
-        b_log = _add(tl.zeros_like(b_v) + tl.load(p_row + _LOG_SCALE).to(DTYPE), factor, b_v)
+        b_v = load_used(v_ptr + b * multiple(stride_v, FACTOR), places, mask, use_v, DTYPE)
+        b_log = add_term(tl.zeros_like(b_v) + tl.load(p_row + _LOG_SCALE).to(DTYPE), factor, b_v)
         b_n *= tl.exp(b_log)
 
     slots = (b_x,)  # and from 1 on those of the history
@@ -213,7 +202,7 @@ def sampler_step_kernel(
         for s in tl.static_range(SLOTS):
             use_h = (used >> (_HISTORY + s)) & 1 != 0
             p_s = p_h + s * multiple(stride_hs, FACTOR)
-            slots = slots + (_read(p_s, places, mask, use_h, DTYPE),)  # noqa: RUF005
+            slots = slots + (load_used(p_s, places, mask, use_h, DTYPE),)  # noqa: RUF005
 
     sources = (b_x, b_m, b_u, b_n)
     b_p = _prediction(p_row, poison, *sources, conditional, unconditional)
