@@ -271,8 +271,8 @@ def compare(
     result: tuple[Tensor, ...], arguments: Arguments, expected: tuple[Tensor, ...] | None = None
 ) -> list[str]:
     """Within the rounding of the terms and of the result itself."""
-    *inputs, want_target = arguments
-    values, sizes = _values(*inputs), _values(*inputs, absolute=True)
+    inputs, want_target = arguments[:-1], arguments[-1]
+    values, sizes = _values(*inputs), _values(*inputs, True)
     likes = fake(*arguments)
     eps = 4 * rounding(inputs[0].dtype, is_drawn=inputs[3] is None)
     complaints = []
@@ -286,7 +286,7 @@ def compare(
 
 def compare_bwd(result: Tensor, arguments: Arguments, expected: Tensor | None = None) -> list[str]:
     """Likewise."""
-    want, size = _values_bwd(*arguments), _values_bwd(*arguments, absolute=True)
+    want, size = _values_bwd(*arguments), _values_bwd(*arguments, True)
     eps = 4 * rounding(result.dtype, is_drawn=False)
     return differences("gradients", result, fake_bwd(*arguments), want, size, eps)
 
