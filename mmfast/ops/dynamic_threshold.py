@@ -106,6 +106,7 @@ def _predictions(
     guidance: Tensor | None,
     table: Tensor,
     step: Tensor,
+    *,
     absolute: bool = False,
 ) -> Tensor:
     """[B, E], float64. ``absolute``: of the absolute values of all terms."""
