@@ -1,9 +1,12 @@
 """mmfast: exact, fused kernels for VQ-VAEs and diffusion transformers, as torch ops."""
 
 from mmfast.backends import BackendError, extension, use_backend
+from mmfast.ops.add_noise import AddedNoise, add_noise
 from mmfast.ops.code_statistics import code_statistics
+from mmfast.ops.dynamic_threshold import dynamic_threshold
 from mmfast.ops.ema_update import ema_update_, ema_update_from_statistics_
 from mmfast.ops.finite_scalar_quantize import FiniteScalarQuantized, finite_scalar_quantize
+from mmfast.ops.guidance_factors import guidance_factors, projected_guidance_factors
 from mmfast.ops.kmeans import KMeansResult, kmeans
 from mmfast.ops.lookup_free_quantize import LookupFreeQuantized, lookup_free_quantize
 from mmfast.ops.nearest_code import nearest_code
@@ -16,6 +19,7 @@ from mmfast.version import __version__
 extension()
 
 __all__ = [
+    "AddedNoise",
     "BackendError",
     "FiniteScalarQuantized",
     "KMeansResult",
@@ -23,14 +27,18 @@ __all__ = [
     "ResidualQuantized",
     "VectorQuantized",
     "__version__",
+    "add_noise",
     "code_statistics",
+    "dynamic_threshold",
     "ema_update_",
     "ema_update_from_statistics_",
     "finite_scalar_quantize",
+    "guidance_factors",
     "kmeans",
     "lookup_free_quantize",
     "nearest_code",
     "pack_indices",
+    "projected_guidance_factors",
     "residual_quantize",
     "sampler_step",
     "unpack_indices",

@@ -16,9 +16,11 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+import test_add_noise
 import test_code_statistics
 import test_nearest_code
 import test_residual_quantize
+import test_sampler_step
 import test_vector_quantize
 import torch
 from cases import METRICS, VIEWS, complaints, device_of, normal
@@ -70,6 +72,31 @@ REPEATED = {
         "mask",
         "nan_rows",
         "one_stage_is_vector_quantize",
+    ),
+    test_sampler_step: (
+        "a_counter_on_the_device_goes_on_by_itself",
+        "any_table",
+        "dynamic_threshold",
+        "half_precision_is_rounded_once",
+        "layouts",
+        "nan_stays_nan",
+        "noise_of_a_sample_does_not_depend_on_the_batch",
+        "one_seed_is_one_stream",
+        "out_may_be_x",
+        "samples_at_their_own_steps",
+        "slots_that_move",
+        "step_out_of_range_is_nan_on_a_device",
+        "what_has_no_weight_is_not_read",
+    ),
+    test_add_noise: (
+        "any_problem",
+        "gradients",
+        "half_precision_is_rounded_once",
+        "layouts",
+        "noise_of_a_sample_does_not_depend_on_the_batch",
+        "one_seed_is_one_stream",
+        "targets",
+        "timestep_out_of_range_is_nan_on_a_device",
     ),
     test_vector_quantize: (
         "gradients",

@@ -6,6 +6,7 @@
 #include "cpu/code_statistics.h"
 #include "cpu/ema_update.h"
 #include "cpu/finite_scalar_quantize.h"
+#include "cpu/guidance_factors.h"
 #include "cpu/lookup_free_quantize.h"
 #include "cpu/nearest_code.h"
 #include "cpu/pack_indices.h"
@@ -34,6 +35,7 @@ struct Kernels {
   int64_t (*dot_products)(int64_t rounds, bool bfloat16);
   int64_t (*matrix_products)(int64_t rounds);
   void (*sampler_step)(const SamplerStepArgs&, const Parallel&);
+  void (*guidance_factors)(const GuidanceFactorsArgs&, const Parallel&);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

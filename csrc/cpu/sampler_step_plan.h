@@ -36,7 +36,7 @@ struct SamplerPlan {
   bool noisy, scaled;  // whether any sum has noise, and whether a variance scales it
   T bias, factor;
   Source variance;
-  int64_t seed, row, first;  // of the noise, if it is drawn; the sample's first element
+  int64_t seed, offset, first;  // of the noise, if it is drawn; the sample's first element
 
   Sum denoised;
   bool predicts, clamps, thresholds;
@@ -47,9 +47,11 @@ struct SamplerPlan {
   Sum slots[most_slots];
   Target slot_targets[most_slots], out, prediction, input[2];
   int copies;
+  bool native;  // all of these are of type T
 
   void make(const SamplerStepArgs& args, int64_t b) {
-    row = args.steps[b * args.step_stride];
+    native = true;
+    const int64_t row = args.steps[b * args.step_stride];
     const double* c = args.table + row * args.columns;
     sources[x] = source(args.x, b);
     sources[conditional] = source(args.conditional, b);
@@ -58,6 +60,7 @@ struct SamplerPlan {
     for (int s = 0; s < args.slots; ++s) sources[slot + s] = source(args.history[s], b);
     variance = source(args.variance, b);
     seed = args.seeds ? args.seeds[b * args.seed_stride] : 0;
+    offset = args.offsets ? args.offsets[b * args.offset_stride] : row;
     first = args.seed_stride ? 0 : b * args.elements;
 
     constexpr int guided = 7, scale_of_input = 8, next_at = 9;
@@ -98,10 +101,12 @@ struct SamplerPlan {
   }
 
  private:
-  static Source source(const SampleView& view, int64_t b) {
+  Source source(const SampleView& view, int64_t b) {
+    native = native && (!view.data || view.dtype == Native<T>::dtype);
     return {view.data + b * view.stride, view.dtype, size_of(view.dtype)};
   }
-  static Target target(const SampleView& view, int64_t b) {
+  Target target(const SampleView& view, int64_t b) {
+    native = native && (!view.data || view.dtype == Native<T>::dtype);
     return {view.data ? view.data + b * view.stride : nullptr, view.dtype, size_of(view.dtype)};
   }
 
