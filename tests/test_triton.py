@@ -17,6 +17,7 @@ import hypothesis.strategies as st
 import pytest
 import test_code_statistics
 import test_nearest_code
+import test_randn
 import test_residual_quantize
 import test_vector_quantize
 import torch
@@ -62,6 +63,12 @@ REPEATED = {
         "no_heads",
         "no_loss_in_long_sums",
         "strides",
+    ),
+    test_randn: (
+        "definition",
+        "kolmogorov_smirnov",
+        "one_stream_appends",
+        "samples_do_not_see_the_batch",
     ),
     test_residual_quantize: (
         "dtypes",

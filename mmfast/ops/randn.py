@@ -53,6 +53,8 @@ def randn(
         raise TypeError(f"dtype must be float32, float16, bfloat16, float64, got {got}")
     seed, offset = philox.streams(seed, offset, device)
     shape = list(shape)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape must have no negative size, got {shape}")
     for name, stream in (("seed", seed), ("offset", offset)):
         if stream.dim() and list(stream.shape) != shape[:1]:
             raise ValueError(
@@ -115,8 +117,9 @@ def samples() -> Iterable[Sample]:
             return *numbers, list(shape), dtype
 
         name = "x".join(map(str, shape)) + "_seeds" * bool(seeds) + "_offsets" * bool(offsets)
-        total = torch.Size(shape[1:]).numel()
-        return Sample(name, make, {"N": shape[0], "K": shape[0], "D": total, "H": 1}, bench)
+        count = torch.Size(shape[1:]).numel()
+        sizes = {"N": shape[0] * count, "K": shape[0], "D": count, "H": 1}
+        return Sample(name, make, sizes, bench)
 
     yield of(1, 16, 21, 60, 104, bench=True)
     yield of(8, 4, 64, 64, seeds=8, bench=True)
