@@ -4,12 +4,12 @@ Words and uniform numbers are those of the reference. Normals are those of ``csr
 operation for operation: every rounding is written down, so that neither ``enable_fp_fusion`` nor
 the device changes them (the interpreter, which has no fused multiply-add, does).
 
-Seeds and offsets are int64 scalars or blocks, which may be loaded from tensors. Elements are counted
-within a sample, in int32 or int64.
+Seeds and offsets are int64 scalars or blocks, which may be loaded from tensors. Elements are
+counted within a sample, in int32 or int64.
 
 - ``normals(seed, offset, element)``: of any elements, each with a block of Philox of its own.
-- ``normals_in_order(seed, offset, first, COUNT)``: of COUNT elements in a row, from a multiple of four
-  on, at a quarter of the cost.
+- ``normals_in_order(seed, offset, first, COUNT)``: of COUNT elements in a row, from a multiple of
+  four on, at a quarter of the cost.
 - ``uniforms`` and ``uniforms_in_order`` likewise.
 """
 

@@ -1,8 +1,9 @@
 """Normal random numbers in Triton.
 
-A program makes a piece of one sample: each thread whole blocks of Philox, whose four numbers lie side
-by side. Float64 numbers take their logarithm from the device's library, and polynomials for the
-angle, which is at most an eighth of a turn. No workspace; seeds and offsets are read on the device.
+A program makes a piece of one sample: each thread whole blocks of Philox, whose four numbers lie
+side by side. Float64 numbers take their logarithm from the device's library, and polynomials for
+the angle, which is at most an eighth of a turn. No workspace; seeds and offsets are read on the
+device.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from mmfast.ops.nearest_code import nearest_code
 from mmfast.ops.pack_indices import pack_indices, unpack_indices
 from mmfast.ops.randn import randn
 from mmfast.ops.residual_quantize import ResidualQuantized, residual_quantize
+from mmfast.ops.sample_code import sample_code
 from mmfast.ops.vector_quantize import VectorQuantized, vector_quantize
 from mmfast.version import __version__
 
@@ -33,6 +34,7 @@ __all__ = [
     "pack_indices",
     "randn",
     "residual_quantize",
+    "sample_code",
     "unpack_indices",
     "use_backend",
     "vector_quantize",

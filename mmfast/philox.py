@@ -73,6 +73,16 @@ def box_muller(word: Tensor) -> Tensor:
     return torch.stack((radius * cosine, radius * sine), -1).flatten(-2)
 
 
+def gumbel(word: Tensor) -> Tensor:
+    """Gumbel noise in float64 of words: -log(-log(1 - u)), u at most 1 - 2^-24.
+
+    Not -log(-log u), which has the same distribution but gives its large values, which decide an
+    argmax, in the coarse steps of float32 below 1.
+    """
+    u = uniform(word).clamp_max(1 - 2.0**-24).double()
+    return -(-(-u).log1p()).log()
+
+
 def normals(seed: Tensor, offset: Tensor, count: int) -> Tensor:
     """The first ``count`` normals of each sample, float64.
 
