@@ -194,7 +194,7 @@ struct SampleCode {
         const vf c0 = load<vf>(c + d * group), c1 = load<vf>(c + d * group + lanes);
 #pragma GCC unroll 8
         for (int r = 0; r < tile; ++r) {
-          const vf v = vf{} + a[r * width + d];
+          const vf v = (vf)vbroadcast(a + r * width + d);
           product[r][0] = fma(v, c0, product[r][0]);
           product[r][1] = fma(v, c1, product[r][1]);
         }

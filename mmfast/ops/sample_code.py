@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -185,6 +185,12 @@ def samples() -> Iterable[Sample]:
     yield of(2, 9, k=19, d=5, heads=3, seeds=2)
 
 
+def _load_triton() -> Callable[..., Tensor]:
+    from mmfast.kernels.sample_code import sample_code as launch
+
+    return launch
+
+
 OP = register(
     Op(
         name="sample_code",
@@ -192,7 +198,10 @@ OP = register(
         "Tensor offset) -> Tensor",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("sample_code")},
+        backends={
+            "cpp": backends.cpp("sample_code"),
+            "triton": backends.triton(_load_triton, backends.always),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
