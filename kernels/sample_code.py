@@ -272,12 +272,12 @@ def sample_code(
     rows = x.reshape(num_heads, -1, num_dims)
     samples = x.shape[heads] if seed.dim() or offset.dim() else 1
     steps = [t.stride(0) if t.dim() else 0 for t in (seed, offset)]
-    block_n = 32
+    block_n = 16
     sample_code_kernel[(triton.cdiv(rows.shape[1], block_n), num_heads)](
         rows, codes, *_prepare(codes, metric, temperature), seed, offset, indices, rows.shape[1], num_codes,
         num_dims, rows.shape[1] // samples, *steps, temperature, *strides(rows), *strides(codes),
-        METRIC=METRICS[metric], BLOCK_N=block_n, BLOCK_K=64, BLOCK_D=16,
-        enable_fp_fusion=False, **num_threads(128),
+        METRIC=METRICS[metric], BLOCK_N=block_n, BLOCK_K=32, BLOCK_D=16,
+        enable_fp_fusion=False, **num_threads(256),
     )  # fmt: skip
     return indices
 

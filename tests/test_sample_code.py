@@ -145,7 +145,7 @@ def test_threads(threads, metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_temperatures(backend, metric):
-    x, codebook = normal(200, 5), normal(30, 5, seed=1)
+    x, codebook = normal(60, 5), normal(30, 5, seed=1)
     nearest = mmfast.nearest_code(x, codebook, metric=metric)[0]
     for temperature in (0, 1e-12):
         got = draw(backend, x, codebook, temperature=temperature, metric=metric, seed=1)
@@ -154,7 +154,7 @@ def test_temperatures(backend, metric):
         draw(backend, x, codebook, temperature=t, metric=metric, seed=1) for t in (1e12, math.inf)
     ]
     assert torch.equal(hot[0], hot[1])
-    assert len(hot[0].unique()) > 25
+    assert len(hot[0].unique()) > 20
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
