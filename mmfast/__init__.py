@@ -8,7 +8,9 @@ from mmfast.ops.kmeans import KMeansResult, kmeans
 from mmfast.ops.lookup_free_quantize import LookupFreeQuantized, lookup_free_quantize
 from mmfast.ops.nearest_code import nearest_code
 from mmfast.ops.pack_indices import pack_indices, unpack_indices
+from mmfast.ops.randn import randn
 from mmfast.ops.residual_quantize import ResidualQuantized, residual_quantize
+from mmfast.ops.sample_code import sample_code
 from mmfast.ops.vector_quantize import VectorQuantized, vector_quantize
 from mmfast.version import __version__
 
@@ -30,7 +32,9 @@ __all__ = [
     "lookup_free_quantize",
     "nearest_code",
     "pack_indices",
+    "randn",
     "residual_quantize",
+    "sample_code",
     "unpack_indices",
     "use_backend",
     "vector_quantize",

@@ -17,7 +17,9 @@ import hypothesis.strategies as st
 import pytest
 import test_code_statistics
 import test_nearest_code
+import test_randn
 import test_residual_quantize
+import test_sample_code
 import test_vector_quantize
 import torch
 from cases import METRICS, VIEWS, complaints, device_of, normal
@@ -63,12 +65,27 @@ REPEATED = {
         "no_loss_in_long_sums",
         "strides",
     ),
+    test_randn: (
+        "definition",
+        "kolmogorov_smirnov",
+        "one_stream_appends",
+        "samples_do_not_see_the_batch",
+    ),
     test_residual_quantize: (
         "dtypes",
         "gradients",
         "mask",
         "nan_rows",
         "one_stage_is_vector_quantize",
+    ),
+    test_sample_code: (
+        "definition",
+        "dtypes_and_strides",
+        "nan_and_infinity",
+        "no_vectors",
+        "samples_do_not_see_the_batch",
+        "temperatures",
+        "zero_vectors",
     ),
     test_vector_quantize: (
         "gradients",

@@ -1,0 +1,156 @@
+"""Random numbers for Triton kernels: the stream of ``mmfast/philox.py``.
+
+Words and uniform numbers are those of the reference. Normals are those of ``csrc/cpu/philox.h``,
+operation for operation: every rounding is written down, so that neither ``enable_fp_fusion`` nor
+the device changes them (the interpreter, which has no fused multiply-add, does).
+
+Seeds and offsets are int64 scalars or blocks, which may be loaded from tensors. Elements are
+counted within a sample, in int32 or int64.
+
+- ``normals(seed, offset, element)``: of any elements, each with a block of Philox of its own.
+- ``normals_in_order(seed, offset, first, COUNT)``: of COUNT elements in a row, from a multiple of
+  four on, at a quarter of the cost.
+- ``uniforms`` and ``uniforms_in_order`` likewise.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_SCALE = tl.constexpr(2.0**-32)
+_HALF = tl.constexpr(2.0**-33)
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
+
+
+@triton.jit
+def words(seed, offset, block):
+    """The four words of blocks of four elements, uint32."""
+    block = block.to(tl.int64)
+    seed = tl.to_tensor(seed).to(tl.int64)
+    offset = tl.to_tensor(offset).to(tl.int64)
+    return tl.philox_impl(
+        block.to(tl.uint32),
+        (block >> 32).to(tl.uint32),
+        offset.to(tl.uint32),
+        (offset >> 32).to(tl.uint32),
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+    )
+
+
+@triton.jit
+def uniform(word):
+    """word 2^-32 + 2^-33 in float32: from 2^-33 to 1."""
+    return word.to(tl.float32) * _SCALE + _HALF
+
+
+@triton.jit
+def log_quotient(f):
+    """-2 log(1 + f) / f, f from -1/3 to 1/3."""
+    p = tl.fma(f, 0.254839301, -0.268676668)
+    p = tl.fma(p, f, 0.244531035)
+    p = tl.fma(p, f, -0.282339364)
+    p = tl.fma(p, f, 0.333535403)
+    p = tl.fma(p, f, -0.400076717)
+    p = tl.fma(p, f, 0.499997914)
+    p = tl.fma(p, f, -0.666666389)
+    p = tl.fma(p, f, 1.0)
+    return tl.fma(p, f, -2.0)
+
+
+@triton.jit
+def split(u):
+    """Exponent e and f from -1/3 to 1/3: u = 2^e (1 + f), u normal."""
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    return exponent.to(tl.float32), f
+
+
+@triton.jit
+def minus_two_log(u):
+    """-2 log u, u normal."""
+    exponent, f = split(u)
+    return tl.fma(exponent, -1.38629436, f * log_quotient(f))
+
+
+@triton.jit
+def cosine_and_sine(u):
+    """Of 2 pi u, u from 0 to 1."""
+    shifted = tl.fma(u, 4.0, _ROUND)
+    r = tl.fma(shifted - _ROUND, -0.25, u)
+    z = r * r
+    s = tl.fma(z, -75.3935623, 81.5923538)
+    s = tl.fma(s, z, -41.3416634)
+    s = tl.fma(s, z, 6.28318548) * r
+    c = tl.fma(z, 59.4243431, -85.4488220)
+    c = tl.fma(c, z, 64.9393692)
+    c = tl.fma(c, z, -19.7392082)
+    c = tl.fma(c, z, 1.0)
+    quarter = shifted.to(tl.int32, bitcast=True)
+    turned = (quarter & 1) != 0
+    cosine = tl.where(turned, s, c)
+    sine = tl.where(turned, c, s)
+    cosine = tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
+    sine = tl.where((quarter & 2) != 0, -sine, sine)
+    return cosine, sine
+
+
+@triton.jit
+def box_muller(word0, word1):
+    """Two normals of two words."""
+    radius = tl.sqrt_rn(minus_two_log(uniform(word0)))
+    cosine, sine = cosine_and_sine(uniform(word1))
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def normals4(seed, offset, block):
+    """The four normals of each block."""
+    w0, w1, w2, w3 = words(seed, offset, block)
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def in_order(x0, x1, x2, x3):
+    """Elements 4 i + j of [..., 4 N] from x_j[..., i], [N] or [M, N] each."""
+    joined = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+    if len(x0.shape) == 1:
+        return tl.reshape(joined, [4 * x0.shape[0]])
+    else:
+        return tl.reshape(joined, [x0.shape[0], 4 * x0.shape[1]])
+
+
+@triton.jit
+def normals_in_order(seed, offset, first, COUNT: tl.constexpr):
+    """Normals of elements first to first + COUNT, [COUNT], of one sample."""
+    n0, n1, n2, n3 = normals4(seed, offset, first // 4 + tl.arange(0, COUNT // 4))
+    return in_order(n0, n1, n2, n3)
+
+
+@triton.jit
+def normals(seed, offset, element):
+    """Normals of any elements."""
+    w0, w1, w2, w3 = words(seed, offset, element >> 2)
+    upper = (element & 2) != 0
+    even, odd = box_muller(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
+    return tl.where((element & 1) != 0, odd, even)
+
+
+@triton.jit
+def uniforms_in_order(seed, offset, first, COUNT: tl.constexpr):
+    """Uniform numbers of elements first to first + COUNT, [COUNT], of one sample."""
+    w0, w1, w2, w3 = words(seed, offset, first // 4 + tl.arange(0, COUNT // 4))
+    return uniform(in_order(w0, w1, w2, w3))
+
+
+@triton.jit
+def uniforms(seed, offset, element):
+    """Uniform numbers of any elements."""
+    w0, w1, w2, w3 = words(seed, offset, element >> 2)
+    even = tl.where((element & 2) != 0, w2, w0)
+    odd = tl.where((element & 2) != 0, w3, w1)
+    return uniform(tl.where((element & 1) != 0, odd, even))
