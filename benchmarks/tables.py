@@ -20,6 +20,12 @@ class Table:
     columns: Sequence[str]
     sections: list[tuple[str, list[list[str]]]] = field(default_factory=list)
 
+    def add(self, heading: str, row: list[str]) -> None:
+        """A row at the end, in a section of its own if the last one has another heading."""
+        if not self.sections or self.sections[-1][0] != heading:
+            self.sections.append((heading, []))
+        self.sections[-1][1].append(row)
+
     def rich(self) -> rich.table.Table:
         """For the terminal."""
         table = rich.table.Table(title=self.title, title_justify="left", title_style="bold")

@@ -56,6 +56,15 @@ def needs(package: str) -> Callable[[], list[str]]:
     return missing
 
 
+def library(make: Callable[..., Callable[[], Any]], **options: Any) -> Peer:
+    """vector-quantize-pytorch, by a function of ``benchmarks.modules``."""
+
+    def made(*arguments: Any) -> Callable[[], Any]:
+        return make(importlib.import_module("vector_quantize_pytorch"), *arguments)
+
+    return Peer(made, needs("vector_quantize_pytorch"), **options)
+
+
 def of(op: str) -> ModuleType | None:
     """The peers of ``op``; None where nobody wrote any."""
     name = f"{__name__}.{op}"
