@@ -38,7 +38,8 @@ def main() -> int:
     if not options.bare:
         for table in [*tables.all_tables(results), *spent.tables()]:
             console.print(table.rich())
-        console.print(f"{report.write(results, folder)}: the report; {FILE} and plots beside it")
+        written = report.write(results, folder, spent.tables())
+        console.print(f"{written}: the report; {FILE} and plots beside it")
         if options.readme:
             report.update_readme(results, _HERE.parent / "README.md")
     wrong = [r for r in results.rows if r.kind == "mmfast" and r.match]

@@ -90,9 +90,7 @@ def _functions_step(x: Tensor, codebook: Tensor, gradient: Tensor) -> Step:
     return Step(reset, step)
 
 
-def _expected_step(
-    x: Tensor, codebook: Tensor, gradient: Tensor
-) -> tuple[Tensor, Tensor]:
+def _expected_step(x: Tensor, codebook: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of x and the new codebook. The cases of nearest_code hold its indices to float64."""
     one, size = x.new_ones((), dtype=torch.float64), torch.ones_like(codebook[:, 0])
     indices, _ = mmfast.nearest_code(x, codebook)

@@ -39,15 +39,17 @@ class Effort:
     compile_all: bool = False
 
 
-# Compiling takes 5 to 10 seconds.
+# Compiling takes 5 to 10 seconds, of a loop over stages more.
 COMPILED = (
     "nearest_code",
     "vector_quantize_step",
     "vector_quantize_eval",
-    "residual_vq_eval",
     "fsq_step",
     "lfq_step",
 )
+
+
+NOT_COMPILED = "only with --full"
 
 
 @dataclass
@@ -116,7 +118,7 @@ def _truth(case: Case, arguments: Arguments, folder: Path | None) -> Any:
     if path and path.exists():
         return torch.load(path)
     if case.judged < case.shape["N"]:
-        arguments = peers.of(case.op).first_rows(arguments, case.judged)
+        arguments = _shorten(case.op)(arguments, case.judged)
     truth = expected(case.op, arguments)
     if path and case.op == "nearest_code" and case.sweep is None:
         torch.save(truth, path)
@@ -133,7 +135,7 @@ def enter(
 ) -> Entry | str:
     """The contender, warm and judged, or why it does not run."""
     if subject.kind == "compile" and not effort.compile_all and case.op not in COMPILED:
-        return "compiled only with --full"
+        return NOT_COMPILED
     reasons = subject.reasons(arguments)
     if reasons:
         return "; ".join(reasons)
@@ -147,15 +149,25 @@ def enter(
     if subject.kind != "floor":
         judged = min(rows, case.judged)
         if judged < rows:
-            result = _first(peers.of(case.op).first_results, result, judged)
-            given = peers.of(case.op).first_rows(given, judged)
+            result = _first(case.op, result, judged)
+            given = _shorten(case.op)(given, judged)
         match = judge(case.op, result, given, truth_of(case, truth, given, judged))
     del result
     return Entry(subject, call, rows, match, memory.peak(call, device))
 
 
-def _first(shorten: Callable[..., Any], result: Any, rows: int) -> Any:
+def _shorten(op: str) -> Callable[[Arguments, int], Arguments]:
+    """What gives the problem of the first rows."""
+    found = peers.of(op)
+    assert found is not None
+    return found.first_rows
+
+
+def _first(op: str, result: Any, rows: int) -> Any:
     """The results of the first ``rows`` vectors, of all outputs or the only one."""
+    found = peers.of(op)
+    assert found is not None
+    shorten = found.first_results
     return shorten(result, rows) if isinstance(result, tuple) else shorten((result,), rows)[0]
 
 

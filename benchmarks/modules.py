@@ -1,7 +1,7 @@
 """Quantiser modules as contenders: the same calls for mmfast's and for the library they replace.
 
-``library`` is ``mmfast.nn`` or ``vector_quantize_pytorch``: both get the same arguments. The gradient
-of a module's output is given, as the layer after it gives it, and that of its loss is 1.
+``library`` is ``mmfast.nn`` or ``vector_quantize_pytorch``: both get the same arguments. The
+gradient of a module's output is given, as the layer after it gives it, and that of its loss is 1.
 """
 
 from __future__ import annotations
@@ -111,9 +111,7 @@ def residual_vq_eval(library: Any, x: Tensor, codebooks: Tensor) -> Callable[[],
     return lambda: _evaluate(quantiser, x)
 
 
-def fsq_step(
-    library: Any, z: Tensor, gradient: Tensor, levels: list[int]
-) -> Callable[[], Result]:
+def fsq_step(library: Any, z: Tensor, gradient: Tensor, levels: list[int]) -> Callable[[], Result]:
     """Gradient of z, and indices."""
     quantiser = library.FSQ(levels).to(z.device)
     return lambda: _gradients(quantiser, z, gradient)

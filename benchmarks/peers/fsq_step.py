@@ -3,13 +3,11 @@ indices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from benchmarks import modules
-from benchmarks.peers import Peer, library
+from benchmarks.peers import Peer, as_many_bytes, library
 
 Result = tuple[Tensor, ...]
 
@@ -29,19 +27,8 @@ def PLAIN(z: Tensor, gradient: Tensor, levels: list[int]) -> Result:
     return leaf.grad, indices
 
 
-def _moved(z: Tensor, gradient: Tensor, levels: list[int]) -> Callable[[], None]:
-    """z read, codes and indices written; z and the gradient read, a gradient written."""
-
-    def run() -> None:
-        z.clone()
-        z.new_zeros(z.shape[0], dtype=torch.int32)
-        torch.add(z, gradient)
-
-    return run
-
-
 PEERS = {
-    "as many bytes": Peer(_moved, floor=True, note="a copy, zeros and an addition of these sizes"),
+    "as many bytes": as_many_bytes(torch.int32),
     "plain torch": Peer(lambda *arguments: lambda: PLAIN(*arguments)),
     "vector-quantize-pytorch": library(modules.fsq_step, note="FSQ in train mode"),
 }

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks import modules
-from benchmarks.peers import Peer, library
+from benchmarks.peers import Peer, as_many_bytes, library
 from benchmarks.peers.lookup_free_quantize import PLAIN_WORKSPACE, plain
 from mmfast.ops.lookup_free_quantize import batch_entropy
 
@@ -30,6 +31,7 @@ def PLAIN(z: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
 
 
 PEERS = {
+    "as many bytes": as_many_bytes(torch.int64),
     "plain torch": Peer(
         lambda *arguments: lambda: PLAIN(*arguments),
         # Logits, logarithms, probabilities and the gradients of each.

@@ -38,9 +38,14 @@ def PLAIN_WORKSPACE(x: Tensor, codebooks: Tensor) -> int:
 
 
 PEERS = {
+    "plain torch": Peer(
+        lambda *arguments: lambda: PLAIN(*arguments),
+        workspace=PLAIN_WORKSPACE,
+        note="addmm+argmin, a stage after the other",
+    ),
     "vector-quantize-pytorch": library(
         modules.residual_vq_eval,
         workspace=lambda *arguments: 5 * PLAIN_WORKSPACE(*arguments),
         note="ResidualVQ in eval mode",
-    )
+    ),
 }

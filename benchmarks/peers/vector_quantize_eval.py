@@ -38,6 +38,7 @@ def PLAIN_WORKSPACE(x: Tensor, codebook: Tensor) -> int:
 PEERS = {
     "lookup alone": Peer(
         lambda x, codebook: lambda: mmfast.nearest_code(x, codebook),
+        cut=False,
         floor=True,
         note="mmfast.nearest_code, which it contains",
     ),

@@ -55,6 +55,7 @@ PLAIN_WORKSPACE = _products
 PEERS = {
     "lookup alone": Peer(
         lambda x, codebook, _: lambda: mmfast.nearest_code(x, codebook),
+        cut=False,
         floor=True,
         note="mmfast.nearest_code, which a step contains",
     ),
