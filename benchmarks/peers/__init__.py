@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 def nothing(*_: Any) -> list[str]:
     """No reasons against."""
@@ -54,6 +57,32 @@ def needs(package: str) -> Callable[[], list[str]]:
         return [] if found else [f"the package {package} is not installed"]
 
     return missing
+
+
+def library(make: Callable[..., Callable[[], Any]], **options: Any) -> Peer:
+    """vector-quantize-pytorch, by a function of ``benchmarks.modules``."""
+
+    def made(*arguments: Any) -> Callable[[], Any]:
+        return make(importlib.import_module("vector_quantize_pytorch"), *arguments)
+
+    return Peer(made, needs("vector_quantize_pytorch"), **options)
+
+
+def as_many_bytes(index: torch.dtype) -> Peer:
+    """What a forward and backward of ``(z, gradient, ...)`` must at least move: z read, codes and
+    indices written; z and the gradient read, another one written."""
+
+    def make(z: Tensor, gradient: Tensor, *_: Any) -> Callable[[], None]:
+        def run() -> None:
+            z.clone()
+            z.new_zeros(z.shape[0], dtype=index)
+            torch.add(z, gradient)
+
+        return run
+
+    return Peer(
+        make, cut=False, floor=True, note="a copy, zeros and an addition of the sizes it moves"
+    )
 
 
 def of(op: str) -> ModuleType | None:

@@ -185,9 +185,11 @@ class Codebook(Affine):
             return
         counts = _with_accumulated(self.cluster_size, counts)
         sums = _with_accumulated(self.embed_avg, sums)
-        finite = sums.isfinite().all(2)  # [H, K]
+        # These say it of all numbers in one pass: they are NaN if one is.
+        least, largest = sums.aminmax(dim=2)
+        finite = least.isfinite() & largest.isfinite()  # [H, K]
         counts = torch.where(finite, counts, self.cluster_size)
-        sums = torch.where(finite[:, :, None], sums, self.embed_avg)
+        torch.where(finite[:, :, None], sums, self.embed_avg, out=sums)
         if scale is not None:
             # Moving by scale (1 - decay) is moving by 1 - decay to a point on the way.
             scale = scale.to(counts).expand_as(counts)
