@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,15 +47,18 @@ def add_up(tensor: Tensor, sync: bool, what: str, group: ProcessGroup | None = N
     Raises:
         RuntimeError: the sum failed, for one because a process has ended.
     """
-    if not sync:
-        return tensor
+    return reduce(tensor, dist.ReduceOp.SUM, what, group) if sync else tensor
+
+
+def reduce(tensor: Tensor, by: Any, what: str, group: ProcessGroup | None = None) -> Tensor:
+    """``tensor``, which becomes the reduction of all processes' ones ``by`` an operation."""
     if not dist.is_initialized():
         raise RuntimeError(f"{what} over ranks needs torch.distributed.init_process_group first")
     if torch.compiler.is_compiling():
-        dist.all_reduce(tensor, group=group)
+        dist.all_reduce(tensor, by, group=group)
     else:
         with reported(what, group):
-            dist.all_reduce(tensor, group=group)
+            dist.all_reduce(tensor, by, group=group)
     return tensor
 
 

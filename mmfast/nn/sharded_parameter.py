@@ -1,4 +1,4 @@
-"""Parameters that are sharded over ranks, as ``fully_shard`` makes them, read and set as a whole."""
+"""Parameters that ``fully_shard`` has spread over ranks, read and set as a whole."""
 
 from __future__ import annotations
 

@@ -401,8 +401,10 @@ class VectorQuantize(nn.Module):
         """``loss.backward()`` for the codebook, unseen by the hooks of DistributedDataParallel,
         which expect one backward of the whole model."""
         parameters = [p for p in self._codebook.parameters() if p.requires_grad]
-        for parameter, new in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            parameter.grad = new if parameter.grad is None else parameter.grad + new
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, new in zip(parameters, gradients, strict=True):
+            if new is not None:
+                parameter.grad = new if parameter.grad is None else parameter.grad + new
 
     def _vectors(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """What is quantised of the input: (C, M, D), and the sizes of its positions."""
