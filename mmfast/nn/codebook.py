@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmfast.nn.affine import Affine
 from mmfast.nn.dead_codes import replacements
 from mmfast.nn.initialisation import lloyd, unit
 from mmfast.nn.nonfinite import NonFiniteBatches
-from mmfast.nn.ranks import add_up, several
+from mmfast.nn.ranks import add_up, gathered, several
 from mmfast.nn.sharded_parameter import is_sharded, set_whole, whole
 from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.ema_update import ema_update_from_statistics_
@@ -103,7 +102,8 @@ class Codebook(Affine):
         # fully_shard puts the gathered parameter in the place of its shard for a forward.
         if name == "embed" and isinstance(value, nn.Parameter):
             before = self._parameters.get("embed")
-            self._shard = before if is_sharded(before) and not is_sharded(value) else None
+            shard = before if is_sharded(before) and not is_sharded(value) else None
+            object.__setattr__(self, "_shard", shard)  # not to be found as a parameter
         super().__setattr__(name, value)
 
     def _load_from_state_dict(
@@ -175,9 +175,7 @@ class Codebook(Affine):
     def _check_agreement(self) -> None:
         """Either all ranks are initialised or none: else some would wait for others that never
         come."""
-        every = self.initted.new_zeros(dist.get_world_size(), dtype=torch.int64)
-        every[dist.get_rank()] = self.initted
-        add_up(every, True, "comparing whether codebooks are initialised")
+        every = gathered(self.initted.long(), "comparing whether codebooks are initialised")
         ready = [rank for rank, value in enumerate(every.tolist()) if value]
         if 0 < len(ready) < len(every):
             raise RuntimeError(

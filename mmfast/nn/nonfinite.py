@@ -35,10 +35,13 @@ class NonFiniteBatches:
     def _tell(self, count: int) -> None:
         if count > self._told:
             warnings.warn(
-                f"{count - self._told} training batch(es) gave a code a sum of vectors that is not "
-                "finite; these codes kept their averages, and the loss of such a batch is not "
-                f"finite either ({count} since the module was made)",
+                "a training batch had vectors that are not finite: the codes that they chose keep "
+                "their averages; the codebook's nonfinite_batches counts such batches",
                 RuntimeWarning,
                 stacklevel=4,
             )
         self._told = count
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy of pinned memory is not pinned.
+        return self.__dict__ | {"_arrived": None}

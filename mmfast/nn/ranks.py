@@ -37,6 +37,11 @@ def reported(what: str, group: ProcessGroup | None = None) -> Iterator[None]:
         ) from error
 
 
+def _check_initialised(what: str) -> None:
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(f"{what} over ranks needs torch.distributed.init_process_group first")
+
+
 def add_up(tensor: Tensor, sync: bool, what: str, group: ProcessGroup | None = None) -> Tensor:
     """``tensor``, which becomes the sum of all processes' ones if ``sync``.
 
@@ -52,14 +57,21 @@ def add_up(tensor: Tensor, sync: bool, what: str, group: ProcessGroup | None = N
 
 def reduce(tensor: Tensor, by: Any, what: str, group: ProcessGroup | None = None) -> Tensor:
     """``tensor``, which becomes the reduction of all processes' ones ``by`` an operation."""
-    if not dist.is_initialized():
-        raise RuntimeError(f"{what} over ranks needs torch.distributed.init_process_group first")
+    _check_initialised(what)
     if torch.compiler.is_compiling():
         dist.all_reduce(tensor, by, group=group)
     else:
         with reported(what, group):
             dist.all_reduce(tensor, by, group=group)
     return tensor
+
+
+def gathered(own: Tensor, what: str, group: ProcessGroup | None = None) -> Tensor:
+    """The ``own`` (...) of all W processes, ``(W, ...)``, as a sum of what is zero elsewhere."""
+    _check_initialised(what)
+    every = own.new_zeros(dist.get_world_size(group), *own.shape)
+    every[dist.get_rank(group)] = own
+    return add_up(every, True, what, group)
 
 
 def of_first(tensor: Tensor, sync: bool, what: str) -> Tensor:
@@ -87,9 +99,7 @@ class Joined:
         self._start = torch.zeros_like(own)
         self.total = own
         if sync:
-            every = own.new_zeros(dist.get_world_size(), *own.shape)
-            every[dist.get_rank()] = own
-            add_up(every, sync, what)  # [W, H]
+            every = gathered(own, what)  # [W, H]
             self._start = every[: dist.get_rank()].sum(0)
             self.total = every.sum(0)
 

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from mmfast.checks import check_choice, check_codebook, check_device, check_floating
-from mmfast.nn.ranks import add_up, reduce
+from mmfast.nn.ranks import add_up, gathered, reduce
 from mmfast.nn.sharded_parameter import is_sharded
 from mmfast.ops.nearest_code import METRICS, float64_metric, nearest_code, output_dtype
 
@@ -158,11 +158,9 @@ def _part(codes: Tensor, group: ProcessGroup | DeviceMesh | None) -> Part:
         if group.ndim != 1:
             raise ValueError(f"group must be a mesh of one dimension, got {group}")
         group = group.get_group()
-    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=codes.device)
-    rank = dist.get_rank(group)
-    sizes[rank] = codes.shape[0]
-    add_up(sizes, True, "counting sharded codes", group)
-    return Part(codes, sizes[:rank].sum(), group)
+    own = torch.full((), codes.shape[0], dtype=torch.int64, device=codes.device)
+    sizes = gathered(own, "counting sharded codes", group)
+    return Part(codes, sizes[: dist.get_rank(group)].sum(), group)
 
 
 def _paired(x: Tensor, codes: Tensor, indices: Tensor, metric: str) -> Tensor:

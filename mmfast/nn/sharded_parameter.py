@@ -45,4 +45,5 @@ def set_whole(t: Any, values: Tensor, at: Tensor | None = None) -> None:
         values = part_of(values, t)
         at = None if at is None else part_of(at, t)
         t = t.to_local()
-    t.copy_(values if at is None else torch.where(at, values.to(t), t))
+    # The shard may be elsewhere, where fully_shard offloads it.
+    t.copy_(values if at is None else torch.where(at.to(t.device), values.to(t), t))

@@ -14,7 +14,7 @@ from mmfast.checks import check_codebook, check_floating, check_mask
 from mmfast.nn.initialisation import unit
 from mmfast.nn.losses import passed
 from mmfast.nn.nonfinite import NonFiniteBatches
-from mmfast.nn.ranks import add_up
+from mmfast.nn.ranks import add_up, gathered
 from mmfast.nn.sharded_look_up import Part, bounds, codes_at, look_up, own_indices
 from mmfast.nn.sharded_parameter import is_sharded, whole
 from mmfast.ops.code_statistics import code_statistics
@@ -77,9 +77,8 @@ class CodebookShard(nn.Module):
         """
         if self._checked or torch.compiler.is_compiling():
             return
-        foreign = torch.zeros_like(self.first_code).expand(self.mesh.size()).clone()
-        foreign[self.mesh.get_local_rank()] = self.first_code != self.start
-        add_up(foreign, True, "comparing shards", self.mesh.get_group())
+        own = (self.first_code != self.start).long()
+        foreign = gathered(own, "comparing shards", self.mesh.get_group())
         if foreign.any():
             raise RuntimeError(
                 f"{int(foreign.sum())} of {len(foreign)} shards hold the codes of another one: "
