@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmfast
 from mmfast.nn import LFQ, ResidualVQ, ShardedVectorQuantize, VectorQuantize, nearest_code_sharded
+from mmfast.nn.ranks import add_up
 
 RANKS = 4
 TIMEOUT = datetime.timedelta(seconds=30)
@@ -503,6 +504,15 @@ def sharded_compiled(rank: int) -> None:
 # Failures.
 
 
+def late(rank: int) -> None:
+    """A rank that does not come is reported when the group's time is up."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=1))
+    if rank != 2:
+        with pytest.raises(RuntimeError, match=f"adding up over 4 ranks failed on rank {rank}: "):
+            add_up(torch.ones(3), True, "adding up", group)
+    dist.barrier()
+
+
 def train_on(module: nn.Module, steps: int) -> None:
     for _ in range(steps):
         module(torch.randn(1, 8, 4))
@@ -535,6 +545,7 @@ CHECKS = (
     sharded_training,
     sharded_checkpoints,
     sharded_compiled,
+    late,
     killed,
 )
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:  # a build of torch without distributed has none
+    from torch.distributed import ProcessGroup
 
 
 def several() -> bool:

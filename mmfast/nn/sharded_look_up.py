@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from mmfast.checks import check_choice, check_codebook, check_device, check_floating
 from mmfast.nn.ranks import add_up, gathered, reduce
 from mmfast.nn.sharded_parameter import is_sharded
 from mmfast.ops.nearest_code import METRICS, float64_metric, nearest_code, output_dtype
 
-_WORKSPACE = 1 << 22  # float64 elements of the largest temporary
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+# Elements of a piece's temporaries: what a CPU's cache holds, or few launches on a GPU.
+_CACHED, _FEW = 1 << 18, 1 << 24
 _LARGEST = torch.iinfo(torch.int64).max
 
 
@@ -154,6 +157,8 @@ def part_of_dtensor(codes: Any, group: object = None, dim: int = 0) -> Part:
 
 
 def _part(codes: Tensor, group: ProcessGroup | DeviceMesh | None) -> Part:
+    from torch.distributed.device_mesh import DeviceMesh
+
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"group must be a mesh of one dimension, got {group}")
@@ -166,12 +171,12 @@ def _part(codes: Tensor, group: ProcessGroup | DeviceMesh | None) -> Part:
 def _paired(x: Tensor, codes: Tensor, indices: Tensor, metric: str) -> Tensor:
     """The float64 metric (N,) of vectors (N, D) and their codes: smaller is nearer."""
     value = x.new_empty(x.shape[0], dtype=torch.float64)
-    step = max(1, _WORKSPACE // x.shape[1])
+    step = max(1, (_CACHED if x.device.type == "cpu" else _FEW) // x.shape[1])
     for start in range(0, x.shape[0], step):
         piece = slice(start, start + step)
         # The sum goes dimension by dimension: these are to lie together.
-        pair = (t.mT.double().contiguous().mT for t in (x[piece], codes[indices[piece]]))
-        value[piece] = float64_metric(*pair, metric)
+        a, b = (t.mT.double().contiguous().mT for t in (x[piece], codes[indices[piece]]))
+        value[piece] = float64_metric(a, b, metric)
     return value
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mmfast.checks import check_codebook, check_floating, check_mask
 from mmfast.nn.initialisation import unit
@@ -20,6 +19,9 @@ from mmfast.nn.sharded_parameter import is_sharded, whole
 from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.ema_update import codes_of
 from mmfast.ops.nearest_code import output_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _SHARDED = ("cluster_size", "embed_avg", "embed")
 
@@ -227,6 +229,8 @@ class ShardedVectorQuantize(nn.Module):
     ) -> None:
         super().__init__()
         if mesh is None:
+            from torch.distributed.device_mesh import init_device_mesh
+
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
             mesh = init_device_mesh(device, (dist.get_world_size(),))
         for name, given in (("mesh", mesh), ("data_mesh", data_mesh)):
