@@ -34,6 +34,16 @@ def _places(N, L, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr):
     return rows, first, ((block + 1) * BLOCK_N <= N) & (first + BLOCK_L <= L)
 
 
+@triton.jit
+def _of_rows(b_x, source):
+    """b_x [BN, A] at places ``source`` [1, B] of each row. In one dimension: Triton would confine
+    the rows of two to a warp each."""
+    source += tl.arange(0, b_x.shape[0])[:, None] * b_x.shape[1]
+    flat = tl.reshape(b_x, [b_x.shape[0] * b_x.shape[1]])
+    found = tl.gather(flat, tl.reshape(source, [source.shape[0] * source.shape[1]]), 0)
+    return tl.reshape(found, source.shape)
+
+
 @triton.jit(do_not_specialize=["N", "L", "size", "stride_in"])
 def pack_indices_kernel(
     index_ptr,  # [N, L]
@@ -79,7 +89,7 @@ def pack_indices_kernel(
             source = 32 * o_w // WIDTH + i
             up = source * WIDTH - 32 * o_w  # above -WIDTH
             source = tl.minimum(source, JOINED - 1)
-            b_part = tl.gather(b_index, tl.broadcast_to(source, [BLOCK_N, BLOCK_W]), 1)
+            b_part = _of_rows(b_index, source)
             b_higher = b_part << (tl.maximum(up, 0) & 31).to(tl.uint32)
             b_part = tl.where(up < 0, b_part >> tl.maximum(-up, 0).to(tl.uint32), b_higher)
             b_word |= tl.where(up < 32, b_part, 0)
@@ -125,11 +135,11 @@ def unpack_indices_kernel(
         b_byte = tl.reshape(b_byte, [BLOCK_N, BLOCK_W, 4])
         b_word = tl.sum(b_byte << (8 * tl.arange(0, 4)).to(tl.uint32)[None, None, :], 2)
     o_l = tl.arange(0, BLOCK_L)[None, :]
-    word = tl.broadcast_to(o_l * BITS // 32, [BLOCK_N, BLOCK_L])
+    word = o_l * BITS // 32
     low = o_l * BITS % 32
-    b_index = tl.gather(b_word, word, 1) >> low.to(tl.uint32)
+    b_index = _of_rows(b_word, word) >> low.to(tl.uint32)
     if 32 % BITS != 0:
-        b_next = tl.gather(b_word, tl.minimum(word + 1, BLOCK_W - 1), 1)
+        b_next = _of_rows(b_word, tl.minimum(word + 1, BLOCK_W - 1))
         b_next = b_next << ((32 - low) & 31).to(tl.uint32)
         b_index |= tl.where(low + BITS > 32, b_next, 0)
     if BITS < 32:
