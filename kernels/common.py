@@ -133,12 +133,12 @@ def narrow_sizes(num_dims: int, tile: int = 1024) -> dict[str, int]:
 
 @triton.jit
 def load_numbers(
-    ptr, start, total, stride_n, stride_d,
+    ptr, start, total, stride_n, stride_d, dtype: tl.constexpr,
     WIDTH: tl.constexpr, FLAT: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK]: numbers from ``start`` on, of rows of WIDTH with ``total`` numbers; zeros beyond.
 
-    FLAT: the rows are dense.
+    In ``dtype``, float32 or float64. FLAT: the rows are dense.
     """
     o_e = tl.arange(0, BLOCK)
     left = total - start
@@ -153,7 +153,12 @@ def load_numbers(
         places = start + o_e  # of 64 bits
         p_x = ptr + places // WIDTH * stride_n + places % WIDTH * stride_d
         b_x = tl.load(p_x, mask=(o_e < COUNT) & (o_e < left), other=0.0)
-    return b_x
+    if _INTERPRETING and b_x.dtype == tl.bfloat16:
+        # The interpreter's own conversion loses what is below bfloat16's normal numbers.
+        bits = b_x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return bits.to(tl.float32, bitcast=True).to(dtype)
+    else:
+        return b_x.to(dtype)
 
 
 @triton.jit

@@ -64,20 +64,22 @@ def finite_scalar_quantize_kernel(
     BLOCK_D: tl.constexpr,
 ):
     BLOCK: tl.constexpr = BLOCK_N * BLOCK_D
+    dtype: tl.constexpr = threshold_ptr.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     start = first * D
     total = N.to(tl.int64) * D
     b_z = load_numbers(
-        z_ptr, start, total, stride_zn, stride_zd, D, FLAT, BLOCK_N * D, BLOCK
-    ).to(threshold_ptr.dtype.element_ty)  # fmt: skip
+        z_ptr, start, total, stride_zn, stride_zd, dtype, D, FLAT, BLOCK_N * D, BLOCK
+    )  # fmt: skip
     column = tl.arange(0, BLOCK) % D
     level = _levels(b_z, column, threshold_ptr, STEPS)
     b_value = tl.load(value_ptr + (column << STEPS) + level)
     b_value = tl.where(b_z == b_z, b_value, b_z.to(b_value.dtype))
     if NOISE:
         b_value += load_numbers(
-            noise_ptr, start, total, stride_nn, stride_nd, D, NOISE_FLAT, BLOCK_N * D, BLOCK
-        ).to(tl.float64)  # fmt: skip
+            noise_ptr, start, total, stride_nn, stride_nd, tl.float64, D, NOISE_FLAT, BLOCK_N * D,
+            BLOCK,
+        )  # fmt: skip
         b_value = tl.where(b_value > 1, 1.0, tl.where(b_value < -1, -1.0, b_value))
     store_numbers(quantized_ptr, start, total, b_value, BLOCK_N * D, BLOCK)
     b_term = to_rows(level * tl.load(basis_ptr + column), D, BLOCK_N, BLOCK_D)
@@ -118,11 +120,11 @@ def finite_scalar_quantize_bwd_kernel(
     start = tl.program_id(0).to(tl.int64) * (BLOCK_N * D)
     total = N.to(tl.int64) * D
     b_z = load_numbers(
-        z_ptr, start, total, stride_zn, stride_zd, D, FLAT, BLOCK_N * D, BLOCK
-    ).to(dtype)  # fmt: skip
+        z_ptr, start, total, stride_zn, stride_zd, dtype, D, FLAT, BLOCK_N * D, BLOCK
+    )  # fmt: skip
     b_grad = load_numbers(
-        grad_ptr, start, total, stride_gn, stride_gd, D, GRAD_FLAT, BLOCK_N * D, BLOCK
-    ).to(dtype)  # fmt: skip
+        grad_ptr, start, total, stride_gn, stride_gd, dtype, D, GRAD_FLAT, BLOCK_N * D, BLOCK
+    )  # fmt: skip
     column = tl.arange(0, BLOCK) % D
     gain = tl.load(gain_ptr + column).to(dtype)
     shift = tl.load(shift_ptr + column)
@@ -139,8 +141,9 @@ def finite_scalar_quantize_bwd_kernel(
         level = _levels(b_z, column, threshold_ptr, STEPS)
         b_value = tl.load(value_ptr + (column << STEPS) + level)
         b_value += load_numbers(
-            noise_ptr, start, total, stride_nn, stride_nd, D, NOISE_FLAT, BLOCK_N * D, BLOCK
-        ).to(tl.float64)  # fmt: skip
+            noise_ptr, start, total, stride_nn, stride_nd, tl.float64, D, NOISE_FLAT, BLOCK_N * D,
+            BLOCK,
+        )  # fmt: skip
         slope = tl.where((b_value >= -1) & (b_value <= 1), slope, 0.0)
     store_numbers(result_ptr, start, total, b_grad * slope, BLOCK_N * D, BLOCK)
 

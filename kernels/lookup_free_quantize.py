@@ -127,8 +127,9 @@ def lookup_free_quantize_kernel(
     block = tl.program_id(0).to(tl.int64)
     first = block * BLOCK_N
     total = N.to(tl.int64) * (C * B)
-    b_z = load_numbers(z_ptr, first * B, total, stride_zn, stride_zd, C * B, FLAT, COUNT, BLOCK)
-    b_z = b_z.to(dtype)
+    b_z = load_numbers(
+        z_ptr, first * B, total, stride_zn, stride_zd, dtype, C * B, FLAT, COUNT, BLOCK
+    )  # fmt: skip
     up = tl.full([], magnitude, tl.float64).to(dtype)
     store_numbers(quantized_ptr, first * B, total, tl.where(b_z > 0, up, -up), COUNT, BLOCK)
     b_z = to_rows(b_z, B, BLOCK_N, BLOCK_D)
@@ -196,10 +197,10 @@ def lookup_free_quantize_norm_kernel(
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     b_z = load_numbers(
-        z_ptr, first * B, N.to(tl.int64) * (C * B), stride_zn, stride_zd, C * B, FLAT,
-        BLOCK_N * B, BLOCK_N * BLOCK_D,
+        z_ptr, first * B, N.to(tl.int64) * (C * B), stride_zn, stride_zd,
+        factor_ptr.dtype.element_ty, C * B, FLAT, BLOCK_N * B, BLOCK_N * BLOCK_D,
     )  # fmt: skip
-    b_z = to_rows(b_z.to(factor_ptr.dtype.element_ty), B, BLOCK_N, BLOCK_D)
+    b_z = to_rows(b_z, B, BLOCK_N, BLOCK_D)
     b_z = tl.where(tl.arange(0, BLOCK_D)[None, :] < B, b_z, 0.0)
     factor = (scale / _at_least(_norm(b_z))).to(factor_ptr.dtype.element_ty)
     vectors = first + tl.arange(0, BLOCK_N)[:, None]
@@ -462,8 +463,7 @@ def lookup_free_quantize_gradient_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     start = first * B
     total = N.to(tl.int64) * (C * B)
-    b_z = load_numbers(z_ptr, start, total, stride_zn, stride_zd, C * B, FLAT, COUNT, BLOCK)
-    b_z = b_z.to(dtype)
+    b_z = load_numbers(z_ptr, start, total, stride_zn, stride_zd, dtype, C * B, FLAT, COUNT, BLOCK)
     b_x = b_z
     if SPHERICAL:
         m_d = tl.arange(0, BLOCK_D)[None, :] < B
@@ -485,7 +485,7 @@ def lookup_free_quantize_gradient_kernel(
         b_e = tl.exp(-tl.abs(logit))
         b_loss -= by * logit * b_e / ((1 + b_e) * (1 + b_e))
     if MEANS:
-        b_through = load_numbers(through_ptr, start, total, 0, 0, C * B, True, COUNT, BLOCK)
+        b_through = load_numbers(through_ptr, start, total, 0, 0, dtype, C * B, True, COUNT, BLOCK)
         b_loss += (to_logit / inside).to(dtype) * b_through
     if MASKED:
         vectors = first + tl.arange(0, BLOCK) // B
@@ -495,8 +495,8 @@ def lookup_free_quantize_gradient_kernel(
     b_result = b_loss
     if PASSED:
         b_result += load_numbers(
-            grad_ptr, start, total, stride_gn, stride_gd, C * B, GRAD_FLAT, COUNT, BLOCK
-        ).to(dtype)  # fmt: skip
+            grad_ptr, start, total, stride_gn, stride_gd, dtype, C * B, GRAD_FLAT, COUNT, BLOCK
+        )  # fmt: skip
     if SPHERICAL:
         # In float64: what is along the vector cancels.
         unit = b_z.to(tl.float64) / norm
@@ -519,7 +519,7 @@ def _product_sizes(group: int, wide: bool) -> dict[str, Any]:
     three = not wide and not interpreting() and _on_cuda()
     return {
         "GROUP": group,
-        "BLOCK_N": 16 if wide else 32,
+        "BLOCK_N": 4 if wide else 32,
         "BLOCK_U": block_u,
         "BLOCK_V": block_v,
         "PRECISION": "tf32x3" if three else "ieee",

@@ -16,7 +16,10 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import test_code_statistics
+import test_finite_scalar_quantize
+import test_lookup_free_quantize
 import test_nearest_code
+import test_pack_indices
 import test_residual_quantize
 import test_vector_quantize
 import torch
@@ -70,6 +73,26 @@ REPEATED = {
         "nan_rows",
         "one_stage_is_vector_quantize",
     ),
+    test_finite_scalar_quantize: (
+        "every_level_is_reached",
+        "few_vectors",
+        "images",
+        "levels_change_at_the_thresholds",
+        "nan_and_infinity",
+        "strides",
+        "values_and_gradients",
+    ),
+    test_lookup_free_quantize: (
+        "extreme_temperatures",
+        "few_vectors",
+        "groups_count_as_independent",
+        "many_bits",
+        "masked_vectors_may_be_anything",
+        "signs",
+        "strides",
+        "without_losses",
+    ),
+    test_pack_indices: ("rows_by_themselves",),
     test_vector_quantize: (
         "gradients",
         "half_precision_keeps_its_dtype",
