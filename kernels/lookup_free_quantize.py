@@ -163,21 +163,19 @@ def lookup_free_quantize_kernel(
 
 
 @triton.jit
-def _outcomes(
-    p_z, m_z, factor, to_logit, codes, stride_zd,
-    BITS: tl.constexpr, SPHERICAL: tl.constexpr,
-):  # fmt: skip
-    """Probability of each of the ``codes`` of BITS independent bits, whose numbers start at p_z.
+def _outcomes(p_z, m_z, factor, to_logit, codes, stride_zd, bits, SPHERICAL: tl.constexpr):
+    """Probability of each of the ``codes`` of independent bits, whose numbers start at p_z.
 
-    Shapes of vectors and of codes are to be broadcast to that of the result.
+    Shapes of vectors and of codes are to be broadcast to that of the result. ``bits`` is not known
+    when compiling: a loop that is unrolled keeps more than the registers hold.
     """
-    b_all = tl.full([1, 1], 1.0, to_logit.dtype)
-    for i in tl.static_range(BITS):
+    b_all = tl.zeros((m_z & (codes >= 0)).shape, to_logit.dtype) + 1
+    for i in range(bits):
         b_x = tl.load(p_z + i * stride_zd, mask=m_z, other=0.0).to(to_logit.dtype)
         if SPHERICAL:
             b_x *= factor
         one, zero = _probabilities(b_x * to_logit)
-        b_all = b_all * tl.where((codes >> (BITS - 1 - i) & 1) == 1, one, zero)
+        b_all *= tl.where((codes >> (bits - 1 - i) & 1) == 1, one, zero)
     return b_all
 
 
@@ -217,7 +215,7 @@ def _add_product(b_a, b_b, b_sum, PRECISION: tl.constexpr):
         return tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["N", "slice_rows", "stride_zn", "stride_mn"])
+@triton.jit(do_not_specialize=["N", "slice_rows", "upper", "lower", "stride_zn", "stride_mn"])
 def lookup_free_quantize_means_kernel(
     z_ptr,
     mask_ptr,  # if MASKED
@@ -225,6 +223,8 @@ def lookup_free_quantize_means_kernel(
     sum_ptr,  # [slices, C G, 2^g] float64
     N,
     slice_rows,
+    upper,  # bits
+    lower,
     to_logit: tl.float64,
     stride_zn,
     stride_zd,
@@ -267,11 +267,11 @@ def lookup_free_quantize_means_kernel(
             p_v = p_group + rows[:, None] * stride_zn + UPPER * stride_zd
             m_u = m_n[None, :]
             b_u = _outcomes(
-                p_u, m_u, factor[None, :], to_logit, codes_u, stride_zd, UPPER, SPHERICAL
+                p_u, m_u, factor[None, :], to_logit, codes_u, stride_zd, upper, SPHERICAL
             )  # fmt: skip
-            b_u = tl.where(m_u & (codes_u >= 0), b_u, 0.0)  # [BU, BN]
+            b_u = tl.where(m_u, b_u, 0.0)  # [BU, BN]
             b_v = _outcomes(
-                p_v, m_n[:, None], factor[:, None], to_logit, codes_v, stride_zd, LOWER, SPHERICAL
+                p_v, m_n[:, None], factor[:, None], to_logit, codes_v, stride_zd, lower, SPHERICAL
             )  # fmt: skip
             b_sum = _add_product(b_u, b_v, b_sum, PRECISION)
         b_total += b_sum.to(tl.float64)
@@ -343,13 +343,15 @@ def _store_bits(
     tl.store(p_result + columns, b_ones - one * total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "stride_zn"])
+@triton.jit(do_not_specialize=["N", "upper", "lower", "stride_zn"])
 def lookup_free_quantize_group_gradient_kernel(
     z_ptr,
     factor_ptr,  # [N, C], if SPHERICAL
     table_ptr,  # [C G, 2^upper, 2^lower], gradients of the means
     result_ptr,  # [N, C B]
     N,
+    upper,  # bits
+    lower,
     to_logit: tl.float64,
     stride_zn,
     stride_zd,
@@ -393,11 +395,11 @@ def lookup_free_quantize_group_gradient_kernel(
                 p_table = table_ptr + (codes_u << LOWER) + codes_v
                 b_table = tl.load(p_table, mask=m_table, other=0.0)  # [BV, BU]
                 b_v = _outcomes(
-                    p_v, m_n, factor, to_logit, v + o_v[None, :], stride_zd, LOWER, SPHERICAL
+                    p_v, m_n, factor, to_logit, v + o_v[None, :], stride_zd, lower, SPHERICAL
                 )  # fmt: skip
                 b_along = _add_product(b_v, b_table, b_along, PRECISION)
             b_along *= _outcomes(
-                p_u, m_n, factor, to_logit, u + o_u[None, :], stride_zd, UPPER, SPHERICAL
+                p_u, m_n, factor, to_logit, u + o_u[None, :], stride_zd, upper, SPHERICAL
             )  # fmt: skip
             b_bits = _bit_columns(u + o_u[:, None], UPPER, dtype)
             b_ones = _add_product(b_along, b_bits, b_ones, PRECISION)
@@ -412,12 +414,11 @@ def lookup_free_quantize_group_gradient_kernel(
             p_table = table_ptr + (codes_u << LOWER) + codes_v
             b_table = tl.load(p_table, mask=m_table, other=0.0)  # [BU, BV]
             b_u = _outcomes(
-                p_u, m_n, factor, to_logit, u + o_u[None, :], stride_zd, UPPER, SPHERICAL
+                p_u, m_n, factor, to_logit, u + o_u[None, :], stride_zd, upper, SPHERICAL
             )  # fmt: skip
-            b_u = tl.broadcast_to(b_u, [BLOCK_N, BLOCK_U])
             b_along = _add_product(b_u, b_table, b_along, PRECISION)
         b_along *= _outcomes(
-            p_v, m_n, factor, to_logit, v + o_v[None, :], stride_zd, LOWER, SPHERICAL
+            p_v, m_n, factor, to_logit, v + o_v[None, :], stride_zd, lower, SPHERICAL
         )  # fmt: skip
         b_bits = _bit_columns(v + o_v[:, None], LOWER, dtype)
         b_ones = _add_product(b_along, b_bits, b_ones, PRECISION)
@@ -512,7 +513,7 @@ def lookup_free_quantize_gradient_kernel(
 
 def _product_sizes(group: int, wide: bool) -> dict[str, Any]:
     """Compile-time options of the kernels with products; functions of the arguments alone."""
-    most = 16 if wide else 64
+    most = 16 if wide else 32
     block_u, block_v = (
         max(16, min(most, 1 << half)) for half in (group // 2, group - group // 2)
     )  # fmt: skip
@@ -525,6 +526,7 @@ def _product_sizes(group: int, wide: bool) -> dict[str, Any]:
         "PRECISION": "tf32x3" if three else "ieee",
         # Columns of a tile are no copies for a pipeline to make ahead.
         "num_stages": 1,
+        **num_threads(128),
     }
 
 
@@ -598,8 +600,8 @@ def lookup_free_quantize(
         1 << lower, products["BLOCK_V"]
     )
     lookup_free_quantize_means_kernel[(tiles, num_codebooks * num_groups, slices)](
-        rows, inside, factors, sums, num_rows, slice_rows, to_logit, *rows.stride(),
-        inside.stride(0), MASKED=masked, **options, **products, **num_threads(128), **at_most(255),
+        rows, inside, factors, sums, num_rows, slice_rows, upper, lower, to_logit, *rows.stride(),
+        inside.stride(0), MASKED=masked, **options, **products, **at_most(255),
     )  # fmt: skip
     lookup_free_quantize_finish_kernel[(triton.cdiv(cells, _FINISH),)](
         parts, sums, total, commitment, entropy, means, num_rows, blocks, slices, cells,
@@ -648,8 +650,9 @@ def lookup_free_quantize_bwd(
         products = _product_sizes(group_bits, options["WIDE"])
         grid = triton.cdiv(num_rows, products["BLOCK_N"]), rows.shape[1] // group_bits
         lookup_free_quantize_group_gradient_kernel[grid](
-            rows, factors, table, through, num_rows, to_logit, *rows.stride(), **options,
-            **products, **num_threads(128), **at_most(255),
+            rows, factors, table, through, num_rows, group_bits // 2,
+            group_bits - group_bits // 2, to_logit, *rows.stride(), **options,
+            **products, **at_most(255),
         )  # fmt: skip
     masked = mask is not None
     inside = rows if mask is None else mask.reshape(-1)
