@@ -9,6 +9,10 @@ from mmfast.ops.lookup_free_quantize import LookupFreeQuantized, lookup_free_qua
 from mmfast.ops.nearest_code import nearest_code
 from mmfast.ops.pack_indices import pack_indices, unpack_indices
 from mmfast.ops.residual_quantize import ResidualQuantized, residual_quantize
+from mmfast.ops.soft_assignment_statistics import (
+    SoftAssignmentStatistics,
+    soft_assignment_statistics,
+)
 from mmfast.ops.vector_quantize import VectorQuantized, vector_quantize
 from mmfast.version import __version__
 
@@ -20,6 +24,7 @@ __all__ = [
     "KMeansResult",
     "LookupFreeQuantized",
     "ResidualQuantized",
+    "SoftAssignmentStatistics",
     "VectorQuantized",
     "__version__",
     "code_statistics",
@@ -31,6 +36,7 @@ __all__ = [
     "nearest_code",
     "pack_indices",
     "residual_quantize",
+    "soft_assignment_statistics",
     "unpack_indices",
     "use_backend",
     "vector_quantize",
