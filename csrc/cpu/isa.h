@@ -10,6 +10,7 @@
 #include "cpu/nearest_code.h"
 #include "cpu/pack_indices.h"
 #include "cpu/residual_quantize.h"
+#include "cpu/soft_assignment_statistics.h"
 #include "cpu/vector_quantize.h"
 
 namespace mmfast {
@@ -32,6 +33,8 @@ struct Kernels {
   void (*unpack_indices)(const PackIndicesArgs&, const Parallel&);
   int64_t (*dot_products)(int64_t rounds, bool bfloat16);
   int64_t (*matrix_products)(int64_t rounds);
+  bool (*soft_assignment_statistics)(const SoftAssignmentArgs&, const Parallel&);
+  bool (*soft_assignment_statistics_bwd)(const SoftAssignmentBwdArgs&, const Parallel&);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -11,6 +11,7 @@
 #include "cpu/pack_indices_kernel.h"
 #include "cpu/peak.h"
 #include "cpu/residual_quantize_kernel.h"
+#include "cpu/soft_assignment_statistics_kernel.h"
 #include "cpu/vector_quantize_bwd_kernel.h"
 #include "cpu/vector_quantize_kernel.h"
 
@@ -37,5 +38,7 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::unpack_indices,
     &MMFAST_ISA::dot_products,
     &MMFAST_ISA::matrix_products,
+    &MMFAST_ISA::soft_assignment_statistics,
+    &MMFAST_ISA::soft_assignment_statistics_bwd,
 };
 }
