@@ -612,7 +612,10 @@ OP = register(
         "int batch_dims) -> (Tensor, Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("soft_assignment_statistics")},
+        backends={
+            "cpp": backends.cpp("soft_assignment_statistics"),
+            "triton": backends.triton(_load_triton, backends.always),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -629,7 +632,10 @@ BACKWARD = register(
         "bool need_codebook) -> (Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={"cpp": backends.cpp("soft_assignment_statistics_bwd")},
+        backends={
+            "cpp": backends.cpp("soft_assignment_statistics_bwd"),
+            "triton": backends.triton(_load_triton_bwd, backends.always),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,
