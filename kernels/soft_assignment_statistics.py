@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.common import interpreting, num_threads, strides
+from mmfast.kernels.common import at_most, interpreting, num_threads, strides
 
 _KINDS = {"euclidean": 0, "distance": 1, "cosine": 2, "dot": 2}
 _EUCLIDEAN = tl.constexpr(0)
@@ -476,17 +476,18 @@ class _Prepared(NamedTuple):
         """Compile-time arguments, and the launch's options."""
         # Small tiles, but for the interpreter, whose time goes by their number.
         wide = self.terms.dtype == torch.float64 and not interpreting()
-        half = self.rows.dtype.itemsize == 2 and not self.centred
         most = 16 if wide else 64
-        block_d = min(max(16, triton.next_power_of_2(self.rows.shape[-1])), most)
+        block_d = min(max(16, triton.next_power_of_2(self.rows.shape[-1])), 16 if wide else 32)
         return {
             "KIND": _KINDS[metric],
             "CENTRED": self.centred,
-            "BLOCK_N": 16 if wide else 128 if half else 64,
+            "BLOCK_N": most,
             "BLOCK_K": most,
             "BLOCK_D": block_d,
             "WIDTH": triton.cdiv(self.rows.shape[-1], block_d) * block_d,
-            **num_threads(128 if not half else 256),
+            "num_stages": 1 if self.centred else 2,
+            **num_threads(128 if wide else 256),
+            **at_most(255),
         }
 
 

@@ -18,6 +18,7 @@ import pytest
 import test_code_statistics
 import test_nearest_code
 import test_residual_quantize
+import test_soft_assignment_statistics
 import test_vector_quantize
 import torch
 from cases import METRICS, VIEWS, complaints, device_of, normal
@@ -69,6 +70,14 @@ REPEATED = {
         "mask",
         "nan_rows",
         "one_stage_is_vector_quantize",
+    ),
+    test_soft_assignment_statistics: (
+        "bool_weights_are_a_mask",
+        "extreme_logits",
+        "not_finite",
+        "nothing_to_average",
+        "only_what_is_asked_for",
+        "zero_vectors_have_no_cosine",
     ),
     test_vector_quantize: (
         "gradients",
