@@ -38,6 +38,7 @@ from mmfast.kernels.common import at_most, interpreting, num_threads, strides
 _KINDS = {"euclidean": 0, "distance": 1, "cosine": 2, "dot": 2}
 _EUCLIDEAN = tl.constexpr(0)
 _DISTANCE = tl.constexpr(1)
+_DOT = tl.constexpr(2)
 _INTERPRETING = tl.constexpr(interpreting())
 _LEAST_SQUARE = tl.constexpr(1e-8)
 _LEAST_DISTANCE = tl.constexpr(1e-4)
@@ -65,7 +66,7 @@ def _load_rows(p_x, stride_xd, centre_ptr, m_n, d, D, CENTRED: tl.constexpr, BLO
     mask = m_n & (columns < D)
     b_x = tl.load(p_x + columns.to(tl.int64) * stride_xd, mask=mask, other=0.0)
     if CENTRED:
-        b_centre = tl.load(centre_ptr + columns, mask=columns < D, other=0.0)
+        b_centre = tl.load(centre_ptr + columns)
         b_x = tl.where(mask, b_x.to(b_centre.dtype) - b_centre, 0.0)
     return b_x
 
@@ -94,7 +95,7 @@ def _of_rows(
                 b_total += b_x * b_x
             else:
                 columns = d + tl.arange(0, BLOCK_D)[None, :]
-                b_centre = tl.load(centre_ptr + columns, mask=columns < D, other=0.0)
+                b_centre = tl.load(centre_ptr + columns)
                 if KIND == _EUCLIDEAN:
                     b_total += b_centre * (2 * b_x - b_centre)
                 else:
@@ -113,7 +114,6 @@ def _logits(
     code_ptr,
     term_ptr,
     k,
-    K,
     D,
     KIND: tl.constexpr,
     CENTRED: tl.constexpr,
@@ -124,13 +124,11 @@ def _logits(
 ):
     """[BN, BK] of the codes from k on. b_x: the rows, where they fit into one block."""
     codes = k + tl.arange(0, BLOCK_K)[None, :]
-    m_k = codes < K
-    b_term = tl.load(term_ptr + codes, mask=m_k, other=0.0)
+    b_term = tl.load(term_ptr + codes)
     b_logit = tl.zeros([BLOCK_N, BLOCK_K], term_ptr.dtype.element_ty)
     for d in range(0, WIDTH, BLOCK_D):
         rows = d + tl.arange(0, BLOCK_D)[:, None]
-        p_c = code_ptr + codes.to(tl.int64) * D + rows
-        b_c = tl.load(p_c, mask=m_k & (rows < D), other=0.0)  # [BD, BK]
+        b_c = tl.load(code_ptr + codes.to(tl.int64) * WIDTH + rows)  # [BD, BK]
         if WIDTH == BLOCK_D:
             b_logit = _dot(b_x, b_c, b_logit, "ieee")
         else:
@@ -142,10 +140,11 @@ def _logits(
         b_logit = -tl.sqrt(b_square)
     else:
         if KIND == _EUCLIDEAN:
-            b_logit = 2 * b_logit + b_term
+            b_logit = 2 * b_logit
+        b_logit += b_term
         if not CENTRED:
             b_logit -= of_rows
-    return tl.where(m_k, b_logit, float("-inf"))
+    return b_logit
 
 
 @triton.jit
@@ -165,9 +164,9 @@ def _logarithm(b_logit, largest, log_sum, inverse):
 )  # fmt: skip
 def soft_assignment_rows_kernel(
     x_ptr,
-    centre_ptr,  # [H, D]
-    code_ptr,  # [H, K, D]
-    term_ptr,  # [H, K]
+    centre_ptr,  # [H, WIDTH]
+    code_ptr,  # [H, K, WIDTH], zeros behind D; K is a multiple of BLOCK_K
+    term_ptr,  # [H, K], no probability for the codes that fill it
     weight_ptr,  # [H, G, N]
     saved_ptr,  # [H, G, N, 2]
     line_ptr,  # [H, G, lines, K], sums of probabilities
@@ -195,9 +194,9 @@ def soft_assignment_rows_kernel(
     line = tl.program_id(0).to(tl.int64)
     group = line // lines  # of all heads
     head = group // G
-    code_ptr += head * K * D
+    code_ptr += head * K * WIDTH
     term_ptr += head * K
-    centre_ptr += head * D
+    centre_ptr += head * WIDTH
     p_line = line_ptr + line * K
     entropy = tl.zeros([], tl.float64)
     for block in range(blocks):
@@ -214,7 +213,7 @@ def soft_assignment_rows_kernel(
         total = tl.zeros([BLOCK_N, 1], dtype)
         for k in range(0, K, BLOCK_K):
             b_logit = _logits(
-                p_x, b_x, of_rows, stride_xd, centre_ptr, m_n, code_ptr, term_ptr, k, K, D,
+                p_x, b_x, of_rows, stride_xd, centre_ptr, m_n, code_ptr, term_ptr, k, D,
                 KIND, CENTRED, BLOCK_N, BLOCK_K, BLOCK_D, WIDTH,
             )  # fmt: skip
             new = tl.maximum(largest, tl.max(b_logit, 1)[:, None])
@@ -229,17 +228,17 @@ def soft_assignment_rows_kernel(
         own = tl.zeros([BLOCK_N, 1], dtype)
         for k in range(0, K, BLOCK_K):
             b_logit = _logits(
-                p_x, b_x, of_rows, stride_xd, centre_ptr, m_n, code_ptr, term_ptr, k, K, D,
+                p_x, b_x, of_rows, stride_xd, centre_ptr, m_n, code_ptr, term_ptr, k, D,
                 KIND, CENTRED, BLOCK_N, BLOCK_K, BLOCK_D, WIDTH,
             )  # fmt: skip
             b_log = _logarithm(b_logit, largest, log_sum, inverse)
             b_p = tl.exp(b_log)
             own -= tl.sum(b_p * b_log, 1)[:, None]
             codes = k + tl.arange(0, BLOCK_K)
-            b_sum = tl.sum(tl.where(m_n, weight * b_p, 0.0), 0)
+            b_sum = tl.sum(weight * b_p, 0)
             if block > 0:
-                b_sum += tl.load(p_line + codes, mask=codes < K, other=0.0)
-            tl.store(p_line + codes, b_sum, mask=codes < K)
+                b_sum += tl.load(p_line + codes)
+            tl.store(p_line + codes, b_sum)
         entropy += tl.sum(tl.where(m_n, weight * own, 0.0).to(tl.float64))
         tl.debug_barrier()  # before the line is read again
     tl.store(entropy_ptr + line, entropy)
@@ -307,9 +306,9 @@ def soft_assignment_row_gradient_kernel(
     group = place // tl.cdiv(N, BLOCK_N)
     rows = place % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     head = group // G
-    code_ptr += head * K * D
+    code_ptr += head * K * WIDTH
     term_ptr += head * K
-    centre_ptr += head * D
+    centre_ptr += head * WIDTH
     inside = rows < N
     scale = tl.load(scale_ptr + group * N + rows, mask=inside, other=0.0)
     m_n = inside & (scale != 0)
@@ -325,9 +324,9 @@ def soft_assignment_row_gradient_kernel(
         codes = k + tl.arange(0, BLOCK_K)[None, :]
         b_mean = tl.zeros([1, BLOCK_K], dtype)
         if MEANS:
-            b_mean = tl.load(mean_ptr + group * K + codes, mask=codes < K, other=0.0)
+            b_mean = tl.load(mean_ptr + group * K + codes)
         b_logit = _logits(
-            p_x, b_x, of_rows, stride_xd, centre_ptr, m_n, code_ptr, term_ptr, k, K, D,
+            p_x, b_x, of_rows, stride_xd, centre_ptr, m_n, code_ptr, term_ptr, k, D,
             KIND, CENTRED, BLOCK_N, BLOCK_K, BLOCK_D, WIDTH,
         )  # fmt: skip
         b_log = _logarithm(b_logit, largest, log_sum, inverse)
@@ -343,23 +342,24 @@ def soft_assignment_row_gradient_kernel(
             codes = k + tl.arange(0, BLOCK_K)[None, :]
             b_mean = tl.zeros([1, BLOCK_K], dtype)
             if MEANS:
-                b_mean = tl.load(mean_ptr + group * K + codes, mask=codes < K, other=0.0)
+                b_mean = tl.load(mean_ptr + group * K + codes)
             b_logit = _logits(
-                p_x, b_x, of_rows, stride_xd, centre_ptr, m_n, code_ptr, term_ptr, k, K, D,
+                p_x, b_x, of_rows, stride_xd, centre_ptr, m_n, code_ptr, term_ptr, k, D,
                 KIND, CENTRED, BLOCK_N, BLOCK_K, BLOCK_D, WIDTH,
             )  # fmt: skip
             b_q = _through(b_logit, b_mean, e, largest, log_sum, scale, less, inverse, KIND)
             lines = k + tl.arange(0, BLOCK_K)[:, None]
-            p_c = code_ptr + lines.to(tl.int64) * D + o_d
-            b_c = tl.load(p_c, mask=(lines < K) & (o_d < D), other=0.0)  # [BK, BD]
-            b_grad = _dot(b_q, b_c.to(dtype), b_grad, PRECISION)
-            if KIND == _DISTANCE or not CENTRED:
+            b_c = tl.load(code_ptr + lines.to(tl.int64) * WIDTH + o_d).to(dtype)  # [BK, BD]
+            if not CENTRED:
+                b_c -= tl.load(centre_ptr + o_d)
+            b_grad = _dot(b_q, b_c, b_grad, PRECISION)
+            if KIND == _DISTANCE:
                 row_sum += tl.sum(b_q, 1)[:, None]
         if KIND == _EUCLIDEAN:
             b_grad = 2 * b_grad
         if KIND == _DISTANCE:
-            b_own = _load_rows(p_x, stride_xd, centre_ptr, m_n, first, D, CENTRED, BLOCK_D)
-            b_grad -= row_sum * b_own.to(dtype)
+            b_own = _load_rows(p_x, stride_xd, centre_ptr, m_n, first, D, True, BLOCK_D)
+            b_grad -= row_sum * b_own
         b_grad = tl.where(m_n, b_grad, 0.0)
         p_grad = grad_ptr + (group * N + rows) * D + o_d
         tl.store(p_grad, b_grad, mask=inside & (o_d < D))
@@ -380,7 +380,7 @@ def soft_assignment_code_gradient_kernel(
     scale_ptr,
     saved_ptr,
     less_ptr,
-    part_ptr,  # [H, slices, K, D]
+    part_ptr,  # [H, slices, K, WIDTH]
     sum_ptr,  # [H, slices, K], of the columns
     inverse_ptr,
     G,
@@ -409,9 +409,9 @@ def soft_assignment_code_gradient_kernel(
     k = place % tl.cdiv(K, BLOCK_K) * BLOCK_K
     slice = place // tl.cdiv(K, BLOCK_K)  # of all heads
     head = slice // slices
-    code_ptr += head * K * D
+    code_ptr += head * K * WIDTH
     term_ptr += head * K
-    centre_ptr += head * D
+    centre_ptr += head * WIDTH
     codes = k + tl.arange(0, BLOCK_K)[None, :]
     first = tl.program_id(1) * BLOCK_D
     b_part = tl.zeros([BLOCK_K, BLOCK_D], dtype)
@@ -434,36 +434,36 @@ def soft_assignment_code_gradient_kernel(
         )
         b_x = _load_rows(p_x, stride_xd, centre_ptr, m_n, 0, D, CENTRED, BLOCK_D)
         b_logit = _logits(
-            p_x, b_x, of_rows, stride_xd, centre_ptr, m_n, code_ptr, term_ptr, k, K, D,
+            p_x, b_x, of_rows, stride_xd, centre_ptr, m_n, code_ptr, term_ptr, k, D,
             KIND, CENTRED, BLOCK_N, BLOCK_K, BLOCK_D, WIDTH,
         )  # fmt: skip
         e = tl.load(entropy_ptr + group, mask=m_n, other=0.0) if ENTROPY else less * 0
         b_mean = tl.zeros([1, BLOCK_K], dtype)
         if MEANS:
-            b_mean = tl.load(mean_ptr + group * K + codes, mask=m_n & (codes < K), other=0.0)
+            b_mean = tl.load(mean_ptr + group * K + codes, mask=m_n, other=0.0)
         b_q = _through(b_logit, b_mean, e, largest, log_sum, scale, less, inverse, KIND)
-        b_q = tl.where(m_n, b_q, 0.0)
-        b_own = _load_rows(p_x, stride_xd, centre_ptr, m_n, first, D, CENTRED, BLOCK_D)
+        b_own = _load_rows(p_x, stride_xd, centre_ptr, m_n, first, D, KIND != _DOT, BLOCK_D)
         b_part = _dot(tl.trans(b_q), b_own.to(dtype), b_part, PRECISION)
         b_sum += tl.sum(b_q, 0)
     if first == 0:
         own_codes = k + tl.arange(0, BLOCK_K)
-        tl.store(sum_ptr + slice * K + own_codes, b_sum, mask=own_codes < K)
+        tl.store(sum_ptr + slice * K + own_codes, b_sum)
     lines = k + tl.arange(0, BLOCK_K)[:, None]
     o_d = first + tl.arange(0, BLOCK_D)[None, :]
-    tl.store(part_ptr + (slice * K + lines) * D + o_d, b_part, mask=(lines < K) & (o_d < D))
+    tl.store(part_ptr + (slice * K + lines) * WIDTH + o_d, b_part)
 
 
 class _Prepared(NamedTuple):
-    """What the kernels compare: rows (H, G, N, D), codes (H, K, D)."""
+    """What the kernels compare. Codes are filled to whole tiles, K' x WIDTH."""
 
-    rows: Tensor
-    codes: Tensor
-    terms: Tensor  # [H, K]
-    centre: Tensor  # [H, D]
+    rows: Tensor  # [H, G, N, D]
+    centre: Tensor  # [H, WIDTH]
+    codes: Tensor  # [H, K', WIDTH]
+    terms: Tensor  # [H, K']
+    num_codes: int
     row_factor: Tensor | None  # what they were multiplied with, [H, G, N, 1] and [H, K, 1]
     code_factor: Tensor | None
-    centred: bool
+    constants: dict[str, Any]  # compile-time arguments, and the launch's options
 
     def arguments(self) -> tuple[Tensor, ...]:
         return self.rows, self.centre, self.codes, self.terms
@@ -472,23 +472,30 @@ class _Prepared(NamedTuple):
         """For the kernels, which take numbers as float32 only."""
         return torch.full((1,), value, dtype=self.terms.dtype, device=self.terms.device)
 
-    def constants(self, metric: str) -> dict[str, Any]:
-        """Compile-time arguments, and the launch's options."""
-        # Small tiles, but for the interpreter, whose time goes by their number.
-        wide = self.terms.dtype == torch.float64 and not interpreting()
-        most = 16 if wide else 64
-        block_d = min(max(16, triton.next_power_of_2(self.rows.shape[-1])), 16 if wide else 32)
-        return {
-            "KIND": _KINDS[metric],
-            "CENTRED": self.centred,
-            "BLOCK_N": most,
-            "BLOCK_K": most,
-            "BLOCK_D": block_d,
-            "WIDTH": triton.cdiv(self.rows.shape[-1], block_d) * block_d,
-            "num_stages": 1 if self.centred else 2,
-            **num_threads(128 if wide else 256),
-            **at_most(255),
-        }
+    def own_codes(self) -> Tensor:
+        """The codes less their mean, (H, K, D) in float64."""
+        codes = self.codes[:, : self.num_codes].double()
+        if not self.constants["CENTRED"]:
+            codes = codes - self.centre[:, None]
+        return codes[..., : self.rows.shape[-1]]
+
+
+def _constants(num_dims: int, kind: int, centred: bool, wide: bool) -> dict[str, Any]:
+    # Small tiles, but for the interpreter, whose time goes by their number.
+    small = wide and not interpreting()
+    most = 16 if small else 64
+    block_d = min(max(16, triton.next_power_of_2(num_dims)), 16 if small else 32)
+    return {
+        "KIND": kind,
+        "CENTRED": centred,
+        "BLOCK_N": 32 if most == 64 else 16,
+        "BLOCK_K": most,
+        "BLOCK_D": block_d,
+        "WIDTH": triton.cdiv(num_dims, block_d) * block_d,
+        "num_stages": 1,
+        **num_threads(128 if small else 256),
+        **at_most(255),
+    }
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -498,31 +505,39 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _prepare(x: Tensor, codebook: Tensor, metric: str, batch_dims: int) -> _Prepared:
-    codes = codebook if codebook.dim() == 3 else codebook[None]
+    own = codebook if codebook.dim() == 3 else codebook[None]
     dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-    num_heads, _, num_dims = codes.shape
+    num_heads, num_codes, num_dims = own.shape
     heads = codebook.dim() - 2
     groups = x.shape[heads : heads + batch_dims].numel()
     count = x.shape[heads + batch_dims : -1].numel()
     rows = x.reshape(num_heads, groups, count, num_dims)
+    codes, row_factor, code_factor = own.double(), None, None
+    # Centred or normalised they would not be half precision any more.
+    half = x.dtype == codebook.dtype and x.dtype.itemsize == 2 and metric != "cosine"
+    constants = _constants(num_dims, _KINDS[metric], not half, dtype == torch.float64)
+    centre = codes.new_zeros(num_heads, num_dims) if metric == "cosine" else codes.mean(1)
+    centre = centre.to(dtype)
     if metric == "cosine":
         rows, row_factor = _unit(rows.to(dtype))
-        unit, code_factor = _unit(codes.double())
-        codes = unit.to(dtype).contiguous()
-        terms, centre = codes.new_zeros(codes.shape[:2]), codes.new_zeros(num_heads, num_dims)
-        return _Prepared(rows, codes, terms, centre, row_factor, code_factor, True)
-    wide = codes.double()
-    centre = wide.mean(1).to(dtype)  # [H, D]
-    # Centred they would not be half precision any more.
-    centred = not (x.dtype == codebook.dtype and x.dtype.itemsize == 2)
-    if centred:
-        codes = (wide - centre[:, None]).to(dtype)
-        wide = codes.double()
+        codes, code_factor = _unit(codes)
+    if not half:
+        codes = (codes - centre[:, None]).to(dtype).double()
         if metric == "dot":
             centre.zero_()  # of x, whose centring would change the products' differences
-    sign = {"euclidean": -1, "distance": 1, "dot": 0}[metric]
-    terms = (sign * wide.square().sum(2)).to(dtype)
-    return _Prepared(rows, codes.contiguous(), terms, centre, None, None, centred)
+    sign = {"euclidean": -1, "distance": 1}.get(metric, 0)
+    block_k, width = constants["BLOCK_K"], constants["WIDTH"]
+    padded = triton.cdiv(num_codes, block_k) * block_k
+    filled = x.new_zeros((num_heads, padded, width), dtype=x.dtype if half else dtype)
+    filled[:, :num_codes, :num_dims] = codes
+    # No probability for the codes that fill a tile.
+    terms = filled.new_full(filled.shape[:2], torch.inf if sign == 1 else -torch.inf, dtype=dtype)
+    terms[:, :num_codes] = sign * codes.square().sum(2)
+    wide_centre = filled.new_zeros(num_heads, width, dtype=dtype)
+    wide_centre[:, :num_dims] = centre
+    return _Prepared(
+        rows, wide_centre, filled, terms, num_codes, row_factor, code_factor, constants
+    )
 
 
 def _weights(prepared: _Prepared, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -546,26 +561,25 @@ def soft_assignment_statistics(
     """``torch.ops.mmfast.soft_assignment_statistics`` on checked arguments."""
     prepared = _prepare(x, codebook, metric, batch_dims)
     num_heads, groups, num_rows, num_dims = prepared.rows.shape
-    num_codes, dtype = prepared.codes.shape[1], prepared.terms.dtype
+    num_codes, dtype = prepared.num_codes, prepared.terms.dtype
     lead = x.shape[: codebook.dim() - 2 + batch_dims]
     saved = x.new_empty((*x.shape[:-1], 2), dtype=dtype)
     if saved.numel() == 0:
         return x.new_zeros((*lead, num_codes), dtype=dtype), x.new_zeros(lead, dtype=dtype), saved
     each, totals = _weights(prepared, weights)
-    constants = prepared.constants(metric)
+    constants, padded = prepared.constants, prepared.codes.shape[1]
     blocks = triton.cdiv(num_rows, constants["BLOCK_N"])
     per_line = triton.cdiv(blocks, max(1, _MOST_LINES // (num_heads * groups)))
     lines = triton.cdiv(blocks, per_line)
-    sums = each.new_empty(num_heads, groups, lines, num_codes)
+    sums = each.new_empty(num_heads, groups, lines, padded)
     entropies = each.new_empty(num_heads, groups, lines, dtype=torch.float64)
     soft_assignment_rows_kernel[(num_heads * groups * lines,)](
         *prepared.arguments(), each, saved, sums, entropies, prepared.scalar(1 / temperature),
-        groups, num_rows, num_codes, num_dims, lines, per_line, *strides(prepared.rows),
+        groups, num_rows, padded, num_dims, lines, per_line, *strides(prepared.rows),
         **constants,
     )  # fmt: skip
-    means = torch.where(
-        totals[..., None] == 0, 0, sums.sum(2, dtype=torch.float64) / totals[..., None]
-    )
+    added = sums.sum(2, dtype=torch.float64)[..., :num_codes]
+    means = torch.where(totals[..., None] == 0, 0, added / totals[..., None])
     entropy = torch.where(totals == 0, 0, entropies.sum(2) / totals)
     return means.to(dtype).reshape(*lead, num_codes), entropy.to(dtype).reshape(lead), saved
 
@@ -590,27 +604,27 @@ def soft_assignment_statistics_bwd(
         return grad_x, grad_codebook.zero_()
     prepared = _prepare(x, codebook, metric, batch_dims)
     num_heads, groups, num_rows, num_dims = prepared.rows.shape
-    num_codes, dtype = prepared.codes.shape[1], prepared.terms.dtype
+    padded, dtype = prepared.codes.shape[1], prepared.terms.dtype
     each, totals = _weights(prepared, weights)
     shares = torch.where(totals == 0, 0, 1 / (totals * temperature))[..., None]
     scale = torch.where(each == 0, 0, (each * shares).to(dtype))
-    constants = prepared.constants(metric)
+    constants = prepared.constants
     options = {
         "MEANS": means is not None,
         "ENTROPY": entropy is not None,
         # What has half a float32's precision loses nothing in TF32, and no gradient its range.
-        "PRECISION": "ieee" if prepared.centred else "tf32",
+        "PRECISION": "ieee" if constants["CENTRED"] else "tf32",
         **constants,
     }
     # In place of what is not there any tensor, which is not read.
     given = (
-        scale if means is None else means.contiguous(),
+        scale if means is None else _filled(means, padded),
         scale if entropy is None else entropy.contiguous(),
         *prepared.arguments(),
         scale,
         saved.contiguous(),
     )
-    sizes = (prepared.scalar(1 / temperature), groups, num_rows, num_codes, num_dims)
+    sizes = (prepared.scalar(1 / temperature), groups, num_rows, padded, num_dims)
     less = scale.new_empty(scale.shape)
     passes = triton.cdiv(num_dims, constants["BLOCK_D"])
     through_norm = prepared.row_factor is not None
@@ -627,16 +641,16 @@ def soft_assignment_statistics_bwd(
     blocks = triton.cdiv(groups * num_rows, constants["BLOCK_N"])
     slices = min(triton.cdiv(groups * num_rows, _SLICE), _MOST_SLICES)
     per_slice = triton.cdiv(blocks, slices)
-    parts = scale.new_empty(num_heads, slices, num_codes, num_dims)
-    sums = scale.new_empty(num_heads, slices, num_codes)
+    parts = scale.new_empty(num_heads, slices, padded, constants["WIDTH"])
+    sums = scale.new_empty(num_heads, slices, padded)
     soft_assignment_code_gradient_kernel[
-        (num_heads * slices * triton.cdiv(num_codes, constants["BLOCK_K"]), passes)
+        (num_heads * slices * (padded // constants["BLOCK_K"]), passes)
     ](
         *given, less, parts, sums, *sizes, slices, per_slice, *strides(prepared.rows), **options
     )  # fmt: skip
-    to_codes = parts.sum(1, dtype=torch.float64)  # [H, K, D]
-    of_columns = sums.sum(1, dtype=torch.float64)[..., None]
-    codes = prepared.codes.double()
+    codes = prepared.own_codes()
+    to_codes = parts.sum(1, dtype=torch.float64)[:, : codes.shape[1], :num_dims]
+    of_columns = sums.sum(1, dtype=torch.float64)[:, : codes.shape[1], None]
     if metric == "euclidean":
         to_codes = 2 * (to_codes - of_columns * codes)
     elif metric == "distance":
@@ -645,6 +659,11 @@ def soft_assignment_statistics_bwd(
         to_codes = _through_norm(to_codes, codes, prepared.code_factor)
     grad_codebook.copy_(to_codes.view(codebook.shape))
     return grad_x, grad_codebook
+
+
+def _filled(t: Tensor, width: int) -> Tensor:
+    """(..., width), zeros behind what ``t`` has."""
+    return torch.nn.functional.pad(t, (0, width - t.shape[-1])).contiguous()
 
 
 def _through_norm(grad: Tensor, unit: Tensor, factor: Tensor) -> Tensor:
