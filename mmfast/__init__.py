@@ -11,6 +11,10 @@ from mmfast.ops.pack_indices import pack_indices, unpack_indices
 from mmfast.ops.randn import randn
 from mmfast.ops.residual_quantize import ResidualQuantized, residual_quantize
 from mmfast.ops.sample_code import sample_code
+from mmfast.ops.soft_assignment_statistics import (
+    SoftAssignmentStatistics,
+    soft_assignment_statistics,
+)
 from mmfast.ops.vector_quantize import VectorQuantized, vector_quantize
 from mmfast.version import __version__
 
@@ -22,6 +26,7 @@ __all__ = [
     "KMeansResult",
     "LookupFreeQuantized",
     "ResidualQuantized",
+    "SoftAssignmentStatistics",
     "VectorQuantized",
     "__version__",
     "code_statistics",
@@ -35,6 +40,7 @@ __all__ = [
     "randn",
     "residual_quantize",
     "sample_code",
+    "soft_assignment_statistics",
     "unpack_indices",
     "use_backend",
     "vector_quantize",

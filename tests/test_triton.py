@@ -19,10 +19,11 @@ import test_code_statistics
 import test_finite_scalar_quantize
 import test_lookup_free_quantize
 import test_nearest_code
-import test_randn
 import test_pack_indices
+import test_randn
 import test_residual_quantize
 import test_sample_code
+import test_soft_assignment_statistics
 import test_vector_quantize
 import torch
 from cases import METRICS, VIEWS, complaints, device_of, normal
@@ -110,6 +111,14 @@ REPEATED = {
         "without_losses",
     ),
     test_pack_indices: ("rows_by_themselves",),
+    test_soft_assignment_statistics: (
+        "bool_weights_are_a_mask",
+        "extreme_logits",
+        "not_finite",
+        "nothing_to_average",
+        "only_what_is_asked_for",
+        "zero_vectors_have_no_cosine",
+    ),
     test_vector_quantize: (
         "gradients",
         "half_precision_keeps_its_dtype",

@@ -12,6 +12,7 @@
 #include "cpu/randn.h"
 #include "cpu/residual_quantize.h"
 #include "cpu/sample_code.h"
+#include "cpu/soft_assignment_statistics.h"
 #include "cpu/vector_quantize.h"
 
 namespace mmfast {
@@ -36,6 +37,8 @@ struct Kernels {
   int64_t (*matrix_products)(int64_t rounds);
   void (*randn)(const RandnArgs&, const Parallel&);
   bool (*sample_code)(const SampleCodeArgs&, const Parallel&);
+  bool (*soft_assignment_statistics)(const SoftAssignmentArgs&, const Parallel&);
+  bool (*soft_assignment_statistics_bwd)(const SoftAssignmentBwdArgs&, const Parallel&);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -13,6 +13,7 @@
 #include "cpu/randn_kernel.h"
 #include "cpu/residual_quantize_kernel.h"
 #include "cpu/sample_code_kernel.h"
+#include "cpu/soft_assignment_statistics_kernel.h"
 #include "cpu/vector_quantize_bwd_kernel.h"
 #include "cpu/vector_quantize_kernel.h"
 
@@ -41,5 +42,7 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::matrix_products,
     &MMFAST_ISA::randn,
     &MMFAST_ISA::sample_code,
+    &MMFAST_ISA::soft_assignment_statistics,
+    &MMFAST_ISA::soft_assignment_statistics_bwd,
 };
 }

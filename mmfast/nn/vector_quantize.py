@@ -38,11 +38,11 @@ class VectorQuantize(nn.Module):
 
     Takes the arguments of vector-quantize-pytorch's ``VectorQuantize`` (1.32), with its defaults,
     its parameters, buffers and initial numbers, so that checkpoints load both ways. Look-up,
-    losses and statistics are :func:`mmfast.vector_quantize` and
-    :func:`mmfast.code_statistics`: indices are exact, and nothing of N x K is in memory. The
-    following compare a vector with all codes and do so in pieces of 4 M similarities, which a
-    gradient computes again: ``topk``, ``stochastic_sample_codes``, ``straight_through``, the
-    cross-entropy loss, and the diversity loss (whose mean probabilities are L x K).
+    losses and statistics are :func:`mmfast.vector_quantize`, :func:`mmfast.code_statistics` and
+    :func:`mmfast.soft_assignment_statistics`: indices are exact, and nothing of N x K is in
+    memory (the diversity loss needs mean probabilities of L x K). The following compare a vector
+    with all codes and do so in pieces of 4 M similarities, which a gradient computes again:
+    ``topk``, ``stochastic_sample_codes``, ``straight_through`` and the cross-entropy loss.
     ``codebook_transform_fn`` gets the codebook and returns the codes of each vector,
     (H, B, L, K, D), which is its own to afford.
 
@@ -208,6 +208,11 @@ class VectorQuantize(nn.Module):
         )
         if not 0 <= sync_update_v <= 1:
             raise ValueError(f"sync_update_v must be from 0 to 1, got {sync_update_v}")
+        if codebook_diversity_loss_weight > 0 and not codebook_diversity_temperature > 0:
+            raise ValueError(
+                "codebook_diversity_temperature must be above 0, "
+                f"got {codebook_diversity_temperature}"
+            )
 
         self.dim = dim
         self.heads = heads
