@@ -14,7 +14,7 @@ from benchmarks import memory, peers, timing
 from benchmarks.cases import Case
 from benchmarks.results import Row
 from benchmarks.spent import FIRST, ROUNDS, TRUTH, Spent
-from benchmarks.subjects import Arguments, Subject, expected, judge, subjects
+from benchmarks.subjects import Arguments, Subject, answer, expected, judge, own, subjects
 from mmfast.registry import OPS
 
 _CUT_LEAST = 1024  # vectors
@@ -143,9 +143,10 @@ def enter(
     if needed > _free_memory(device) and not hasattr(peers.of(case.op), "first_rows"):
         return f"not run where it needs {needed >> 30} GiB"
     given, rows = _cut(case, subject, arguments, device, effort.call)
-    call = subject.peer.make(*given)
+    copies = own(case.op, given)
+    call = subject.peer.make(*copies)
     match = None
-    result = call()
+    result = answer(case.op, call(), copies)
     if subject.kind != "floor":
         judged = min(rows, case.judged)
         if judged < rows:

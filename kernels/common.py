@@ -59,7 +59,22 @@ def num_threads(number: int) -> dict[str, int]:
 
 def strides(t: Tensor) -> tuple[int, ...]:
     """Strides of (H, ...). That of a single head would be but another number to specialise for."""
-    return (t.stride(0) if t.shape[0] > 1 else 0, *t.stride()[1:])
+    return (first_stride(t), *t.stride()[1:])
+
+
+def lying_together(t: Tensor, first: int) -> Tensor:
+    """t, or a copy of it where the numbers of dimensions [first, dim) do not follow each other."""
+    expected = 1
+    for size, stride in zip(reversed(t.shape[first:]), reversed(t.stride()[first:]), strict=True):
+        if size != 1 and stride != expected:
+            return t.contiguous()
+        expected *= size
+    return t
+
+
+def first_stride(t: Tensor | None) -> int:
+    """Stride of the first dimension. That of a single one would be but another number."""
+    return t.stride(0) if t is not None and t.shape[0] > 1 else 0
 
 
 def tile_sizes(num_dims: int, tile: int, widest: int, most_rows: int = 256) -> dict[str, int]:
@@ -104,6 +119,20 @@ def sum_columns(b_x):
         if b_x.shape[1] > 1:
             b_x = tl.sum(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2]), 2)
     return b_x
+
+
+@triton.jit
+def add_term(b_total, weight, b_x):
+    """b_total + weight b_x; what x holds does not matter where the weight is 0."""
+    weight = weight.to(b_total.dtype)
+    return tl.where(weight != 0, tl.fma(b_x, weight, b_total), b_total)
+
+
+@triton.jit
+def load_used(pointer, places, mask, used, dtype: tl.constexpr):
+    """The numbers as ``dtype``; zeros where nothing uses them."""
+    # Not mask & used: the interpreter gives a scalar the type of what was compared for it.
+    return tl.load(pointer + places, mask=tl.where(used, mask, False), other=0.0).to(dtype)
 
 
 @triton.jit

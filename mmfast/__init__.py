@@ -1,6 +1,7 @@
 """mmfast: exact, fused kernels for VQ-VAEs and diffusion transformers, as torch ops."""
 
 from mmfast.backends import BackendError, extension, use_backend
+from mmfast.ops.add_noise import AddedNoise, add_noise
 from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.ema_update import ema_update_, ema_update_from_statistics_
 from mmfast.ops.finite_scalar_quantize import FiniteScalarQuantized, finite_scalar_quantize
@@ -11,6 +12,7 @@ from mmfast.ops.pack_indices import pack_indices, unpack_indices
 from mmfast.ops.randn import randn
 from mmfast.ops.residual_quantize import ResidualQuantized, residual_quantize
 from mmfast.ops.sample_code import sample_code
+from mmfast.ops.sampler_step import sampler_step
 from mmfast.ops.soft_assignment_statistics import (
     SoftAssignmentStatistics,
     soft_assignment_statistics,
@@ -21,6 +23,7 @@ from mmfast.version import __version__
 extension()
 
 __all__ = [
+    "AddedNoise",
     "BackendError",
     "FiniteScalarQuantized",
     "KMeansResult",
@@ -29,6 +32,7 @@ __all__ = [
     "SoftAssignmentStatistics",
     "VectorQuantized",
     "__version__",
+    "add_noise",
     "code_statistics",
     "ema_update_",
     "ema_update_from_statistics_",
@@ -40,6 +44,7 @@ __all__ = [
     "randn",
     "residual_quantize",
     "sample_code",
+    "sampler_step",
     "soft_assignment_statistics",
     "unpack_indices",
     "use_backend",

@@ -203,9 +203,9 @@ def test_gradients_pass_by_the_lookup():
 @pytest.mark.parametrize(("op", "sample"), SAMPLES)
 def test_meta_tensors(op, sample):
     arguments = sample.make(torch.device("cpu"), torch.float32, 0)
-    result = overload(op.name)(*arguments)
+    result = op.result(overload(op.name), arguments)
     on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
-    for meta, real in zip(overload(op.name)(*on_meta), result, strict=True):
+    for meta, real in zip(op.result(overload(op.name), on_meta), result, strict=True):
         assert meta.device.type == "meta"
         assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
 

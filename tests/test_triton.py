@@ -8,6 +8,7 @@ a GPU does in none, repeats here those of their tests that it can afford.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -142,7 +143,7 @@ def backend():
 def run(op: Op, *arguments: Any) -> tuple[Tensor, ...]:
     """The result of the Triton kernels."""
     with mmfast.use_backend("triton"):
-        return backends.call(op, *arguments)
+        return op.result(functools.partial(backends.call, op), arguments)
 
 
 def on_device(*arguments: Any) -> tuple[Any, ...]:
@@ -208,8 +209,8 @@ def test_use_backend_runs_triton(op, monkeypatch):
 
     monkeypatch.setattr(module, launch.__name__, spy)
     arguments = sample_of(op, seed=0)
-    with torch.no_grad():
-        result = run(op, *arguments)
+    with torch.no_grad(), mmfast.use_backend("triton"):
+        result = backends.call(op, *arguments)
     assert result is results[-1]
     results.clear()
     with mmfast.use_backend("reference"):

@@ -13,6 +13,7 @@
 #include "cpu/residual_quantize.h"
 #include "cpu/sample_code.h"
 #include "cpu/soft_assignment_statistics.h"
+#include "cpu/sampler_step.h"
 #include "cpu/vector_quantize.h"
 
 namespace mmfast {
@@ -39,6 +40,7 @@ struct Kernels {
   bool (*sample_code)(const SampleCodeArgs&, const Parallel&);
   bool (*soft_assignment_statistics)(const SoftAssignmentArgs&, const Parallel&);
   bool (*soft_assignment_statistics_bwd)(const SoftAssignmentBwdArgs&, const Parallel&);
+  void (*sampler_step)(const SamplerStepArgs&, const Parallel&);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -14,6 +14,7 @@
 #include "cpu/residual_quantize_kernel.h"
 #include "cpu/sample_code_kernel.h"
 #include "cpu/soft_assignment_statistics_kernel.h"
+#include "cpu/sampler_step_kernel.h"
 #include "cpu/vector_quantize_bwd_kernel.h"
 #include "cpu/vector_quantize_kernel.h"
 
@@ -44,5 +45,6 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::sample_code,
     &MMFAST_ISA::soft_assignment_statistics,
     &MMFAST_ISA::soft_assignment_statistics_bwd,
+    &MMFAST_ISA::sampler_step,
 };
 }

@@ -1,0 +1,131 @@
+// Vectors of float or double, from and to numbers of any dtype, without rounding more than once.
+#pragma once
+#include "cpu/simd.h"
+#include "cpu/write_row.h"
+
+namespace mmfast::MMFAST_ISA {
+
+using vd = double __attribute__((vector_size(4 * lanes)));
+
+template <class T>
+struct Native;
+template <>
+struct Native<float> {
+  using V = vf;
+  static constexpr Dtype dtype = Dtype::float32;
+};
+template <>
+struct Native<double> {
+  using V = vd;
+  static constexpr Dtype dtype = Dtype::float64;
+};
+
+// Numbers in a vector.
+template <class T>
+constexpr int64_t native_width = 4 * lanes / (int64_t)sizeof(T);
+
+MMFAST_INLINE vd fma(vd a, vd b, vd c) {
+#if defined(__AVX512F__)
+  return (vd)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__)
+  return (vd)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vf& v) {
+  using bits16 = uint16_t __attribute__((vector_size(2 * lanes)));
+  using bits32 = uint32_t __attribute__((vector_size(4 * lanes)));
+  switch (dtype) {
+    case Dtype::float32: v = load<vf>(at); return;
+    case Dtype::bfloat16:
+      v = (vf)(__builtin_convertvector(load<bits16>(at), bits32) << 16);
+      return;
+    case Dtype::float16:
+#if defined(__AVX512F__)
+      v = (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)at));
+#elif defined(__F16C__)
+      v = (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)at));
+#else
+      for (int i = 0; i < lanes; ++i) v[i] = half_to_float(load<uint16_t>(at + 2 * i));
+#endif
+      return;
+    case Dtype::float64:
+      for (int i = 0; i < lanes; ++i) v[i] = (float)load<double>(at + 8 * i);
+  }
+}
+
+MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vd& v) {
+  if (dtype == Dtype::float64) {
+    v = load<vd>(at);
+    return;
+  }
+  for (int i = 0; i < native_width<double>; ++i)
+    v[i] = load_one<double>(at + i * size_of(dtype), dtype);
+}
+
+MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vf v) {
+  using bits32 = uint32_t __attribute__((vector_size(4 * lanes)));
+  using bits16 = uint16_t __attribute__((vector_size(2 * lanes)));
+  switch (dtype) {
+    case Dtype::float32: store(at, v); return;
+    case Dtype::bfloat16: {
+      const bits32 bits = (bits32)v, nan = (bits32)(v != v);
+      const bits32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+      store(at, __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), bits16));
+      return;
+    }
+    case Dtype::float16:
+#if defined(__AVX512F__)
+      store(at, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+      store(at, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+      for (int i = 0; i < lanes; ++i) store(at + 2 * i, float_to_half(v[i]));
+#endif
+      return;
+    case Dtype::float64:
+      for (int i = 0; i < lanes; ++i) store(at + 8 * i, (double)v[i]);
+  }
+}
+
+MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vd v) {
+  if (dtype == Dtype::float64) {
+    store(at, v);
+    return;
+  }
+  vf narrowed{};
+  for (int i = 0; i < native_width<double>; ++i) narrowed[i] = (float)v[i];
+  char written[sizeof(vf)];
+  write_numbers(written, dtype, narrowed);
+  std::memcpy(at, written, (size_t)(native_width<double> * size_of(dtype)));
+}
+
+// e^x for any x. Polynomial of Cephes' expf; the power of two is applied in halves, so that
+// neither overflows before the result does.
+MMFAST_INLINE vf exponential(vf x) {
+  using vw = int32_t __attribute__((vector_size(4 * lanes)));
+  const vf bounded = x > 89.f ? vf{} + 89.f : x < -104.f ? vf{} - 104.f : x;
+  const vf magic = vf{} + 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vf shifted = fma(bounded, vf{} + 1.44269504f, magic);
+  const vf n = shifted - magic;
+  vf r = fma(n, vf{} - 0.693359375f, bounded);
+  r = fma(n, vf{} + 2.12194440e-4f, r);
+  vf p = fma(vf{} + 1.9875691500e-4f, r, vf{} + 1.3981999507e-3f);
+  p = fma(p, r, vf{} + 8.3334519073e-3f);
+  p = fma(p, r, vf{} + 4.1665795894e-2f);
+  p = fma(p, r, vf{} + 1.6666665459e-1f);
+  p = fma(p, r, vf{} + 5.0000001201e-1f);
+  p = fma(p * r, r, r + 1.f);
+  const vw power = (vw)shifted - (vw)magic, half = power >> 1;
+  const vf first = (vf)((half + 127) << 23), second = (vf)((power - half + 127) << 23);
+  const vf result = p * first * second;
+  return x != x ? x : result;
+}
+MMFAST_INLINE vd exponential(vd x) {
+  for (int i = 0; i < native_width<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+}  // namespace mmfast::MMFAST_ISA

@@ -1,0 +1,334 @@
+"""A step of a sampler in Triton: each program does a block of one sample.
+
+The coefficients are scalars, loaded from the table at the row that a counter on the device names,
+so that a captured graph goes on to the next row by itself. What has the weight 0 is not loaded.
+Everything is loaded before anything is stored: out may be x, and slots of the history may move.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmfast.kernels.common import (
+    add_term,
+    at_most,
+    common_multiple,
+    first_stride,
+    load_used,
+    lying_together,
+    multiple,
+    num_threads,
+    rounded,
+)
+from mmfast.kernels.philox import normals, normals_in_order
+from mmfast.schedule.layout import HISTORY, Layout, M, N, P, X, slots_of
+
+_OPTIONAL = ("unconditional", "noise", "variance", "denoised", "model_input")
+
+_LOW = tl.constexpr(Layout.LOW)
+_HIGH = tl.constexpr(Layout.HIGH)
+_LOG_SCALE = tl.constexpr(Layout.LOG_SCALE)
+_GUIDANCE = tl.constexpr(Layout.GUIDANCE)
+_INPUT_SCALE = tl.constexpr(Layout.INPUT_SCALE)
+_NEXT = tl.constexpr(Layout.NEXT)
+_X = tl.constexpr(X)
+_M = tl.constexpr(M)
+_N = tl.constexpr(N)
+_P = tl.constexpr(P)
+_HISTORY = tl.constexpr(HISTORY)
+
+
+@triton.jit
+def _prediction(p_row, poison, b_x, b_m, b_u, b_n, conditional, unconditional):
+    """The weighted sum of x, the guided model output and the noise, weights at p_row."""
+    m = tl.load(p_row + _M)
+    b_total = add_term(tl.zeros_like(b_x), tl.load(p_row + _X) + poison, b_x)
+    b_total = add_term(b_total, m * conditional + poison, b_m)
+    b_total = add_term(b_total, m * unconditional + poison, b_u)
+    return add_term(b_total, tl.load(p_row + _N) + poison, b_n)
+
+
+@triton.jit
+def _sum(p_row, poison, sources, slots, b_p, conditional, unconditional, SLOTS: tl.constexpr):
+    """That of all sources."""
+    b_total = _prediction(p_row, poison, *sources, conditional, unconditional)
+    for s in tl.static_range(SLOTS):
+        b_total = add_term(b_total, tl.load(p_row + _HISTORY + s) + poison, slots[s + 1])
+    return add_term(b_total, tl.load(p_row + _P) + poison, b_p)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _uses(p_row, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr):
+    """Bits of the sources that have a weight, and of the results (next, slots) that change."""
+    column = tl.arange(0, ROW)
+    one = tl.full([ROW], 1, tl.int32)
+    b_weight = tl.load(p_row + column, mask=column < COLUMNS, other=0.0)
+    inside = (column >= _NEXT) & (column < COLUMNS)
+    result = (column - _NEXT) // WIDTH  # that the weight belongs to
+    source = (column - _NEXT) % WIDTH
+    own = tl.where((result > 0) & (source == result + (_HISTORY - 1)), 1.0, 0.0)
+    bits = tl.where(inside & (b_weight != own), one << tl.where(inside, result, 0), 0)
+    changed = tl.reduce(bits, 0, _either) | 1
+    inside = (inside & ((changed >> tl.where(inside, result, 0)) & 1 != 0)) | (column <= _N)
+    place = tl.where(column <= _N, column, tl.where(inside, source, 0))
+    used = tl.reduce(tl.where(inside & (b_weight != 0), one << place, 0), 0, _either)
+    return used, changed
+
+
+@triton.jit(
+    do_not_specialize=[
+        "E", "B", "rows", "stride_step", "stride_seed", "stride_guidance", "stride_x", "stride_m",
+        "stride_u", "stride_n", "stride_v", "stride_o", "stride_hs", "stride_hb", "stride_d",
+        "stride_i",
+    ]
+)  # fmt: skip
+def sampler_step_kernel(
+    x_ptr,
+    m_ptr,
+    u_ptr,  # or None, like every tensor that may be absent
+    guidance_scale: tl.float64,
+    guidance_ptr,
+    table_ptr,
+    step_ptr,
+    n_ptr,
+    seed_ptr,
+    v_ptr,
+    threshold_ptr,
+    out_ptr,
+    h_ptr,
+    d_ptr,
+    i_ptr,
+    B,
+    E,
+    rows,
+    stride_step,
+    stride_seed,
+    stride_guidance,
+    stride_x,
+    stride_m,
+    stride_u,
+    stride_n,
+    stride_v,
+    stride_o,
+    stride_hs,
+    stride_hb,
+    stride_d,
+    stride_i,
+    SLOTS: tl.constexpr,
+    ROW: tl.constexpr,  # at least the columns
+    COPIES: tl.constexpr,
+    FACTOR: tl.constexpr,
+    FOURS: tl.constexpr,  # blocks start at a multiple of four elements of their stream
+    BLOCK: tl.constexpr,
+):
+    DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    WIDTH: tl.constexpr = _HISTORY + SLOTS
+    COLUMNS: tl.constexpr = _NEXT + (1 + SLOTS) * WIDTH
+    place = tl.program_id(0).to(tl.int64)
+    E = multiple(E, FACTOR)
+    b = place // tl.cdiv(E, BLOCK)
+    first = place % tl.cdiv(E, BLOCK) * BLOCK
+    places = first + tl.arange(0, BLOCK)
+    mask = places < E
+
+    # The row. One that is not there, or asks for what is not there, gives NaN.
+    step = tl.load(step_ptr + b * stride_step)
+    inside = (step >= 0) & (step < rows)
+    p_row = table_ptr + tl.where(inside, step, 0) * COLUMNS
+    used, changed = _uses(p_row, WIDTH, COLUMNS, ROW)
+    use_x = (used >> _X) & 1 != 0
+    use_m = (used >> _M) & 1 != 0
+    use_n = (used >> _N) & 1 != 0
+    factor = tl.load(p_row + _LOG_SCALE + 1)
+    poison = tl.where(inside, 0.0, float("nan")).to(tl.float64)
+    if n_ptr is None and seed_ptr is None:
+        poison = tl.where(use_n, float("nan"), poison)
+    if v_ptr is None:
+        poison = tl.where(use_n & (factor != 0), float("nan"), poison)
+
+    conditional = tl.full([], 1.0, tl.float64)
+    unconditional = tl.full([], 0.0, tl.float64)
+    if u_ptr is not None:
+        on = tl.load(p_row + _GUIDANCE)
+        if guidance_ptr is not None:
+            p_pair = guidance_ptr + b * stride_guidance
+            conditional += on * (tl.load(p_pair).to(tl.float64) - 1.0)
+            unconditional = on * tl.load(p_pair + 1).to(tl.float64)
+        else:
+            scale = tl.full([], guidance_scale, tl.float64)
+            conditional += on * (scale - 1.0)
+            unconditional = on * (1.0 - scale)
+
+    b_x = load_used(x_ptr + b * multiple(stride_x, FACTOR), places, mask, use_x, DTYPE)
+    b_m = load_used(
+        m_ptr + b * multiple(stride_m, FACTOR), places, mask, use_m & (conditional != 0), DTYPE
+    )
+    b_u = tl.zeros_like(b_x)
+    if u_ptr is not None:
+        use_u = use_m & (unconditional != 0)
+        b_u = load_used(u_ptr + b * multiple(stride_u, FACTOR), places, mask, use_u, DTYPE)
+    b_n = tl.zeros_like(b_x)
+    if n_ptr is not None:
+        b_n = load_used(n_ptr + b * multiple(stride_n, FACTOR), places, mask, use_n, DTYPE)
+    elif seed_ptr is not None:  # noqa: SIM102 (the other condition is on the device)
+        if use_n:
+            seed = tl.load(seed_ptr + b * stride_seed)
+            start = first
+            if stride_seed == 0:
+                start += b * E
+            if FOURS:
+                b_n = normals_in_order(seed, step, start, BLOCK).to(DTYPE)
+            else:
+                b_n = normals(seed, step, start + tl.arange(0, BLOCK)).to(DTYPE)
+    if v_ptr is not None:
+        use_v = use_n & (factor != 0)
+        b_v = load_used(v_ptr + b * multiple(stride_v, FACTOR), places, mask, use_v, DTYPE)
+        b_log = add_term(tl.zeros_like(b_v) + tl.load(p_row + _LOG_SCALE).to(DTYPE), factor, b_v)
+        b_n *= tl.exp(b_log)
+
+    slots = (b_x,)  # and from 1 on those of the history
+    if SLOTS > 0:
+        p_h = h_ptr + b * multiple(stride_hb, FACTOR)
+        for s in tl.static_range(SLOTS):
+            use_h = (used >> (_HISTORY + s)) & 1 != 0
+            p_s = p_h + s * multiple(stride_hs, FACTOR)
+            slots = slots + (load_used(p_s, places, mask, use_h, DTYPE),)  # noqa: RUF005
+
+    sources = (b_x, b_m, b_u, b_n)
+    b_p = _prediction(p_row, poison, *sources, conditional, unconditional)
+    # Comparisons that are false for NaN leave it as it is.
+    if threshold_ptr is not None:
+        t = tl.load(threshold_ptr + b).to(DTYPE)
+        b_p = tl.where(b_p > t, t, b_p)
+        b_p = tl.where(b_p < -t, -t, b_p) / t
+    low = tl.load(p_row + _LOW).to(DTYPE)
+    high = tl.load(p_row + _HIGH).to(DTYPE)
+    b_p = tl.where(b_p > high, high, b_p)
+    b_p = tl.where(b_p < low, low, b_p)
+
+    b_next = _sum(p_row + _NEXT, poison, sources, slots, b_p, conditional, unconditional, SLOTS)
+    made = (b_next,)
+    for s in tl.static_range(SLOTS):
+        p_slot = p_row + _NEXT + (1 + s) * WIDTH
+        b_slot = _sum(p_slot, poison, sources, slots, b_p, conditional, unconditional, SLOTS)
+        made = made + (b_slot,)  # noqa: RUF005
+
+    # Another thread may store what this one loads.
+    tl.debug_barrier()
+    if SLOTS > 0:
+        p_h = h_ptr + b * multiple(stride_hb, FACTOR)
+        for s in tl.static_range(SLOTS):
+            written = ((changed >> (s + 1)) & 1 != 0) | (poison != poison)
+            p_s = p_h + s * multiple(stride_hs, FACTOR) + places
+            tl.store(
+                p_s,
+                rounded(made[s + 1], h_ptr.dtype.element_ty),
+                mask=tl.where(written, mask, False),
+            )
+    p_out = out_ptr + b * multiple(stride_o, FACTOR) + places
+    tl.store(p_out, rounded(b_next, out_ptr.dtype.element_ty), mask=mask)
+    if d_ptr is not None:
+        p_d = d_ptr + b * multiple(stride_d, FACTOR) + places
+        tl.store(p_d, rounded(b_p, d_ptr.dtype.element_ty), mask=mask)
+    if i_ptr is not None:
+        b_next *= (tl.load(p_row + _INPUT_SCALE) + poison).to(DTYPE)
+        for copy in tl.static_range(COPIES):
+            p_i = i_ptr + (copy * B + b) * multiple(stride_i, FACTOR) + places
+            tl.store(p_i, rounded(b_next, i_ptr.dtype.element_ty), mask=mask)
+
+
+def sampler_step(
+    x: Tensor,
+    model_output: Tensor,
+    unconditional: Tensor | None,
+    guidance_scale: float,
+    guidance: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    variance: Tensor | None,
+    threshold: Tensor | None,
+    out: Tensor,
+    history: Tensor | None,
+    denoised: Tensor | None,
+    model_input: Tensor | None,
+) -> None:
+    """``torch.ops.mmfast.sampler_step`` on checked arguments."""
+    if x.numel() == 0:
+        return
+    batch, numbers = x.shape[0], x.shape[1:].numel()
+    sources = [
+        None if t is None else lying_together(t, 1)
+        for t in (x, model_output, unconditional, noise, variance)
+    ]
+    given = [out, history, denoised, model_input]
+    targets = [None if t is None else lying_together(t, 1 + (t is history)) for t in given]
+    strides = [first_stride(t) for t in (*sources, targets[0])]
+    slots = slots_of(table.shape[1])
+    kept = targets[1] if slots else None
+    strides += [first_stride(kept), 0 if kept is None else first_stride(kept[0])]
+    strides += [first_stride(t) for t in targets[2:]]
+    block = 1024 if x.dtype != torch.float64 else 512 if slots <= 4 else 256
+    per_sample = seed is not None and seed.dim() > 0 and batch > 1
+    sampler_step_kernel[(batch * triton.cdiv(numbers, block),)](
+        *sources[:3], guidance_scale, None if guidance is None else guidance.contiguous(),
+        table.contiguous(), step, sources[3], None if seed is None else seed.contiguous(),
+        sources[4], None if threshold is None else threshold.contiguous(), targets[0], kept,
+        *targets[2:], batch, numbers, table.shape[0],
+        step.stride(0) if step.dim() and batch > 1 else 0, int(per_sample),
+        2 if guidance is not None and guidance.shape[0] > 1 else 0, *strides, SLOTS=slots,
+        ROW=triton.next_power_of_2(table.shape[1]),
+        COPIES=0 if model_input is None else model_input.shape[0] // batch,
+        FACTOR=common_multiple(numbers, *strides),
+        FOURS=per_sample or batch == 1 or numbers % 4 == 0, BLOCK=block,
+        enable_fp_fusion=False, **num_threads(128), **at_most(255),
+    )  # fmt: skip
+    for tensor, target in zip(given, targets, strict=True):
+        if tensor is not target and tensor is not None:
+            tensor.copy_(target)
+
+
+def offline_variants() -> list[Any]:
+    """Launches for ``mmfast.kernels.offline``."""
+    from mmfast.kernels.offline import Variant
+
+    def variant(slots: int, dtype: torch.dtype, *more: str, quick: bool = False) -> Variant:
+        def launch(n: int, _: int) -> None:
+            x = torch.ones(n, 64, dtype=dtype)
+            given = {name: x if name in more else None for name in _OPTIONAL}
+            table = torch.ones(4, Layout(slots).columns, dtype=torch.float64)
+            step = torch.zeros(n, dtype=torch.int64)
+            sampler_step(
+                x, x, given["unconditional"], 7.5, None, table, step, given["noise"],
+                step if "seed" in more else None, given["variance"],
+                torch.ones(n) if "threshold" in more else None, x,
+                torch.ones(slots, n, 64, dtype=dtype) if slots else None, given["denoised"],
+                given["model_input"],
+            )  # fmt: skip
+
+        name = ", ".join(("sampler_step: " + str(dtype).removeprefix("torch."), *more))
+        return Variant(
+            f"{name}, {slots} slots",
+            launch,
+            wide=(("sampler_step_kernel", "tl.load(pointer + places"),),
+            quick=quick,
+        )
+
+    some = ((0, torch.float32, True), (3, torch.bfloat16, False))
+    return [
+        variant(slots, dtype, *more, quick=(slots, dtype, not more) in some)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+        for slots in (0, 2, 3, 6)
+        for more in ((), ("unconditional", "seed", "denoised", "model_input"))
+    ] + [variant(2, torch.bfloat16, "noise", "variance", "threshold")]
