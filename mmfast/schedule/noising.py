@@ -17,7 +17,7 @@ def noising_rows(
     weighting: Callable[[Tensor], Tensor] | None,
     sigma_data: float | None = None,
 ) -> Tensor:
-    """(T, 5) rows [alpha, sigma, target_x0, target_noise, weight] for T pairs of alpha and sigma."""
+    """(T, 5) rows [alpha, sigma, target_x0, target_noise, weight] for T alphas and sigmas."""
     rows = []
     weights = None if weighting is None else weighting((alpha / sigma) ** 2).double()
     for i, (a, s) in enumerate(zip(alpha.tolist(), sigma.tolist(), strict=True)):

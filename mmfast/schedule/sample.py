@@ -34,17 +34,17 @@ def sample(
 
     Args:
         model: called as ``model(x, t, **model_kwargs)`` with x ``(B, ...)`` and t ``(B,)``, the
-            timestep: int64 if all of the table's are whole, else float32. It returns a tensor like x,
-            or something whose first item is one. For tables with learned variances it has twice the
-            channels, dimension 1, the variances behind.
+            timestep: int64 if all of the table's are whole, else float32. It returns a tensor like
+            x, or something whose first item is one. For tables with learned variances it has twice
+            the channels, dimension 1, the variances behind.
         x: ``(B, ...)`` standard normal noise. It is scaled as the table asks for.
         table: of a sampler, such as ``mmfast.schedule.dpm_solver(schedule.grid(20))``.
         image: start from this, ``(B, ...)``, with as much of the noise x as the table's first row
             expects: build the table on a grid with ``start`` above 0.
         model_kwargs: further arguments of the model.
-        guidance_scale: of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), a number
-            or ``(B,)``. Unless it is the number 1, the model gets x twice, ``(2 B, ...)``, and its
-            arguments must hold the unconditional half first.
+        guidance_scale: of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), a
+            number or ``(B,)``. Unless it is the number 1, the model gets x twice, ``(2 B, ...)``,
+            and its arguments must hold the unconditional half first.
         seed: of the noise that stochastic samplers add, an int or an int64 tensor, ``()`` or
             ``(B,)``; drawn from torch's generator if not given. See :func:`mmfast.sampler_step`.
         callback: called after each row as ``callback(i, x, denoised)`` with the sample and the
@@ -77,15 +77,15 @@ def sample(
 class SampleLoop:
     """What :func:`sample` runs, with its buffers, to be run again.
 
-    The table lies in a buffer on the device, and so does the number of the row: :meth:`set_table` puts
-    another sampler, schedule or guidance interval in place without a new capture.
+    The table lies in a buffer on the device, and so does the number of the row: :meth:`set_table`
+    puts another sampler, schedule or guidance interval in place without a new capture.
 
     Args:
-        model: as of :func:`sample`; with ``cuda_graph`` the tensors among ``model_kwargs`` are read in
-            place at each run.
+        model: as of :func:`sample`.
         x: like the noise of the runs: shape, dtype and device count.
         table: of a sampler.
-        model_kwargs: as of :func:`sample`.
+        model_kwargs: as of :func:`sample`. With ``cuda_graph`` its tensors are read in place at
+            each run: copy new values into them.
         guidance_scale: as of :func:`sample`.
         dtype: as of :func:`sample`.
         cuda_graph: as of :func:`sample`.

@@ -140,7 +140,7 @@ class TableBuilder:
         """
         if not 1 <= k <= min(self._ring, self._pushed):
             raise ValueError(
-                f"last({k}): {self._pushed} values were pushed, of which {self._ring} are remembered"
+                f"last({k}): {self._pushed} values were pushed, {self._ring} are remembered"
             )
         return Linear({HISTORY + (self._pushed - k) % self._ring: 1.0})
 

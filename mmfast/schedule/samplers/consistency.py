@@ -50,8 +50,8 @@ def tcd(
     A DDIM step to s = (1 - eta) of the next timestep, rounded down, and noise from there to it.
 
     Args:
-        grid: where it goes: timesteps of :func:`mmfast.schedule.spacings.consistency`. The last point
-            counts as timestep 0.
+        grid: where it goes: timesteps of :func:`mmfast.schedule.spacings.consistency`. The last
+            point counts as timestep 0.
         prediction: what the model predicts.
         clip: range of the clean sample.
         eta: gamma of the paper, from 0, without noise, to 1.

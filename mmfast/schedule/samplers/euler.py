@@ -26,8 +26,8 @@ def euler(
         grid: where it goes.
         prediction: what the model predicts.
         clip: range of the clean sample.
-        churn: S_churn of algorithm 2: noise that is added and removed again, over all steps. It is
-            added after the call of the model, as in diffusers: the algorithm would call it once more.
+        churn: S_churn of algorithm 2: noise that is added and removed again, over all steps. As
+            in diffusers it is added after the call of the model; the algorithm adds it before.
         churn_min: S_tmin, the least sigma with churn.
         churn_max: S_tmax, the largest.
         churn_noise: S_noise, the scale of what is added.
@@ -52,8 +52,8 @@ def euler(
 
 
 def _at(grid: Grid, i: int, prediction: str, sample: Linear, sigma: float) -> Linear:
-    # The clean sample at a raised sigma. What is not derived from sigma in the output's meaning, as a
-    # v is, stays that of the point.
+    # The clean sample at a raised sigma; for v and flows with the coefficients of the point, as
+    # diffusers has it.
     if prediction == "epsilon":
         return sample + Linear({M: -sigma})
     if prediction in ("edm", "edm_v"):

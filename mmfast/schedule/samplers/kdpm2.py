@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from mmfast.schedule.grid import Grid
@@ -47,9 +48,7 @@ def kdpm2_ancestral(
 def _midpoint(grid: Grid, prediction: str, clip: Clip, eta: float) -> SamplerTable:
     grid = grid.variance_exploding()
     sigmas = grid.sigma.tolist()
-    ups, downs = zip(
-        *(ancestral(s, t, eta) for s, t in zip(sigmas, sigmas[1:], strict=False)), strict=True
-    )
+    ups, downs = zip(*(ancestral(s, t, eta) for s, t in itertools.pairwise(sigmas)), strict=True)
     pairs = [(s, down) for s, down in zip(sigmas, downs, strict=False) if down > 0]
     middles = [math.sqrt(s * down) for s, down in pairs]
     fine = grid.refined(
