@@ -30,6 +30,7 @@ from mmfast.schedule.samplers import (
     tcd,
     unipc,
 )
+from mmfast.schedule.samplers.steps import Steps
 from mmfast.schedule.sigmas import dynamic_mu
 from mmfast.schedule.table import Linear, SamplerTable, TableBuilder
 
@@ -42,6 +43,7 @@ __all__ = [
     "NoiseSchedule",
     "SampleLoop",
     "SamplerTable",
+    "Steps",
     "TableBuilder",
     "betas",
     "ddim",
