@@ -122,6 +122,20 @@ def sum_columns(b_x):
 
 
 @triton.jit
+def add_term(b_total, weight, b_x):
+    """b_total + weight b_x; what x holds does not matter where the weight is 0."""
+    weight = weight.to(b_total.dtype)
+    return tl.where(weight != 0, tl.fma(b_x, weight, b_total), b_total)
+
+
+@triton.jit
+def load_used(pointer, places, mask, used, dtype: tl.constexpr):
+    """The numbers as ``dtype``; zeros where nothing uses them."""
+    # Not mask & used: the interpreter gives a scalar the type of what was compared for it.
+    return tl.load(pointer + places, mask=tl.where(used, mask, False), other=0.0).to(dtype)
+
+
+@triton.jit
 def rounded(b_x, dtype: tl.constexpr):
     """b_x in ``dtype``; from float64 by way of float32, as torch does."""
     if dtype.primitive_bitwidth == 16:

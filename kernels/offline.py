@@ -83,18 +83,22 @@ class Compiled:
     registers: int | None  # None: no cuobjdump to tell
     spills: int | None  # bytes of local memory per thread
     matrix_instructions: dict[str, int]
-    # Widths in bits of the loads from global memory, by line of the kernel's file.
-    loads: dict[int, collections.Counter[int]]
+    # Widths in bits of the loads from global memory, by file (its name) and line.
+    loads: dict[tuple[str, int], collections.Counter[int]]
     source: str  # that file
     specialisation: str = field(repr=False)  # equal for launches that share the code
     assembly: str = field(repr=False)
     binary: bytes = field(repr=False)
 
     def loads_of(self, text: str) -> set[int]:
-        """Widths of the loads in the lines with ``text``."""
-        lines = _lines(self.source)
-        found = [number for number, line in enumerate(lines, 1) if text in line]
-        return {bits for number in found for bits in self.loads.get(number, {})}
+        """Widths of the loads in the lines with ``text``, of the kernel's file and of common.py."""
+        return {
+            bits
+            for path in (Path(self.source), Path(self.source).with_name("common.py"))
+            for number, line in enumerate(_lines(str(path)), 1)
+            if text in line
+            for bits in self.loads.get((path.name, number), {})
+        }
 
     def configuration(self) -> str:
         """The constants and the size of the launch, in words."""
@@ -186,20 +190,24 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
 
 _MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma\w+)")
 _LOADS = re.compile(
-    r"\.loc\s+\d+\s+(?P<line>\d+)"
+    r"\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)"
     r"|\bld\.global[\w.:]*?(?:\.v(?P<count>\d))?\.[busf](?P<bits>\d+)\s"
     r"|\bcp\.async\.c[ag]\.shared\.global[^,\n]*,[^,\n]*,\s*(?P<bytes>\w+)"
     r"|\b(?:global|buffer)_load_(?P<name>\w+)"
 )
+_FILES = re.compile(r'\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]+)"')
 _AMD_BITS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
 
-def _loads(assembly: str) -> dict[int, collections.Counter[int]]:
-    line = 0
-    loads: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
+def _loads(assembly: str) -> dict[tuple[str, int], collections.Counter[int]]:
+    files = {number: Path(name).name for number, name in _FILES.findall(assembly)}
+    line = ("", 0)
+    loads: dict[tuple[str, int], collections.Counter[int]] = collections.defaultdict(
+        collections.Counter
+    )
     for found in _LOADS.finditer(assembly):
         if found["line"]:
-            line = int(found["line"])
+            line = (files.get(found["file"], ""), int(found["line"]))
         elif found["bits"]:
             loads[line][int(found["count"] or 1) * int(found["bits"])] += 1
         elif found["bytes"]:

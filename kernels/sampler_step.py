@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels.common import (
+    add_term,
     at_most,
     common_multiple,
     first_stride,
+    load_used,
     lying_together,
     multiple,
     num_threads,
@@ -42,26 +44,13 @@ _HISTORY = tl.constexpr(HISTORY)
 
 
 @triton.jit
-def _add(b_total, weight, b_source):
-    """b_total + weight b_source; what the source holds does not matter where the weight is 0."""
-    weight = weight.to(b_total.dtype)
-    return tl.where(weight != 0, tl.fma(b_source, weight, b_total), b_total)
-
-
-@triton.jit
-def _read(pointer, places, mask, used, dtype: tl.constexpr):
-    """The numbers as ``dtype``; zeros where nothing uses them."""
-    return tl.load(pointer + places, mask=tl.where(used, mask, False), other=0.0).to(dtype)
-
-
-@triton.jit
 def _prediction(p_row, poison, b_x, b_m, b_u, b_n, conditional, unconditional):
     """The weighted sum of x, the guided model output and the noise, weights at p_row."""
     m = tl.load(p_row + _M)
-    b_total = _add(tl.zeros_like(b_x), tl.load(p_row + _X) + poison, b_x)
-    b_total = _add(b_total, m * conditional + poison, b_m)
-    b_total = _add(b_total, m * unconditional + poison, b_u)
-    return _add(b_total, tl.load(p_row + _N) + poison, b_n)
+    b_total = add_term(tl.zeros_like(b_x), tl.load(p_row + _X) + poison, b_x)
+    b_total = add_term(b_total, m * conditional + poison, b_m)
+    b_total = add_term(b_total, m * unconditional + poison, b_u)
+    return add_term(b_total, tl.load(p_row + _N) + poison, b_n)
 
 
 @triton.jit
@@ -69,8 +58,31 @@ def _sum(p_row, poison, sources, slots, b_p, conditional, unconditional, SLOTS: 
     """That of all sources."""
     b_total = _prediction(p_row, poison, *sources, conditional, unconditional)
     for s in tl.static_range(SLOTS):
-        b_total = _add(b_total, tl.load(p_row + _HISTORY + s) + poison, slots[s + 1])
-    return _add(b_total, tl.load(p_row + _P) + poison, b_p)
+        b_total = add_term(b_total, tl.load(p_row + _HISTORY + s) + poison, slots[s + 1])
+    return add_term(b_total, tl.load(p_row + _P) + poison, b_p)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _uses(p_row, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr):
+    """Bits of the sources that have a weight, and of the results (next, slots) that change."""
+    column = tl.arange(0, ROW)
+    one = tl.full([ROW], 1, tl.int32)
+    b_weight = tl.load(p_row + column, mask=column < COLUMNS, other=0.0)
+    inside = (column >= _NEXT) & (column < COLUMNS)
+    result = (column - _NEXT) // WIDTH  # that the weight belongs to
+    source = (column - _NEXT) % WIDTH
+    own = tl.where((result > 0) & (source == result + (_HISTORY - 1)), 1.0, 0.0)
+    bits = tl.where(inside & (b_weight != own), one << tl.where(inside, result, 0), 0)
+    changed = tl.reduce(bits, 0, _either) | 1
+    inside = (inside & ((changed >> tl.where(inside, result, 0)) & 1 != 0)) | (column <= _N)
+    place = tl.where(column <= _N, column, tl.where(inside, source, 0))
+    used = tl.reduce(tl.where(inside & (b_weight != 0), one << place, 0), 0, _either)
+    return used, changed
 
 
 @triton.jit(
@@ -113,6 +125,7 @@ def sampler_step_kernel(
     stride_d,
     stride_i,
     SLOTS: tl.constexpr,
+    ROW: tl.constexpr,  # at least the columns
     COPIES: tl.constexpr,
     FACTOR: tl.constexpr,
     FOURS: tl.constexpr,  # blocks start at a multiple of four elements of their stream
@@ -132,13 +145,10 @@ def sampler_step_kernel(
     step = tl.load(step_ptr + b * stride_step)
     inside = (step >= 0) & (step < rows)
     p_row = table_ptr + tl.where(inside, step, 0) * COLUMNS
-    use_x = tl.load(p_row + _X) != 0
-    use_m = tl.load(p_row + _M) != 0
-    use_n = tl.load(p_row + _N) != 0
-    for r in tl.static_range(1 + SLOTS):
-        use_x |= tl.load(p_row + _NEXT + r * WIDTH + _X) != 0
-        use_m |= tl.load(p_row + _NEXT + r * WIDTH + _M) != 0
-        use_n |= tl.load(p_row + _NEXT + r * WIDTH + _N) != 0
+    used, changed = _uses(p_row, WIDTH, COLUMNS, ROW)
+    use_x = (used >> _X) & 1 != 0
+    use_m = (used >> _M) & 1 != 0
+    use_n = (used >> _N) & 1 != 0
     factor = tl.load(p_row + _LOG_SCALE + 1)
     poison = tl.where(inside, 0.0, float("nan")).to(tl.float64)
     if n_ptr is None and seed_ptr is None:
@@ -159,18 +169,18 @@ def sampler_step_kernel(
             conditional += on * (scale - 1.0)
             unconditional = on * (1.0 - scale)
 
-    b_x = _read(x_ptr + b * multiple(stride_x, FACTOR), places, mask, use_x, DTYPE)
-    b_m = _read(
+    b_x = load_used(x_ptr + b * multiple(stride_x, FACTOR), places, mask, use_x, DTYPE)
+    b_m = load_used(
         m_ptr + b * multiple(stride_m, FACTOR), places, mask, use_m & (conditional != 0), DTYPE
     )
     b_u = tl.zeros_like(b_x)
     if u_ptr is not None:
         use_u = use_m & (unconditional != 0)
-        b_u = _read(u_ptr + b * multiple(stride_u, FACTOR), places, mask, use_u, DTYPE)
+        b_u = load_used(u_ptr + b * multiple(stride_u, FACTOR), places, mask, use_u, DTYPE)
     b_n = tl.zeros_like(b_x)
     if n_ptr is not None:
-        b_n = _read(n_ptr + b * multiple(stride_n, FACTOR), places, mask, use_n, DTYPE)
-    elif seed_ptr is not None:
+        b_n = load_used(n_ptr + b * multiple(stride_n, FACTOR), places, mask, use_n, DTYPE)
+    elif seed_ptr is not None:  # noqa: SIM102 (the other condition is on the device)
         if use_n:
             seed = tl.load(seed_ptr + b * stride_seed)
             start = first
@@ -182,20 +192,17 @@ def sampler_step_kernel(
                 b_n = normals(seed, step, start + tl.arange(0, BLOCK)).to(DTYPE)
     if v_ptr is not None:
         use_v = use_n & (factor != 0)
-        b_v = _read(v_ptr + b * multiple(stride_v, FACTOR), places, mask, use_v, DTYPE)
-        b_log = _add(tl.zeros_like(b_v) + tl.load(p_row + _LOG_SCALE).to(DTYPE), factor, b_v)
+        b_v = load_used(v_ptr + b * multiple(stride_v, FACTOR), places, mask, use_v, DTYPE)
+        b_log = add_term(tl.zeros_like(b_v) + tl.load(p_row + _LOG_SCALE).to(DTYPE), factor, b_v)
         b_n *= tl.exp(b_log)
 
     slots = (b_x,)  # and from 1 on those of the history
     if SLOTS > 0:
         p_h = h_ptr + b * multiple(stride_hb, FACTOR)
         for s in tl.static_range(SLOTS):
-            use_h = tl.load(p_row + _NEXT + _HISTORY + s) != 0
-            for r in tl.static_range(SLOTS):
-                p_slot = p_row + _NEXT + (1 + r) * WIDTH
-                use_h |= (tl.load(p_slot + _HISTORY + s) != 0) & _changes(p_slot, r, WIDTH)
+            use_h = (used >> (_HISTORY + s)) & 1 != 0
             p_s = p_h + s * multiple(stride_hs, FACTOR)
-            slots = slots + (_read(p_s, places, mask, use_h, DTYPE),)  # noqa: RUF005
+            slots = slots + (load_used(p_s, places, mask, use_h, DTYPE),)  # noqa: RUF005
 
     sources = (b_x, b_m, b_u, b_n)
     b_p = _prediction(p_row, poison, *sources, conditional, unconditional)
@@ -221,12 +228,12 @@ def sampler_step_kernel(
     if SLOTS > 0:
         p_h = h_ptr + b * multiple(stride_hb, FACTOR)
         for s in tl.static_range(SLOTS):
-            changed = _changes(p_row + _NEXT + (1 + s) * WIDTH, s, WIDTH) | (poison != poison)
+            written = ((changed >> (s + 1)) & 1 != 0) | (poison != poison)
             p_s = p_h + s * multiple(stride_hs, FACTOR) + places
             tl.store(
                 p_s,
                 rounded(made[s + 1], h_ptr.dtype.element_ty),
-                mask=tl.where(changed, mask, False),
+                mask=tl.where(written, mask, False),
             )
     p_out = out_ptr + b * multiple(stride_o, FACTOR) + places
     tl.store(p_out, rounded(b_next, out_ptr.dtype.element_ty), mask=mask)
@@ -238,15 +245,6 @@ def sampler_step_kernel(
         for copy in tl.static_range(COPIES):
             p_i = i_ptr + (copy * B + b) * multiple(stride_i, FACTOR) + places
             tl.store(p_i, rounded(b_next, i_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _changes(p_slot, slot, WIDTH: tl.constexpr):
-    """Whether a slot's row is another than its own unit vector."""
-    changes = tl.load(p_slot + _HISTORY + slot) != 1
-    for i in tl.static_range(WIDTH):
-        changes |= (tl.load(p_slot + i) != 0) & (i != _HISTORY + slot)
-    return changes
 
 
 def sampler_step(
@@ -290,6 +288,7 @@ def sampler_step(
         *targets[2:], batch, numbers, table.shape[0],
         step.stride(0) if step.dim() and batch > 1 else 0, int(per_sample),
         2 if guidance is not None and guidance.shape[0] > 1 else 0, *strides, SLOTS=slots,
+        ROW=triton.next_power_of_2(table.shape[1]),
         COPIES=0 if model_input is None else model_input.shape[0] // batch,
         FACTOR=common_multiple(numbers, *strides),
         FOURS=per_sample or batch == 1 or numbers % 4 == 0, BLOCK=block,

@@ -1,6 +1,7 @@
 """mmfast: exact, fused kernels for VQ-VAEs and diffusion transformers, as torch ops."""
 
 from mmfast.backends import BackendError, extension, use_backend
+from mmfast.ops.add_noise import AddedNoise, add_noise
 from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.ema_update import ema_update_, ema_update_from_statistics_
 from mmfast.ops.finite_scalar_quantize import FiniteScalarQuantized, finite_scalar_quantize
@@ -16,6 +17,7 @@ from mmfast.version import __version__
 extension()
 
 __all__ = [
+    "AddedNoise",
     "BackendError",
     "FiniteScalarQuantized",
     "KMeansResult",
@@ -23,6 +25,7 @@ __all__ = [
     "ResidualQuantized",
     "VectorQuantized",
     "__version__",
+    "add_noise",
     "code_statistics",
     "ema_update_",
     "ema_update_from_statistics_",

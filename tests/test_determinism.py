@@ -24,7 +24,11 @@ def problem(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def bits(t: torch.Tensor) -> torch.Tensor:
     """The same number for the same bits only, NaN and zeros included."""
-    return t.contiguous().view({8: torch.int64, 4: torch.int32}[t.element_size()]).cpu()
+    return (
+        t.contiguous()
+        .view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()])
+        .cpu()
+    )
 
 
 def assert_same_bits(got, expected) -> None:

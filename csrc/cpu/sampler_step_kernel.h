@@ -99,7 +99,7 @@ struct SamplerStep {
   // Noise that is drawn, or scaled by a variance, is made for a tile at a time.
   static void make_noise(const Plan& plan, bool drawn, int64_t e, int64_t count, T* out) {
     if (drawn) {
-      const Random random(plan.seed, plan.row);
+      const Random random(plan.seed, plan.offset);
       if constexpr (sizeof(T) == 4) {
         fill_normals(random, plan.first + e, out, count);
       } else {

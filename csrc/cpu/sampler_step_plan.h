@@ -36,7 +36,7 @@ struct SamplerPlan {
   bool noisy, scaled;  // whether any sum has noise, and whether a variance scales it
   T bias, factor;
   Source variance;
-  int64_t seed, row, first;  // of the noise, if it is drawn; the sample's first element
+  int64_t seed, offset, first;  // of the noise, if it is drawn; the sample's first element
 
   Sum denoised;
   bool predicts, clamps, thresholds;
@@ -49,7 +49,7 @@ struct SamplerPlan {
   int copies;
 
   void make(const SamplerStepArgs& args, int64_t b) {
-    row = args.steps[b * args.step_stride];
+    const int64_t row = args.steps[b * args.step_stride];
     const double* c = args.table + row * args.columns;
     sources[x] = source(args.x, b);
     sources[conditional] = source(args.conditional, b);
@@ -58,6 +58,7 @@ struct SamplerPlan {
     for (int s = 0; s < args.slots; ++s) sources[slot + s] = source(args.history[s], b);
     variance = source(args.variance, b);
     seed = args.seeds ? args.seeds[b * args.seed_stride] : 0;
+    offset = args.offsets ? args.offsets[b * args.offset_stride] : row;
     first = args.seed_stride ? 0 : b * args.elements;
 
     constexpr int guided = 7, scale_of_input = 8, next_at = 9;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from mmfast import backends, philox
 from mmfast.checks import FLOATING, check_dtype, check_floating
+from mmfast.ops.per_sample import differences, drawn, rounding, rows_of
 from mmfast.registry import Arguments, Cost, Op, Sample, register
 from mmfast.schedule.layout import HISTORY, Layout, M, N, P, X, slots_of
 from mmfast.schedule.table import SamplerTable, TableBuilder, denoised, model_output, noise
@@ -19,7 +19,7 @@ from mmfast.schedule.table import x as sample
 
 MOST_SLOTS = 16
 
-_slots_of = functools.cache(slots_of)
+_SLOTS = {Layout(slots).columns: slots for slots in range(MOST_SLOTS + 1)}
 
 
 def sampler_step(
@@ -99,7 +99,9 @@ def sampler_step(
             f"table must be (S, columns) with at least one row, got {tuple(coefficients.shape)}"
         )
     rows, columns = coefficients.shape
-    slots = _slots_of(columns)
+    if columns not in _SLOTS:
+        raise ValueError(f"table has {slots_of(columns)} slots, at most {MOST_SLOTS} are possible")
+    slots = _SLOTS[columns]
     batch = shape[0]
 
     if isinstance(step, Tensor):
@@ -183,22 +185,9 @@ class _Values(NamedTuple):
     model_input: Tensor
 
 
-def _rows(table: Tensor, step: Tensor, batch: int) -> Tensor:
-    """[B, columns]; NaN where there is no such row."""
-    length = table.shape[0]
-    inside = (step >= 0) & (step < length)
-    if step.device.type == "cpu" and not bool(inside.all()):
-        wrong = int(step[~inside].reshape(-1)[0])
-        raise IndexError(
-            f"step must be from 0 to {length - 1} for a table of {length} rows, got {wrong}"
-        )
-    rows = table.index_select(0, step.reshape(-1).clamp(0, length - 1))
-    return torch.where(inside.reshape(-1, 1), rows, torch.nan).expand(batch, -1)
-
-
 def _lacking(rows: Tensor, noise: bool, variance: bool) -> tuple[Tensor, Tensor]:
     """Which rows [B] take noise, or a variance, that is not there."""
-    layout = Layout(_slots_of(rows.shape[1]))
+    layout = Layout(slots_of(rows.shape[1]))
     taken = [
         Layout.DENOISED + N,
         Layout.NEXT + N,
@@ -207,17 +196,6 @@ def _lacking(rows: Tensor, noise: bool, variance: bool) -> tuple[Tensor, Tensor]
     noisy = (rows[:, taken] != 0).any(1)
     scaled = noisy & (rows[:, Layout.LOG_SCALE + 1] != 0)
     return noisy & (not noise), scaled & (not variance)
-
-
-def _drawn(seed: Tensor, step: Tensor, shape: torch.Size) -> Tensor:
-    """The noise of a seed, float64."""
-    batch, numbers = shape[0], shape[1:].numel()
-    offset = step.reshape(-1).expand(batch)
-    if seed.dim():
-        return philox.normals(seed, offset, numbers).view(shape)
-    made = philox.normals(seed.expand(batch), offset, batch * numbers)  # one stream for them all
-    own = [made[b, b * numbers : (b + 1) * numbers] for b in range(batch)]
-    return torch.stack(own).view(shape) if own else made.view(shape)
 
 
 def _values(
@@ -239,8 +217,8 @@ def _values(
 ) -> _Values:
     """The step. ``absolute``: of the absolute values of all terms, by which rounding is judged."""
     batch = x.shape[0]
-    layout = Layout(_slots_of(table.shape[1]))
-    rows = _rows(table, step, batch)
+    layout = Layout(slots_of(table.shape[1]))
+    rows = rows_of("step", table, step, batch)
     no_noise, no_variance = _lacking(
         rows, (noise if noise is not None else seed) is not None, variance is not None
     )
@@ -275,7 +253,7 @@ def _values(
     if noise is not None:
         n = value(noise)
     elif seed is not None:
-        n = value(_drawn(seed, step, x.shape))
+        n = value(drawn(seed, step, x.shape))
         n = n + 1 if absolute else n  # small ones have the rounding errors of a radius
     else:
         n = torch.zeros_like(m)
@@ -297,8 +275,11 @@ def _values(
     if threshold is not None:
         t = threshold.double().view(lead)
         p = (p if absolute else torch.maximum(torch.minimum(p, t), -t)) / t
-    if not absolute:
-        p = torch.maximum(torch.minimum(p, column(Layout.HIGH)), column(Layout.LOW))
+    low, high = column(Layout.LOW), column(Layout.HIGH)
+    if absolute:
+        p = p + low.clamp(min=0) - high.clamp(max=0)  # what p may be though its terms are not
+    else:
+        p = torch.maximum(torch.minimum(p, high), low)
     result = weighted(Layout.NEXT, p)
     slots = [weighted(layout.slot(s), p) for s in range(layout.slots)]
     stays = []
@@ -366,7 +347,7 @@ def cost(
 ) -> Cost:
     """What the rows have a weight for read once, what changes written once."""
     batch, numbers = x.shape[0], x.shape[1:].numel()
-    layout = Layout(_slots_of(table.shape[1]))
+    layout = Layout(slots_of(table.shape[1]))
     rows = table[step.reshape(-1)].expand(batch, -1)
     combined = [rows[:, layout.NEXT :].view(batch, 1 + layout.slots, layout.sources)]
     unit = torch.eye(layout.sources, dtype=rows.dtype, device=rows.device)[HISTORY:]
@@ -398,23 +379,11 @@ def compare(
     """Within the rounding of the sums' terms and of the result itself; slots that stay, exactly."""
     out, history, denoised, model_input = arguments[11:]
     made, terms = _values(*arguments), _values(*arguments, absolute=True)
-    drawn = arguments[8] is not None  # in float32
-    wide = arguments[0].dtype == torch.float64 and not drawn
-    compute = torch.finfo(torch.float64 if wide else torch.float32)
+    eps = 8 * rounding(arguments[0].dtype, is_drawn=arguments[8] is not None)
     complaints = []
 
     def check(name: str, got: Tensor, given: Tensor, want: Tensor, size: Tensor) -> None:
-        if (got.dtype, got.shape) != (given.dtype, given.shape):
-            complaints.append(f"{name}: {got.dtype} {tuple(got.shape)}, expected {given.dtype}")
-            return
-        info = torch.finfo(got.dtype)
-        tolerance = 8 * compute.eps * size + 0.51 * info.eps * want.abs()
-        tolerance = tolerance + info.smallest_normal * info.eps
-        wanted = want.to(got.dtype)
-        same = (got == wanted) | (got.isnan() & wanted.isnan())
-        same |= (got.double() - want).abs() <= tolerance
-        if not bool(same.all()):
-            complaints.append(f"{int((~same).sum())} of {same.numel()} numbers of {name} differ")
+        complaints.extend(differences(name, got, given, want, size, eps))
 
     results = iter(result)
     check("out", next(results), out, made.out, terms.out)
