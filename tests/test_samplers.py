@@ -26,7 +26,6 @@ PLACED = {
     "karras": {"use_karras_sigmas": True},
     "exponential": {"use_exponential_sigmas": True},
     "beta": {"use_beta_sigmas": True},
-    "lu": {"use_lu_lambdas": True},
 }
 
 pytestmark = [

@@ -82,6 +82,18 @@ def test_least_lambda(spacing):
     assert grid.timesteps.tolist() == made.timesteps.tolist()
 
 
+def test_lu_levels():
+    pytest.importorskip("diffusers")
+    import diffusers_float64 as other
+
+    made = other.scheduler(
+        "dpmsolver_multistep", "DPMSolverMultistepScheduler", use_lu_lambdas=True
+    )
+    made.set_timesteps(10)
+    grid = VP.grid(10, skip_last=True, sigmas="lu")
+    torch.testing.assert_close(grid.sigma / grid.alpha, made.sigmas, rtol=1e-10, atol=0)
+
+
 # Points of schedules.
 
 
@@ -355,7 +367,7 @@ def test_loops_take_another_table():
         assert torch.equal(loop.run(START), expected)
     with pytest.raises(ValueError, match=r"the table must be \(6, 19\) as the one before, got"):
         loop.set_table(S.dpm_solver(VP.grid(7)))
-    with pytest.raises(ValueError, match="stochastic as the one before"):
+    with pytest.raises(ValueError, match="the table must be without noise as the one before"):
         loop.set_table(S.dpm_solver(VP.grid(6), algorithm="sde-dpmsolver++"))
     with pytest.raises(ValueError, match="whole timesteps as the one before"):
         loop.set_table(S.dpm_solver(VP.grid(6, rounded=False)))
@@ -385,6 +397,54 @@ def test_the_guide_runs():
     assert names["images"].shape == (4, 3, 8, 8)
     for name in S.samplers.__all__:
         assert f"| `{name}` |" in guide
+
+
+# The builder.
+
+
+def test_the_guide_tells_the_slots():
+    guide = (Path(__file__).parents[1] / "docs" / "samplers.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", guide, re.MULTILINE)
+    told = {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+    for name in S.samplers.__all__:
+        schedule = S.FlowSchedule() if "flow" in name else S.EDMSchedule() if "edm" in name else VP
+        table = getattr(S, name)(schedule.grid(8))
+        _, _, calls, slots, noise = told[name]
+        assert len(table) == eval(calls.split(",")[0].replace("2 S", "2 * S"), {"S": 8})
+        order = 4 if name in ("lms", "ipndm") else 2
+        if name == "sa_solver":
+            assert table.slots == 2
+        else:
+            assert table.slots == eval(slots.split(",")[0], {"order": order})
+        assert table.stochastic == (noise == "yes" or name in ("sa_solver", "tcd"))
+
+
+def test_linear_maps():
+    from mmfast.schedule.table import denoised, x
+
+    both = 2 * x - denoised / 4 + x
+    assert both.weights == {0: 3.0, 3: -0.25}
+    assert repr(both) == "Linear(+3 x -0.25 p)"
+    assert (-both).weights == {0: -3.0, 3: 0.25}
+
+
+def test_the_builder_remembers():
+    from mmfast.schedule.table import denoised, x
+
+    builder = S.TableBuilder(ring=2)
+    with pytest.raises(ValueError, match=r"last\(1\): 0 values were pushed, 2 are remembered"):
+        builder.last(1)
+    for value in (1.0, 2.0, 3.0):
+        builder.row(0, next=x, push=value * x)
+    builder.row(0, next=builder.last(1) + 10 * builder.last(2), denoised=x)
+    last = run(builder.build(), lambda x, t: x)[-1]
+    torch.testing.assert_close(last, 23 * START, rtol=1e-14, atol=0)
+    with pytest.raises(ValueError, match=r"last\(3\): 3 values were pushed, 2 are remembered"):
+        builder.last(3)
+    with pytest.raises(ValueError, match="row 4 has a coefficient inf"):
+        builder.row(0, next=math.inf * x)
+    with pytest.raises(ValueError, match="denoised may hold x, the model's output and noise"):
+        builder.row(0, next=x, denoised=denoised)
 
 
 # Refusals.

@@ -129,6 +129,8 @@ class SampleLoop:
         whole = bool((table.timesteps == table.timesteps.round()).all())
         self._times = table.timesteps.to(device, torch.int64 if whole else torch.float32, copy=True)
         self._table = table
+        # Asked once: elsewhere than on the CPU the answers synchronise.
+        self._stochastic, self._learned = table.stochastic, table.learned_variance
         self.denoised = torch.empty_like(self._x) if keep_denoised else None
         self._shared_seed = True
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -141,15 +143,18 @@ class SampleLoop:
             ValueError: its shape is another, it has broken timesteps where they were whole, or only
                 one of the two takes noise or learned variances.
         """
-        old = self._table
-        if table.coefficients.shape != old.coefficients.shape:
+        expected, got = self._coefficients.shape, table.coefficients.shape
+        if expected != got:
             raise ValueError(
-                f"the table must be {tuple(old.coefficients.shape)} as the one before, "
-                f"got {tuple(table.coefficients.shape)}"
+                f"the table must be {tuple(expected)} as the one before, got {tuple(got)}"
             )
-        for kind in ("stochastic", "learned_variance"):
-            if getattr(table, kind) != getattr(old, kind):
-                raise ValueError(f"the table must be {kind} as the one before, or neither")
+        for kind, before, now in (
+            ("noise", self._stochastic, table.stochastic),
+            ("learned variances", self._learned, table.learned_variance),
+        ):
+            if before != now:
+                which = "without" if now else "with"
+                raise ValueError(f"the table must be {which} {kind} as the one before")
         if not self._times.is_floating_point() and bool(
             (table.timesteps != table.timesteps.round()).any()
         ):
@@ -182,7 +187,7 @@ class SampleLoop:
             check_device(buffers=self._x, **{name: tensor})
         if callback is not None and self.denoised is None:
             raise ValueError("a callback needs keep_denoised=True")
-        if self._table.stochastic:
+        if self._stochastic:
             self._set_seed(seed)
         if self._cuda_graph and self._graph is None:
             self._capture()
@@ -214,14 +219,14 @@ class SampleLoop:
         if not isinstance(output, Tensor):
             output = output[0]
         variance = None
-        if self._table.learned_variance:
+        if self._learned:
             output, variance = output.chunk(2, dim=1)
         unconditional = None
         if self._guided:
             unconditional, output = output.chunk(2)
             variance = None if variance is None else variance.chunk(2)[1]
         seed = None
-        if self._table.stochastic:
+        if self._stochastic:
             seed = self._seed[0] if self._shared_seed else self._seed
         sampler_step(
             self._x,
