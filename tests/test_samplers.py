@@ -625,6 +625,18 @@ def test_adams_is_exact_for_polynomials(tau, order):
     assert ours == pytest.approx(sigma * float(torch.trapezoid(integrand, x)), rel=1e-8)
 
 
+@pytest.mark.parametrize("name", S.samplers.__all__)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_steps(name, steps):
+    schedule = VP
+    if "edm" in name or "flow" in name:
+        schedule = S.EDMSchedule() if "edm" in name else S.FlowSchedule()
+    for final in ("zero", "last" if "flow" in name else "sigma_min"):
+        table = getattr(S, name)(schedule.grid(steps, final=final))
+        assert len(table) >= steps
+        assert bool(run(table)[-1].isfinite().all())
+
+
 # Any prediction of the same denoiser leads to the same samples.
 
 ALL = {name: getattr(S, name) for name in S.samplers.__all__}
@@ -782,6 +794,8 @@ def test_convergence(make, expected, warm_up):
         (lambda g: S.sa_solver(g, corrector_order=5), "corrector_order must be from 0 to 4, got 5"),
         (lambda g: S.lms(g, order=0), "order must be from 1 to 4, got 0"),
         (lambda g: S.ipndm(g, order=5), "order must be from 1 to 4, got 5"),
+        (lambda g: S.euler_ancestral(g, eta=-0.5), "eta must be from 0 to 1, got -0.5"),
+        (lambda g: S.kdpm2_ancestral(g, eta=2.0), "eta must be from 0 to 1, got 2.0"),
         (lambda g: S.tcd(g, eta=1.5), "eta must be from 0 to 1, got 1.5"),
         (lambda g: S.pndm(g.skip(7), runge_kutta=True), "needs at least 4 steps, got 3"),
         (lambda g: S.pndm(g, mix_outputs=True, clip=1.0), "not possible: mix_outputs with clip"),

@@ -21,7 +21,7 @@ from mmfast.schedule.sigmas import make_sigmas, shift, stretch_to_terminal
 
 VP = S.NoiseSchedule.from_betas()
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 
 # Schedules against diffusers.
@@ -358,6 +358,53 @@ def test_sample_takes_learned_variances():
     torch.testing.assert_close(results[1], large, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver", "unipc", "deis"])
+def test_sample_thresholds(name):
+    pytest.importorskip("diffusers")
+    import diffusers_float64 as other
+
+    module, cls = {
+        "ddim": ("ddim", "DDIMScheduler"),
+        "dpm_solver": ("dpmsolver_multistep", "DPMSolverMultistepScheduler"),
+        "unipc": ("unipc_multistep", "UniPCMultistepScheduler"),
+        "deis": ("deis_multistep", "DEISMultistepScheduler"),
+    }[name]
+    final = "sigma_min" if name == "deis" else "zero"
+    config = {"final_sigmas_type": final} if name in ("dpm_solver", "unipc") else {}
+    made = other.scheduler(
+        module,
+        cls,
+        thresholding=True,
+        dynamic_thresholding_ratio=0.8,
+        sample_max_value=1.5,
+        timestep_spacing="leading",
+        **config,
+    )
+    made.set_timesteps(8)
+    x = START.view(2, 2, 3)  # with channels, as diffusers wants it
+    guided = torch.tensor([2.0, 3.0]).double().view(2, 1, 1)
+
+    def told(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([model(x[:2], t[:2]) * 0.5, model(x[2:], t[2:])])
+
+    def mixed(x: Tensor, t: float) -> Tensor:
+        wanted = model(x, torch.full((2,), t))
+        return guided * wanted + (1 - guided) * 0.5 * wanted
+
+    theirs = other.loop(module, made, mixed, x, x[None])[-1]
+    grid = VP.grid(8, spacing="leading", skip_last=name != "ddim", final=final)
+    clip = math.inf if name == "deis" else None
+    ours = S.sample(
+        told,
+        x,
+        getattr(S, name)(grid, clip=clip),
+        guidance_scale=guided.flatten(),
+        dynamic_threshold=(0.8, 1.5),
+        progress=False,
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 def test_loops_take_another_table():
     first, second = (S.dpm_solver(VP.grid(6), solver_type=s) for s in ("midpoint", "heun"))
     loop = S.SampleLoop(model, START, first)
@@ -497,12 +544,16 @@ def test_refused(call, message):
         ({"image": torch.ones(3, 6)}, ValueError, r"image must have shape \(2, 6\), got \(3, 6\)"),
         ({"guidance_scale": torch.ones(3)}, ValueError, r"must be a number or \(B,\) = \(2,\)"),
         ({"seed": torch.ones(3, dtype=torch.int64)}, ValueError, r"seed must be \(\) or \(B,\)"),
+        ({"dynamic_threshold": (0.9, 0.5)}, ValueError, "a quantile from 0 to 1 and a maximum of"),
         ({"seed": 1.5}, TypeError, "seed must be an int or an int64 tensor, got float"),
     ],
 )
 def test_sample_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         S.sample(model, START, S.ddpm(VP.grid(4)), progress=False, **arguments)
+    churned = S.euler(VP.grid(4), churn=1.0)
+    with pytest.raises(ValueError, match="not possible: dynamic_threshold with churn"):
+        S.sample(model, START, churned, dynamic_threshold=(0.9, 2.0), progress=False)
     with pytest.raises(TypeError, match="x must be float32, float16, bfloat16, float64, got int64"):
         S.sample(model, torch.ones(2, 6, dtype=torch.int64), S.ddpm(VP.grid(4)), progress=False)
 

@@ -33,6 +33,7 @@ from mmfast.schedule.samplers import (
 from mmfast.schedule.samplers.steps import Steps
 from mmfast.schedule.sigmas import dynamic_mu
 from mmfast.schedule.table import Linear, SamplerTable, TableBuilder
+from mmfast.schedule.threshold import dynamic_threshold
 
 __all__ = [
     "PREDICTIONS",
@@ -52,6 +53,7 @@ __all__ = [
     "dpm_solver",
     "dpm_solver_singlestep",
     "dynamic_mu",
+    "dynamic_threshold",
     "edm_dpm",
     "edm_euler",
     "euler",

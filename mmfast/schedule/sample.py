@@ -11,7 +11,9 @@ from torch import Tensor
 
 from mmfast import philox
 from mmfast.checks import check_device, check_floating
+from mmfast.schedule.layout import Layout, N
 from mmfast.schedule.table import SamplerTable
+from mmfast.schedule.threshold import dynamic_threshold
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
@@ -24,6 +26,7 @@ def sample(
     image: Tensor | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     guidance_scale: float | Tensor = 1.0,
+    dynamic_threshold: tuple[float, float] | None = None,
     seed: int | Tensor | None = None,
     callback: Callback | None = None,
     progress: bool = True,
@@ -45,6 +48,8 @@ def sample(
         guidance_scale: of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), a
             number or ``(B,)``. Unless it is the number 1, the model gets x twice, ``(2 B, ...)``,
             and its arguments must hold the unconditional half first.
+        dynamic_threshold: quantile and maximum of :func:`dynamic_threshold`, such as (0.995, 1.5).
+            Samplers built with ``clip=math.inf`` take also the noise from what is left.
         seed: of the noise that stochastic samplers add, an int or an int64 tensor, ``()`` or
             ``(B,)``; drawn from torch's generator if not given. See :func:`mmfast.sampler_step`.
         callback: called after each row as ``callback(i, x, denoised)`` with the sample and the
@@ -67,6 +72,7 @@ def sample(
         table,
         model_kwargs=model_kwargs,
         guidance_scale=guidance_scale,
+        dynamic_threshold=dynamic_threshold,
         dtype=dtype,
         cuda_graph=cuda_graph,
         keep_denoised=callback is not None,
@@ -87,6 +93,7 @@ class SampleLoop:
         model_kwargs: as of :func:`sample`. With ``cuda_graph`` its tensors are read in place at
             each run: copy new values into them.
         guidance_scale: as of :func:`sample`.
+        dynamic_threshold: as of :func:`sample`.
         dtype: as of :func:`sample`.
         cuda_graph: as of :func:`sample`.
         keep_denoised: have :attr:`denoised` written, for callbacks.
@@ -103,6 +110,7 @@ class SampleLoop:
         *,
         model_kwargs: Mapping[str, Any] | None = None,
         guidance_scale: float | Tensor = 1.0,
+        dynamic_threshold: tuple[float, float] | None = None,
         dtype: torch.dtype | None = None,
         cuda_graph: bool = False,
         keep_denoised: bool = False,
@@ -112,9 +120,19 @@ class SampleLoop:
             raise ValueError("x must be (B, ...), got a number")
         if cuda_graph and x.device.type != "cuda":
             raise ValueError(f"cuda_graph needs x on a CUDA device, got {x.device}")
+        if dynamic_threshold is not None:
+            ratio, maximum = dynamic_threshold
+            if not (0 <= ratio <= 1 and maximum >= 1):
+                raise ValueError(
+                    "dynamic_threshold must be a quantile from 0 to 1 and a maximum of at least 1, "
+                    f"got {dynamic_threshold}"
+                )
+            if bool((table.coefficients[:, Layout.DENOISED + N] != 0).any()):
+                raise ValueError("not possible: dynamic_threshold with churn")
         device, batch = x.device, x.shape[0]
         state = torch.float64 if x.dtype == torch.float64 else torch.float32
         self._model = model
+        self._threshold = dynamic_threshold
         self._kwargs = dict(model_kwargs or {})
         self._guided = isinstance(guidance_scale, Tensor) or guidance_scale != 1
         self._guidance = _guidance(guidance_scale, batch, device) if self._guided else None
@@ -228,6 +246,18 @@ class SampleLoop:
         seed = None
         if self._stochastic:
             seed = self._seed[0] if self._shared_seed else self._seed
+        threshold = None
+        if self._threshold is not None:
+            ratio, maximum = self._threshold
+            threshold = dynamic_threshold(
+                self._x,
+                output,
+                self._coefficients.index_select(0, self._step.view(1))[0],
+                unconditional=unconditional,
+                guidance=self._guidance,
+                ratio=ratio,
+                maximum=maximum,
+            )
         sampler_step(
             self._x,
             output,
@@ -238,6 +268,7 @@ class SampleLoop:
             history=self._history,
             seed=seed,
             variance=variance,
+            threshold=threshold,
             out=self._x,
             denoised=self.denoised,
             model_input=self._input,

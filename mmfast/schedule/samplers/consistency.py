@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from mmfast.schedule.grid import Grid
+from mmfast.schedule.samplers.euler import check_eta
 from mmfast.schedule.samplers.steps import Clip, Steps
 from mmfast.schedule.table import SamplerTable, denoised, noise, x
 
@@ -59,8 +60,7 @@ def tcd(
     Raises:
         ValueError: an unknown option, or eta out of range.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be from 0 to 1, got {eta}")
+    check_eta(eta)
     steps = Steps(grid, prediction, clip)
     for i in range(len(grid)):
         alpha, sigma = grid.point(i + 1)

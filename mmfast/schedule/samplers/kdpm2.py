@@ -6,7 +6,7 @@ import itertools
 import math
 
 from mmfast.schedule.grid import Grid
-from mmfast.schedule.samplers.euler import ancestral
+from mmfast.schedule.samplers.euler import ancestral, check_eta
 from mmfast.schedule.samplers.steps import Clip, Steps
 from mmfast.schedule.table import SamplerTable, denoised, noise, x
 
@@ -37,11 +37,12 @@ def kdpm2_ancestral(
         grid: where it goes.
         prediction: what the model predicts.
         clip: range of the clean sample.
-        eta: scale of the noise.
+        eta: scale of the noise, from 0 to 1.
 
     Raises:
-        ValueError: an unknown option.
+        ValueError: an unknown option, or eta out of range.
     """
+    check_eta(eta)
     return _midpoint(grid, prediction, clip, eta)
 
 
