@@ -291,19 +291,20 @@ class SampleLoop:
 
     def _capture(self) -> None:
         # Warm up on another stream, as libraries make their workspaces at the first call.
-        stream = torch.cuda.Stream(self._x.device)
-        stream.wait_stream(torch.cuda.current_stream(self._x.device))
-        self._x.zero_()
-        self._input.zero_()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._step.zero_()
+        with torch.cuda.device(self._x.device):
+            main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            self._x.zero_()
+            self._input.zero_()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._step.zero_()
+                    self._advance()
+            main.wait_stream(side)
+            self._step.zero_()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self._advance()
-        torch.cuda.current_stream(self._x.device).wait_stream(stream)
-        self._step.zero_()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._advance()
         self._graph = graph
 
 
