@@ -12,7 +12,7 @@ import torch
 from benchmarks import memory, peers, timing
 from benchmarks.cases import Case
 from benchmarks.results import Row
-from benchmarks.subjects import Arguments, Subject, expected, judge, subjects
+from benchmarks.subjects import Arguments, Subject, answer, expected, judge, own, subjects
 from mmfast.registry import OPS
 
 # A slow contender is measured on so few vectors that a call takes this many seconds.
@@ -86,9 +86,10 @@ def enter(
     if needed > _free_memory(device) and not hasattr(peers.of(case.op), "first_rows"):
         return f"not run where it needs {needed >> 30} GiB"
     given, rows = _cut(case, subject, arguments, device)
-    call = subject.peer.make(*given)
+    copies = own(case.op, given)
+    call = subject.peer.make(*copies)
     match = None
-    result = call()
+    result = answer(case.op, call(), copies)
     if subject.kind != "floor":
         match = judge(case.op, result, given, truth_of(case, truth, given, rows))
     del result

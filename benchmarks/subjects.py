@@ -62,8 +62,19 @@ def subjects(op: str) -> list[Subject]:
 
 def expected(op: str, arguments: Arguments) -> Any:
     """The float64 result that everybody is held to."""
-    made = COMPOSITES[op].expected if op in COMPOSITES else OPS[op].reference
-    return made(*arguments)
+    if op in COMPOSITES:
+        return COMPOSITES[op].expected(*arguments)
+    return OPS[op].result(OPS[op].reference, arguments)
+
+
+def own(op: str, arguments: Arguments) -> Arguments:
+    """``arguments`` for one contender, who may change some of them."""
+    return OPS[op].own(arguments) if op in OPS else arguments
+
+
+def answer(op: str, returned: Any, arguments: Arguments) -> Any:
+    """The result of a call: what it returned, or what it changed of its own ``arguments``."""
+    return OPS[op].changed(arguments) if op in OPS and OPS[op].mutates else returned
 
 
 def judge(op: str, result: Any, arguments: Arguments, wanted: Any) -> str:

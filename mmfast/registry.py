@@ -97,18 +97,25 @@ class Op:
     vmap: Callable[..., Any] | None = None
     mutates: tuple[int, ...] = ()
 
+    def own(self, arguments: Arguments) -> Arguments:
+        """``arguments``, with copies of those that the op changes."""
+        return tuple(
+            a.clone(memory_format=torch.preserve_format)
+            if i in self.mutates and a is not None
+            else a
+            for i, a in enumerate(arguments)
+        )
+
+    def changed(self, arguments: Arguments) -> Arguments:
+        """Those of ``arguments`` that the op changes, and that are there."""
+        return tuple(arguments[i] for i in self.mutates if arguments[i] is not None)
+
     def result(self, run: Callable[..., Any], arguments: Arguments) -> Any:
         """What ``run`` makes of ``arguments``, which stay as they are: the op's outputs, or the
-        arguments that it changed (those that are not None)."""
-        if not self.mutates:
-            return run(*arguments)
-        changed = {
-            i: arguments[i].clone(memory_format=torch.preserve_format)
-            for i in self.mutates
-            if arguments[i] is not None
-        }
-        run(*(changed.get(i, a) for i, a in enumerate(arguments)))
-        return tuple(changed.values())
+        arguments that it changed."""
+        own = self.own(arguments)
+        outputs = run(*own)
+        return self.changed(own) if self.mutates else outputs
 
 
 OPS: dict[str, Op] = {}

@@ -21,7 +21,10 @@ struct SamplerStep {
     V v[vectors];
   };
 
+  // NATIVE: all numbers are of type T, and so known when this is compiled.
+  template <bool NATIVE = false>
   MMFAST_INLINE Chunk read(const char* at, Dtype dtype, int64_t count) {
+    if (NATIVE) dtype = Native<T>::dtype;
     char padded[chunk * sizeof(double)];
     if (count < chunk) {
       std::memset(padded, 0, sizeof padded);
@@ -34,7 +37,9 @@ struct SamplerStep {
     return c;
   }
 
+  template <bool NATIVE = false>
   MMFAST_INLINE void write(char* at, Dtype dtype, const Chunk& c, int64_t count) {
+    if (NATIVE) dtype = Native<T>::dtype;
     char padded[chunk * sizeof(double)];
     char* to = count < chunk ? padded : at;
     for (int i = 0; i < vectors; ++i)
@@ -47,12 +52,14 @@ struct SamplerStep {
   }
 
   // The sum at elements [e, e + count) of the sample.
+  template <bool NATIVE>
   MMFAST_INLINE Chunk total(const Plan& plan, const typename Plan::Sum& sum,
-                                   const Chunk& denoised, int64_t e, int64_t count) {
+                            const Chunk& denoised, int64_t e, int64_t count) {
     Chunk result{};
     for (int i = 0; i < sum.count; ++i) {
       const typename Plan::Source& source = plan.sources[sum.terms[i].source];
-      add(result, read(source.at + e * source.size, source.dtype, count), sum.terms[i].weight);
+      const char* at = source.at + e * (NATIVE ? (int64_t)sizeof(T) : source.size);
+      add(result, read<NATIVE>(at, source.dtype, count), sum.terms[i].weight);
     }
     if (sum.of_denoised != 0) add(result, denoised, sum.of_denoised);
     return result;
@@ -72,21 +79,23 @@ struct SamplerStep {
     }
   }
 
-  static void step(const Plan& plan, int64_t e, int64_t count) {
+  template <bool NATIVE>
+  MMFAST_INLINE void step(const Plan& plan, int64_t e, int64_t count) {
     Chunk p{};
     if (plan.predicts) {
-      p = total(plan, plan.denoised, p, e, count);
+      p = total<NATIVE>(plan, plan.denoised, p, e, count);
       clamp(plan, p);
     }
     const auto put = [&](const typename Plan::Target& target, const Chunk& c) __attribute__((always_inline)) {
-      write(target.at + e * target.size, target.dtype, c, count);
+      char* at = target.at + e * (NATIVE ? (int64_t)sizeof(T) : target.size);
+      write<NATIVE>(at, target.dtype, c, count);
     };
-    Chunk next = total(plan, plan.next, p, e, count);
+    Chunk next = total<NATIVE>(plan, plan.next, p, e, count);
     if (plan.writes == 1) {
-      put(plan.slot_targets[0], total(plan, plan.slots[0], p, e, count));
+      put(plan.slot_targets[0], total<NATIVE>(plan, plan.slots[0], p, e, count));
     } else if (plan.writes > 1) {
       Chunk made[Plan::most_slots];
-      for (int s = 0; s < plan.writes; ++s) made[s] = total(plan, plan.slots[s], p, e, count);
+      for (int s = 0; s < plan.writes; ++s) made[s] = total<NATIVE>(plan, plan.slots[s], p, e, count);
       for (int s = 0; s < plan.writes; ++s) put(plan.slot_targets[s], made[s]);
     }
     if (plan.prediction.at) put(plan.prediction, p);
@@ -156,8 +165,9 @@ struct SamplerStep {
   }
 
   static void sweep(const Plan& plan, int64_t e, int64_t last) {
-    for (; e + chunk <= last; e += chunk) step(plan, e, chunk);
-    if (e < last) step(plan, e, last - e);
+    if (plan.native)
+      for (; e + chunk <= last; e += chunk) step<true>(plan, e, chunk);
+    for (; e < last; e += chunk) step<false>(plan, e, last - e < chunk ? last - e : chunk);
   }
 };
 

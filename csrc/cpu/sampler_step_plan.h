@@ -47,8 +47,10 @@ struct SamplerPlan {
   Sum slots[most_slots];
   Target slot_targets[most_slots], out, prediction, input[2];
   int copies;
+  bool native;  // all of these are of type T
 
   void make(const SamplerStepArgs& args, int64_t b) {
+    native = true;
     const int64_t row = args.steps[b * args.step_stride];
     const double* c = args.table + row * args.columns;
     sources[x] = source(args.x, b);
@@ -99,10 +101,12 @@ struct SamplerPlan {
   }
 
  private:
-  static Source source(const SampleView& view, int64_t b) {
+  Source source(const SampleView& view, int64_t b) {
+    native = native && (!view.data || view.dtype == Native<T>::dtype);
     return {view.data + b * view.stride, view.dtype, size_of(view.dtype)};
   }
-  static Target target(const SampleView& view, int64_t b) {
+  Target target(const SampleView& view, int64_t b) {
+    native = native && (!view.data || view.dtype == Native<T>::dtype);
     return {view.data ? view.data + b * view.stride : nullptr, view.dtype, size_of(view.dtype)};
   }
 

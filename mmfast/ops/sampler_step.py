@@ -519,7 +519,6 @@ def samples() -> Iterable[Sample]:
     yield _sample("multistep", video)
     yield _sample("corrected", video)
     yield _sample("sde", video, "seed")
-    yield _sample("sde", video)
     yield _sample("multistep", (2, 105), "unconditional", step=None)
     yield _sample("euler", (1,))
     yield _sample("euler", (0, 3))
