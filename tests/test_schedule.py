@@ -416,6 +416,8 @@ def test_loops_take_another_table():
         loop.set_table(S.dpm_solver(VP.grid(7)))
     with pytest.raises(ValueError, match="the table must be without noise as the one before"):
         loop.set_table(S.dpm_solver(VP.grid(6), algorithm="sde-dpmsolver++"))
+    with pytest.raises(ValueError, match="a callback needs keep_denoised=True"):
+        loop.run(START, callback=lambda i, x, denoised: None)
     with pytest.raises(ValueError, match="whole timesteps as the one before"):
         loop.set_table(S.dpm_solver(VP.grid(6, rounded=False)))
 

@@ -127,8 +127,7 @@ class SampleLoop:
                     "dynamic_threshold must be a quantile from 0 to 1 and a maximum of at least 1, "
                     f"got {dynamic_threshold}"
                 )
-            if bool((table.coefficients[:, Layout.DENOISED + N] != 0).any()):
-                raise ValueError("not possible: dynamic_threshold with churn")
+            _check_no_churn(table)
         device, batch = x.device, x.shape[0]
         state = torch.float64 if x.dtype == torch.float64 else torch.float32
         self._model = model
@@ -159,7 +158,8 @@ class SampleLoop:
 
         Raises:
             ValueError: its shape is another, it has broken timesteps where they were whole, or only
-                one of the two takes noise or learned variances.
+                one of the two takes noise or learned variances; or its predictions take noise and
+                they are to be thresholded.
         """
         expected, got = self._coefficients.shape, table.coefficients.shape
         if expected != got:
@@ -177,6 +177,8 @@ class SampleLoop:
             (table.timesteps != table.timesteps.round()).any()
         ):
             raise ValueError("the table must have whole timesteps as the one before")
+        if self._threshold is not None:
+            _check_no_churn(table)
         self._coefficients.copy_(table.coefficients)
         self._times.copy_(table.timesteps)
         self._table = table
@@ -306,6 +308,12 @@ class SampleLoop:
             with torch.cuda.graph(graph):
                 self._advance()
         self._graph = graph
+
+
+def _check_no_churn(table: SamplerTable) -> None:
+    """The table's predictions take no noise, else ValueError."""
+    if bool((table.coefficients[:, Layout.DENOISED + N] != 0).any()):
+        raise ValueError("not possible: dynamic_threshold with churn")
 
 
 def _guidance(scale: float | Tensor, batch: int, device: torch.device) -> Tensor:
