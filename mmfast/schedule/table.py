@@ -68,6 +68,7 @@ class SamplerTable:
         timesteps: (S,) float64: what the model is told at each row.
         initial_scale: of the noise that sampling starts from.
         first_input_scale: of the first row's model input; the later ones are in the table.
+        start: alpha and sigma of the first sample, to start from an image: alpha x0 + sigma n.
     """
 
     coefficients: Tensor
@@ -75,6 +76,7 @@ class SamplerTable:
     timesteps: Tensor
     initial_scale: float = 1.0
     first_input_scale: float = 1.0
+    start: tuple[float, float] = (0.0, 1.0)
 
     def __len__(self) -> int:
         return self.coefficients.shape[0]
@@ -91,6 +93,21 @@ class SamplerTable:
         columns = [Layout.DENOISED + N, Layout.NEXT + N]
         columns += [layout.slot(s) + N for s in range(self.slots)]
         return bool((self.coefficients[:, columns] != 0).any())
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether any step scales its noise by a variance that the model predicts."""
+        return bool((self.coefficients[:, Layout.LOG_SCALE + 1] != 0).any())
+
+    def guided_between(self, low: float, high: float) -> SamplerTable:
+        """With guidance at the timesteps from low to high only.
+
+        Kynkäänniemi et al. 2024 (arXiv 2404.07724).
+        """
+        coefficients = self.coefficients.clone()
+        inside = (self.timesteps >= low) & (self.timesteps <= high)
+        coefficients[:, Layout.GUIDANCE] = inside.to(coefficients)
+        return replace(self, coefficients=coefficients)
 
     def to(self, device: torch.device | str) -> SamplerTable:
         """The same on ``device``."""
@@ -196,7 +213,13 @@ class TableBuilder:
         self._rows.append(row)
         self._timesteps.append(float(timestep))
 
-    def build(self, *, initial_scale: float = 1.0, first_input_scale: float = 1.0) -> SamplerTable:
+    def build(
+        self,
+        *,
+        initial_scale: float = 1.0,
+        first_input_scale: float = 1.0,
+        start: tuple[float, float] = (0.0, 1.0),
+    ) -> SamplerTable:
         """The table of the rows so far."""
         return SamplerTable(
             torch.tensor(self._rows, dtype=torch.float64).view(-1, self._layout.columns),
@@ -204,4 +227,5 @@ class TableBuilder:
             torch.tensor(self._timesteps, dtype=torch.float64),
             initial_scale,
             first_input_scale,
+            start,
         )
