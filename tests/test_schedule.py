@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sampling import START, run
 from torch import Tensor
 
+import mmfast
 import mmfast.schedule as S
 from mmfast.schedule import weights
 from mmfast.schedule.betas import BETAS, make_betas
@@ -191,6 +192,19 @@ def test_noising_tables(target):
     assert torch.equal(VP.noising_table(target)[:, 4], torch.ones(1000).double())
     if target == "v_prediction":
         assert torch.equal(table[:, 2:4], torch.stack([-VP.sigma, VP.alpha], 1))
+
+
+@pytest.mark.parametrize("target", ["epsilon", "sample", "v_prediction"])
+def test_noising_tables_are_what_add_noise_takes(target):
+    x0, noise = START, START.flip(0)
+    timesteps = torch.tensor([3, 700])
+    made = mmfast.add_noise(x0, timesteps, VP, noise=noise, target=target, weighting="min_snr")
+    alpha, sigma = (v[timesteps][:, None] for v in (VP.alpha, VP.sigma))
+    expected = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}
+    torch.testing.assert_close(made.noisy, alpha * x0 + sigma * noise, rtol=1e-12, atol=0)
+    torch.testing.assert_close(made.target, expected[target], rtol=1e-12, atol=1e-15)
+    weight = VP.noising_table(target, weights.min_snr)[timesteps, 4]
+    torch.testing.assert_close(made.weight, weight, rtol=1e-12, atol=0)
 
 
 def test_noising_tables_of_flows_and_edm():
@@ -518,6 +532,7 @@ def test_the_builder_remembers():
         (lambda: VP.grid(5, start=5), "start must be from 0 to 4, got 5"),
         (lambda: VP.noising_table("noise"), "prediction must be one of epsilon"),
         (lambda: VP.noising_table("edm"), "needs sigma_data"),
+        (lambda: VP.noising_table(weighting="snr"), "weighting must be one of min_snr, soft"),
         (lambda: S.NoiseSchedule.from_betas(zero_snr=True).grid(5, sigmas="karras"),
          "sigmas need sigma_max, or a floor"),
         (lambda: S.FlowSchedule(0), "num_steps and factor must be above 0, got 0 and 1.0"),

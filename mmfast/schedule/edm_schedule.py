@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from mmfast.checks import check_choice
 from mmfast.schedule.grid import Grid
 from mmfast.schedule.noising import noising_rows
 from mmfast.schedule.sigmas import SIGMAS, make_sigmas
+from mmfast.schedule.weights import Weighting
 
 
 class EDMSchedule:
@@ -94,7 +94,7 @@ class EDMSchedule:
     def noising_table(
         self,
         target: str = "edm",
-        weighting: Callable[[Tensor], Tensor] | None = None,
+        weighting: Weighting | None = None,
         levels: Tensor | None = None,
     ) -> Tensor:
         """What training needs at noise levels, as :meth:`NoiseSchedule.noising_table` has it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from mmfast.schedule.grid import Grid
 from mmfast.schedule.noising import noising_rows
 from mmfast.schedule.sigmas import make_sigmas, shift, stretch_to_terminal
+from mmfast.schedule.weights import Weighting
 
 
 class FlowSchedule:
@@ -112,7 +113,7 @@ class FlowSchedule:
     def noising_table(
         self,
         target: str = "flow_prediction",
-        weighting: Callable[[Tensor], Tensor] | None = None,
+        weighting: Weighting | None = None,
         levels: Tensor | None = None,
     ) -> Tensor:
         """What training needs at each level, as :meth:`NoiseSchedule.noising_table` has it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from mmfast.schedule.grid import Grid
 from mmfast.schedule.noising import noising_rows
 from mmfast.schedule.sigmas import make_sigmas
 from mmfast.schedule.spacings import spaced
+from mmfast.schedule.weights import Weighting
 
 
 class NoiseSchedule:
@@ -187,16 +188,15 @@ class NoiseSchedule:
         )
         return grid.skip(start) if start else grid
 
-    def noising_table(
-        self, target: str = "epsilon", weighting: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def noising_table(self, target: str = "epsilon", weighting: Weighting | None = None) -> Tensor:
         """What training needs at each timestep: noisy samples, targets and weights of the loss.
 
         Args:
             target: what the model predicts: "epsilon", "sample", "v_prediction", "flow_prediction".
             weighting: of the loss on the clean sample, a function of the (T,) signal-to-noise
-                ratios such as :func:`mmfast.schedule.weights.min_snr`; the table has the weight of
-                the same loss on the target. Without it all weights are 1.
+                ratios such as :func:`mmfast.schedule.weights.min_snr`, or "min_snr",
+                "soft_min_snr" or "max_snr"; the table has the weight of the same loss on the
+                target. Without it all weights are 1.
 
         Returns:
             (T, 5) float64, rows [alpha, sigma, target_x0, target_noise, weight]: the noisy sample

@@ -8,9 +8,12 @@ what the model predicts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from mmfast.checks import check_choice
 
 
 def snr(alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -31,6 +34,22 @@ def soft_min_snr(snr: Tensor, gamma: float = 4.0) -> Tensor:
 def max_snr(snr: Tensor, gamma: float = 1.0) -> Tensor:
     """max(SNR, gamma): truncated SNR (Salimans and Ho 2022, arXiv 2202.00512, section 4)."""
     return snr.clamp(min=gamma)
+
+
+NAMED = {"min_snr": min_snr, "soft_min_snr": soft_min_snr, "max_snr": max_snr}
+Weighting = Callable[[Tensor], Tensor] | str
+
+
+def weighting_of(weighting: Weighting) -> Callable[[Tensor], Tensor]:
+    """The function, or the one called so, with its own gamma: one of :data:`NAMED`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(weighting, str):
+        return weighting
+    check_choice("weighting", weighting, tuple(NAMED))
+    return NAMED[weighting]
 
 
 def edm(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
