@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.common import num_threads, strides
+from mmfast.kernels.common import at_most, num_threads, strides
 from mmfast.kernels.philox import (
     in_order,
     log_quotient,
@@ -278,6 +278,7 @@ def sample_code(
         num_rows, num_codes, num_dims, num_rows // samples, *steps, temperature,
         *strides(rows), *strides(codes), METRIC=METRICS[metric],
         BLOCK_N=block_n, BLOCK_K=32, BLOCK_D=16, enable_fp_fusion=False, **num_threads(256),
+        **at_most(192),
     )  # fmt: skip
     return indices
 
