@@ -147,7 +147,7 @@ def enter(
     call = subject.peer.make(*copies)
     match = None
     result = answer(case.op, call(), copies)
-    if subject.kind != "floor":
+    if subject.kind != "floor" and not subject.peer.random:
         judged = min(rows, case.judged)
         if judged < rows:
             result = _first(case.op, result, judged)

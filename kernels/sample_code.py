@@ -4,7 +4,7 @@ A program holds a block of rows and meets tile after tile of codes, twice. Float
 an interval that contains its rounding errors. The first time leaves the best lower end of each row;
 the second time the codes whose interval reaches it, few but the winner, are evaluated in float64.
 
-Workspace: the codebook in float32, and 20 bytes per code. Nothing is read back to the host.
+Workspace: the codebook in float32, and for a moment in float64. Nothing is read back to the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.common import num_threads, strides
+from mmfast.kernels.common import at_most, num_threads, strides
 from mmfast.kernels.philox import (
     in_order,
     log_quotient,
@@ -272,12 +272,13 @@ def sample_code(
     rows = x.reshape(num_heads, -1, num_dims)
     samples = x.shape[heads] if seed.dim() or offset.dim() else 1
     steps = [t.stride(0) if t.dim() else 0 for t in (seed, offset)]
-    block_n = 16
-    sample_code_kernel[(triton.cdiv(rows.shape[1], block_n), num_heads)](
-        rows, codes, *_prepare(codes, metric, temperature), seed, offset, indices, rows.shape[1], num_codes,
-        num_dims, rows.shape[1] // samples, *steps, temperature, *strides(rows), *strides(codes),
-        METRIC=METRICS[metric], BLOCK_N=block_n, BLOCK_K=32, BLOCK_D=16,
-        enable_fp_fusion=False, **num_threads(256),
+    num_rows, block_n = rows.shape[1], 16
+    sample_code_kernel[(triton.cdiv(num_rows, block_n), num_heads)](
+        rows, codes, *_prepare(codes, metric, temperature), seed, offset, indices,
+        num_rows, num_codes, num_dims, num_rows // samples, *steps, temperature,
+        *strides(rows), *strides(codes), METRIC=METRICS[metric],
+        BLOCK_N=block_n, BLOCK_K=32, BLOCK_D=16, enable_fp_fusion=False, **num_threads(256),
+        **at_most(192),
     )  # fmt: skip
     return indices
 

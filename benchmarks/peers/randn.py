@@ -33,11 +33,11 @@ def _generators(
 
 PEERS = {
     "torch.randn": Peer(
-        _generator, floor=True, note="one torch.Generator for the batch; other numbers"
+        _generator, random=True, note="one torch.Generator for the batch; other numbers"
     ),
     "torch.randn per sample": Peer(
         _generators,
-        floor=True,
+        random=True,
         note="a generator for each sample, as diffusers does it; other numbers",
     ),
 }

@@ -54,14 +54,14 @@ def _matrices(x: Tensor, codebook: Tensor, *_: Any) -> int:
 
 
 PEERS = {
-    "cdist+exponential+argmax": Peer(_plain, workspace=_matrices, floor=True, cut=False),
+    "cdist+exponential+argmax": Peer(_plain, workspace=_matrices, random=True, cut=False),
     "vector-quantize-pytorch": Peer(
         _vector_quantize,
         needs("vector_quantize_pytorch"),
         _euclidean,
         # Distances, noise, scores, and an int64 one-hot, all N x K.
         workspace=lambda *arguments: 3 * _matrices(*arguments),
-        floor=True,
+        random=True,
         cut=False,
         note="cdist and gumbel_sample; other random numbers",
     ),
