@@ -3,8 +3,10 @@
 from mmfast.backends import BackendError, extension, use_backend
 from mmfast.ops.add_noise import AddedNoise, add_noise
 from mmfast.ops.code_statistics import code_statistics
+from mmfast.ops.dynamic_threshold import dynamic_threshold
 from mmfast.ops.ema_update import ema_update_, ema_update_from_statistics_
 from mmfast.ops.finite_scalar_quantize import FiniteScalarQuantized, finite_scalar_quantize
+from mmfast.ops.guidance_factors import guidance_factors, projected_guidance_factors
 from mmfast.ops.kmeans import KMeansResult, kmeans
 from mmfast.ops.lookup_free_quantize import LookupFreeQuantized, lookup_free_quantize
 from mmfast.ops.nearest_code import nearest_code
@@ -34,13 +36,16 @@ __all__ = [
     "__version__",
     "add_noise",
     "code_statistics",
+    "dynamic_threshold",
     "ema_update_",
     "ema_update_from_statistics_",
     "finite_scalar_quantize",
+    "guidance_factors",
     "kmeans",
     "lookup_free_quantize",
     "nearest_code",
     "pack_indices",
+    "projected_guidance_factors",
     "randn",
     "residual_quantize",
     "sample_code",

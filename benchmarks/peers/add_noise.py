@@ -17,9 +17,9 @@ def _plain(
     x0: Tensor,
     timesteps: Tensor,
     table: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    offset: Tensor | None,
+    noise: Tensor,
+    seed: None,
+    offset: None,
     want_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As training scripts write it."""
@@ -44,7 +44,7 @@ def _untargeted(*arguments: Any) -> list[str]:
 def _diffusers(x0: Tensor, timesteps: Tensor, table: Tensor, noise: Tensor, *_: Any) -> Any:
     from diffusers import DDPMScheduler
 
-    scheduler = DDPMScheduler(num_train_timesteps=table.shape[0])
+    scheduler: Any = DDPMScheduler(num_train_timesteps=table.shape[0])
     return lambda: scheduler.add_noise(x0, noise, timesteps)
 
 

@@ -61,6 +61,11 @@ MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vd& v) {
     v = load<vd>(at);
     return;
   }
+  if (dtype == Dtype::float32) {
+    using half = float __attribute__((vector_size(2 * lanes)));
+    v = __builtin_convertvector(load<half>(at), vd);
+    return;
+  }
   for (int i = 0; i < native_width<double>; ++i)
     v[i] = load_one<double>(at + i * size_of(dtype), dtype);
 }

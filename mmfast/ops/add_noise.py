@@ -132,6 +132,7 @@ def _values(
     noise: Tensor | None,
     seed: Tensor | None,
     offset: Tensor | None,
+    *,
     absolute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy samples, targets, weights. ``absolute``: of the absolute values of all terms."""
@@ -211,6 +212,7 @@ def _values_bwd(
     grad_target: Tensor | None,
     timesteps: Tensor,
     table: Tensor,
+    *,
     absolute: bool = False,
 ) -> Tensor:
     parts = []
@@ -271,7 +273,7 @@ def compare(
     result: tuple[Tensor, ...], arguments: Arguments, expected: tuple[Tensor, ...] | None = None
 ) -> list[str]:
     """Within the rounding of the terms and of the result itself."""
-    *inputs, want_target = arguments
+    inputs, want_target = arguments[:-1], arguments[-1]
     values, sizes = _values(*inputs), _values(*inputs, absolute=True)
     likes = fake(*arguments)
     eps = 4 * rounding(inputs[0].dtype, is_drawn=inputs[3] is None)
