@@ -116,23 +116,21 @@ def streams(
         TypeError: one is neither an int nor an int64 tensor.
         ValueError: an int has more bits, or shapes or devices do not fit.
     """
-    for name, value in (("seed", seed), ("offset", offset)):
-        if not isinstance(value, Tensor):
-            continue
+    if device is None:
+        device = next((v.device for v in (seed, offset) if isinstance(v, Tensor)), None)
+    return as_stream(seed, device, "seed"), as_stream(offset, device, "offset")
+
+
+def as_stream(value: int | Tensor, device: torch.device | str | None, name: str) -> Tensor:
+    """One of :func:`streams`, under the name that its errors give it."""
+    if isinstance(value, Tensor):
         if value.dtype != torch.int64:
             got = str(value.dtype).removeprefix("torch.")
             raise TypeError(f"{name} must be an int or an int64 tensor, got {got}")
         if value.dim() > 1:
             raise ValueError(f"{name} must be of shape () or (B,), got {tuple(value.shape)}")
-        if device is None:
-            device = value.device
-        elif value.device != torch.device(device):
+        if value.device != torch.device("cpu" if device is None else device):
             raise ValueError(f"{name} must be on {device}, got one on {value.device}")
-    return _stream("seed", seed, device), _stream("offset", offset, device)
-
-
-def _stream(name: str, value: int | Tensor, device: torch.device | str | None) -> Tensor:
-    if isinstance(value, Tensor):
         return value
     if not isinstance(value, int):
         raise TypeError(f"{name} must be an int or an int64 tensor, got {type(value).__name__}")
