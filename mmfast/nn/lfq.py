@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmfast.nn.projections import check_last, projection, random_rotation, soft_clamp
-from mmfast.nn.ranks import add_up, reported, several
+from mmfast.nn.ranks import add_up, several, total_of
 from mmfast.ops.lookup_free_quantize import (
     LookupFreeQuantized,
     batch_entropy,
@@ -319,13 +319,7 @@ def _mean_of_ranks(t: Tensor, count: int | Tensor) -> Tensor:
     differentiably."""
     if not several():
         return t
-    from torch.distributed.nn.functional import all_reduce
-
     what = "averaging probabilities"
     own = t.new_ones(()) * count
     total = add_up(own.clone(), True, what)
-    share = t * (own / total.clamp_min(1))
-    if torch.compiler.is_compiling():
-        return all_reduce(share)
-    with reported(what):
-        return all_reduce(share)
+    return total_of(t * (own / total.clamp_min(1)), what)

@@ -76,6 +76,22 @@ def gathered(own: Tensor, what: str, group: ProcessGroup | None = None) -> Tenso
     return add_up(every, True, what, group)
 
 
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, what: str) -> Tensor:
+        ctx.what = what
+        return add_up(tensor.clone(), True, what)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return add_up(grads[0].clone(), True, f"the gradient of {ctx.what}"), None
+
+
+def total_of(tensor: Tensor, what: str) -> Tensor:
+    """The sum of all processes' ``tensor``, differentiably: the gradient is the sum of theirs."""
+    return _Total.apply(tensor, what)
+
+
 def of_first(tensor: Tensor, sync: bool, what: str) -> Tensor:
     """The first process's ``tensor``, so that all draw the same random numbers."""
     if not sync or dist.get_rank() == 0:
