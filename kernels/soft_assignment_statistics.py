@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.common import at_most, interpreting, num_threads, strides
+from mmfast.kernels.common import at_most, interpreting, strides
 
 _KINDS = {"euclidean": 0, "distance": 1, "cosine": 2, "dot": 2}
 _EUCLIDEAN = tl.constexpr(0)
@@ -493,7 +493,7 @@ def _constants(num_dims: int, kind: int, centred: bool, wide: bool) -> dict[str,
         "BLOCK_D": block_d,
         "WIDTH": triton.cdiv(num_dims, block_d) * block_d,
         "num_stages": 1,
-        **num_threads(128 if small else 256),
+        "num_warps": 4 if small else 8,
         **at_most(255),
     }
 
@@ -697,10 +697,8 @@ def offline_variants() -> list[Any]:
             quick=quick,
         )
 
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     some = {(32, torch.bfloat16, "distance"), (64, torch.float32, "euclidean")}
-    return [
-        variant(d, t, m, (d, t, m) in some)
-        for m in ("euclidean", "distance", "dot")
-        for t in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-        for d in (8, 32, 64, 256)
-    ]
+    cases = [(d, t, "euclidean") for t in dtypes for d in (7, 64, 256)]
+    cases += [(32, t, m) for m in ("distance", "dot") for t in dtypes if t != torch.float16]
+    return [variant(*case, case in some) for case in cases]
