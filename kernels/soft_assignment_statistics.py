@@ -51,7 +51,7 @@ _MOST_SLICES = 64
 @triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr):
     if total.dtype == tl.float64:
-        return total + tl.sum(a[:, :, None] * b[None, :, :], 1)
+        return tl.dot(a, b, total, input_precision="ieee", out_dtype=tl.float64)
     elif _INTERPRETING:
         # Which multiplies the bits of bfloat16.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
@@ -481,19 +481,19 @@ class _Prepared(NamedTuple):
 
 
 def _constants(num_dims: int, kind: int, centred: bool, wide: bool) -> dict[str, Any]:
-    # Small tiles, but for the interpreter, whose time goes by their number.
-    small = wide and not interpreting()
-    most = 16 if small else 64
-    block_d = min(max(16, triton.next_power_of_2(num_dims)), 16 if small else 32)
+    tile = (16, 16, 16) if wide else (64, 32, 32)
+    if interpreting():
+        tile = (64, 64, 32)  # its time goes by the number of tiles
+    block_d = min(max(16, triton.next_power_of_2(num_dims)), tile[2])
     return {
         "KIND": kind,
         "CENTRED": centred,
-        "BLOCK_N": 32 if most == 64 else 16,
-        "BLOCK_K": most,
+        "BLOCK_N": tile[0],
+        "BLOCK_K": tile[1],
         "BLOCK_D": block_d,
         "WIDTH": triton.cdiv(num_dims, block_d) * block_d,
         "num_stages": 1,
-        "num_warps": 4 if small else 8,
+        "num_warps": 4 if wide else 8,
         **at_most(255),
     }
 
