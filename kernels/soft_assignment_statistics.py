@@ -61,13 +61,17 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def _load_rows(p_x, stride_xd, centre_ptr, m_n, d, D, CENTRED: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Dimensions from d on, [BN, BD]: centred in the codes' dtype, or as they are."""
+    """Dimensions from d on, [BN, BD]: centred in the codes' dtype, or as they are.
+
+    Behind D the last one is repeated, which the zeros in the codes take out: a mask for each column
+    would be kept in registers through the loop over the codes.
+    """
     columns = d + tl.arange(0, BLOCK_D)[None, :]
-    mask = m_n & (columns < D)
-    b_x = tl.load(p_x + columns.to(tl.int64) * stride_xd, mask=mask, other=0.0)
+    there = tl.minimum(columns, D - 1).to(tl.int64)
+    b_x = tl.load(p_x + there * stride_xd, mask=m_n, other=0.0)
     if CENTRED:
         b_centre = tl.load(centre_ptr + columns)
-        b_x = tl.where(mask, b_x.to(b_centre.dtype) - b_centre, 0.0)
+        b_x = tl.where(m_n, b_x.to(b_centre.dtype) - b_centre, 0.0)
     return b_x
 
 
@@ -91,10 +95,10 @@ def _of_rows(
         for d in range(0, WIDTH, BLOCK_D):
             b_x = _load_rows(p_x, stride_xd, centre_ptr, m_n, d, D, CENTRED, BLOCK_D)
             b_x = b_x.to(b_total.dtype)
+            columns = d + tl.arange(0, BLOCK_D)[None, :]
             if KIND == _DISTANCE:
-                b_total += b_x * b_x
+                b_total += tl.where(columns < D, b_x * b_x, 0.0)
             else:
-                columns = d + tl.arange(0, BLOCK_D)[None, :]
                 b_centre = tl.load(centre_ptr + columns)
                 if KIND == _EUCLIDEAN:
                     b_total += b_centre * (2 * b_x - b_centre)
@@ -481,7 +485,7 @@ class _Prepared(NamedTuple):
 
 
 def _constants(num_dims: int, kind: int, centred: bool, wide: bool) -> dict[str, Any]:
-    tile = (16, 16, 16) if wide else (64, 32, 32)
+    tile = (16, 16, 16) if wide else (32 if centred else 64, 32, 32)
     if interpreting():
         tile = (64, 64, 32)  # its time goes by the number of tiles
     block_d = min(max(16, triton.next_power_of_2(num_dims)), tile[2])
@@ -698,7 +702,7 @@ def offline_variants() -> list[Any]:
         )
 
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    some = {(32, torch.bfloat16, "distance"), (64, torch.float32, "euclidean")}
+    some = {(256, torch.float16, "euclidean"), (7, torch.float32, "euclidean")}
     cases = [(d, t, "euclidean") for t in dtypes for d in (7, 64, 256)]
     cases += [(32, t, m) for m in ("distance", "dot") for t in dtypes if t != torch.float16]
     return [variant(*case, case in some) for case in cases]
