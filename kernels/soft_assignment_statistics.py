@@ -485,7 +485,7 @@ class _Prepared(NamedTuple):
 
 
 def _constants(num_dims: int, kind: int, centred: bool, wide: bool) -> dict[str, Any]:
-    tile = (16, 16, 16) if wide else (32 if centred else 64, 32, 32)
+    tile = (16, 16, 16) if wide else (32, 32, 32)
     if interpreting():
         tile = (64, 64, 32)  # its time goes by the number of tiles
     block_d = min(max(16, triton.next_power_of_2(num_dims)), tile[2])
