@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.common import at_most, interpreting, num_threads, strides
+from mmfast.kernels.common import at_most, interpreting, strides
 
 _KINDS = {"euclidean": 0, "distance": 1, "cosine": 2, "dot": 2}
 _EUCLIDEAN = tl.constexpr(0)
@@ -51,7 +51,7 @@ _MOST_SLICES = 64
 @triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr):
     if total.dtype == tl.float64:
-        return total + tl.sum(a[:, :, None] * b[None, :, :], 1)
+        return tl.dot(a, b, total, input_precision="ieee", out_dtype=tl.float64)
     elif _INTERPRETING:
         # Which multiplies the bits of bfloat16.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
@@ -61,13 +61,17 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def _load_rows(p_x, stride_xd, centre_ptr, m_n, d, D, CENTRED: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Dimensions from d on, [BN, BD]: centred in the codes' dtype, or as they are."""
+    """Dimensions from d on, [BN, BD]: centred in the codes' dtype, or as they are.
+
+    Behind D the last one is repeated, which the zeros in the codes take out: a mask for each column
+    would be kept in registers through the loop over the codes.
+    """
     columns = d + tl.arange(0, BLOCK_D)[None, :]
-    mask = m_n & (columns < D)
-    b_x = tl.load(p_x + columns.to(tl.int64) * stride_xd, mask=mask, other=0.0)
+    there = tl.minimum(columns, D - 1).to(tl.int64)
+    b_x = tl.load(p_x + there * stride_xd, mask=m_n, other=0.0)
     if CENTRED:
         b_centre = tl.load(centre_ptr + columns)
-        b_x = tl.where(mask, b_x.to(b_centre.dtype) - b_centre, 0.0)
+        b_x = tl.where(m_n, b_x.to(b_centre.dtype) - b_centre, 0.0)
     return b_x
 
 
@@ -91,10 +95,10 @@ def _of_rows(
         for d in range(0, WIDTH, BLOCK_D):
             b_x = _load_rows(p_x, stride_xd, centre_ptr, m_n, d, D, CENTRED, BLOCK_D)
             b_x = b_x.to(b_total.dtype)
+            columns = d + tl.arange(0, BLOCK_D)[None, :]
             if KIND == _DISTANCE:
-                b_total += b_x * b_x
+                b_total += tl.where(columns < D, b_x * b_x, 0.0)
             else:
-                columns = d + tl.arange(0, BLOCK_D)[None, :]
                 b_centre = tl.load(centre_ptr + columns)
                 if KIND == _EUCLIDEAN:
                     b_total += b_centre * (2 * b_x - b_centre)
@@ -481,19 +485,19 @@ class _Prepared(NamedTuple):
 
 
 def _constants(num_dims: int, kind: int, centred: bool, wide: bool) -> dict[str, Any]:
-    # Small tiles, but for the interpreter, whose time goes by their number.
-    small = wide and not interpreting()
-    most = 16 if small else 64
-    block_d = min(max(16, triton.next_power_of_2(num_dims)), 16 if small else 32)
+    tile = (16, 16, 16) if wide else (32, 32, 32)
+    if interpreting():
+        tile = (64, 64, 32)  # its time goes by the number of tiles
+    block_d = min(max(16, triton.next_power_of_2(num_dims)), tile[2])
     return {
         "KIND": kind,
         "CENTRED": centred,
-        "BLOCK_N": 32 if most == 64 else 16,
-        "BLOCK_K": most,
+        "BLOCK_N": tile[0],
+        "BLOCK_K": tile[1],
         "BLOCK_D": block_d,
         "WIDTH": triton.cdiv(num_dims, block_d) * block_d,
         "num_stages": 1,
-        **num_threads(128 if small else 256),
+        "num_warps": 4 if wide else 8,
         **at_most(255),
     }
 
@@ -697,10 +701,8 @@ def offline_variants() -> list[Any]:
             quick=quick,
         )
 
-    some = {(32, torch.bfloat16, "distance"), (64, torch.float32, "euclidean")}
-    return [
-        variant(d, t, m, (d, t, m) in some)
-        for m in ("euclidean", "distance", "dot")
-        for t in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-        for d in (8, 32, 64, 256)
-    ]
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    some = {(256, torch.float16, "euclidean"), (7, torch.float32, "euclidean")}
+    cases = [(d, t, "euclidean") for t in dtypes for d in (7, 64, 256)]
+    cases += [(32, t, m) for m in ("distance", "dot") for t in dtypes if t != torch.float16]
+    return [variant(*case, case in some) for case in cases]
