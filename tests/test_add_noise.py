@@ -94,7 +94,7 @@ def problems(draw):
     return tensor(*shape), timesteps, table, *given, draw(st.booleans())
 
 
-@settings(max_examples=40)
+@settings(max_examples=10 if backends.interpreting() else 40)
 @given(problem=problems())
 def test_any_problem(problem):
     for name in BACKENDS:

@@ -119,7 +119,7 @@ def problems(draw):
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=10 if backends.interpreting() else 60)
 @given(problem=problems())
 def test_any_table(problem):
     expected = sampler_step.OP.result(sampler_step.OP.reference, problem)

@@ -16,6 +16,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+import test_add_noise
 import test_code_statistics
 import test_finite_scalar_quantize
 import test_lookup_free_quantize
@@ -25,6 +26,7 @@ import test_randn
 import test_residual_quantize
 import test_sample_code
 import test_soft_assignment_statistics
+import test_sampler_step
 import test_vector_quantize
 import torch
 from cases import METRICS, VIEWS, complaints, device_of, normal
@@ -123,6 +125,30 @@ REPEATED = {
         "nothing_to_average",
         "only_what_is_asked_for",
         "zero_vectors_have_no_cosine",
+    test_sampler_step: (
+        "a_counter_on_the_device_goes_on_by_itself",
+        "any_table",
+        "dynamic_threshold",
+        "half_precision_is_rounded_once",
+        "layouts",
+        "nan_stays_nan",
+        "noise_of_a_sample_does_not_depend_on_the_batch",
+        "one_seed_is_one_stream",
+        "out_may_be_x",
+        "samples_at_their_own_steps",
+        "slots_that_move",
+        "step_out_of_range_is_nan_on_a_device",
+        "what_has_no_weight_is_not_read",
+    ),
+    test_add_noise: (
+        "any_problem",
+        "gradients",
+        "half_precision_is_rounded_once",
+        "layouts",
+        "noise_of_a_sample_does_not_depend_on_the_batch",
+        "one_seed_is_one_stream",
+        "targets",
+        "timestep_out_of_range_is_nan_on_a_device",
     ),
     test_vector_quantize: (
         "gradients",

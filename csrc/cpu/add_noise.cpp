@@ -1,5 +1,5 @@
-// Noising is a sampler's step with a row of its own for each sample: the noisy sample is its result,
-// the target what it calls denoised.
+// Noising is a sampler's step with a row of its own for each sample: the noisy sample is its
+// result, the target what it calls denoised.
 #include <limits>
 #include <optional>
 #include <tuple>

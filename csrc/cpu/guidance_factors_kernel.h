@@ -20,8 +20,9 @@ struct GuidanceSums {
   // The first count of numbers in a row, zeros behind them.
   MMFAST_INLINE vd take(const SampleView& view, int64_t b, int64_t e, int64_t count) {
     const char* p = at(view, b, e);
-    char padded[width * sizeof(double)] = {};
+    char padded[width * sizeof(double)];
     if (count < width) {
+      std::memset(padded, 0, sizeof padded);
       std::memcpy(padded, p, (size_t)(count * size_of(view.dtype)));
       p = padded;
     }
@@ -54,9 +55,12 @@ struct GuidanceSums {
         // What is kept has been rounded, and is what the factors are for.
         char written[width * sizeof(double)];
         write_numbers(written, args.average.dtype, d);
-        std::memcpy((char*)at(args.average, b, e), written,
-                    (size_t)(n * size_of(args.average.dtype)));
-        d = take(args.average, b, e, n);
+        read_numbers(written, args.average.dtype, d);
+        char* to = (char*)at(args.average, b, e);
+        if (n == width)
+          write_numbers(to, args.average.dtype, d);
+        else
+          std::memcpy(to, written, (size_t)(n * size_of(args.average.dtype)));
       }
       aa = fma(c, c, aa);
       ab = fma(c, d, ab);

@@ -100,9 +100,14 @@ MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vd v) {
     store(at, v);
     return;
   }
+  if (dtype == Dtype::float32) {
+    using half = float __attribute__((vector_size(2 * lanes)));
+    store(at, __builtin_convertvector(v, half));
+    return;
+  }
   vf narrowed{};
   for (int i = 0; i < native_width<double>; ++i) narrowed[i] = (float)v[i];
-  char written[sizeof(vf)];
+  char written[2 * sizeof(vf)];
   write_numbers(written, dtype, narrowed);
   std::memcpy(at, written, (size_t)(native_width<double> * size_of(dtype)));
 }

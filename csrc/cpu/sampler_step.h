@@ -27,8 +27,8 @@ struct SamplerStepArgs {
   const double* guidance;  // pairs; 0 or 2 numbers from a sample's to the next one's
   int64_t guidance_stride;
   const double* threshold;  // [B], or null
-  // seeds[b * seed_stride]; null: no noise is drawn. With one seed for all, their numbers follow each
-  // other in its stream. The stream's offset is likewise one of offsets, or the row.
+  // seeds[b * seed_stride]; null: no noise is drawn. With one seed for all, their numbers follow
+  // each other in its stream. The stream's offset is likewise one of offsets, or the row.
   const int64_t *seeds, *offsets;
   int64_t seed_stride, offset_stride;
   // What is written, where there is any.

@@ -86,7 +86,8 @@ struct SamplerStep {
       p = total<NATIVE>(plan, plan.denoised, p, e, count);
       clamp(plan, p);
     }
-    const auto put = [&](const typename Plan::Target& target, const Chunk& c) __attribute__((always_inline)) {
+    const auto put = [&](const typename Plan::Target& target,
+                         const Chunk& c) __attribute__((always_inline)) {
       char* at = target.at + e * (NATIVE ? (int64_t)sizeof(T) : target.size);
       write<NATIVE>(at, target.dtype, c, count);
     };
@@ -95,7 +96,8 @@ struct SamplerStep {
       put(plan.slot_targets[0], total<NATIVE>(plan, plan.slots[0], p, e, count));
     } else if (plan.writes > 1) {
       Chunk made[Plan::most_slots];
-      for (int s = 0; s < plan.writes; ++s) made[s] = total<NATIVE>(plan, plan.slots[s], p, e, count);
+      for (int s = 0; s < plan.writes; ++s)
+        made[s] = total<NATIVE>(plan, plan.slots[s], p, e, count);
       for (int s = 0; s < plan.writes; ++s) put(plan.slot_targets[s], made[s]);
     }
     if (plan.prediction.at) put(plan.prediction, p);
@@ -129,8 +131,9 @@ struct SamplerStep {
       const int64_t n = count - i < chunk ? count - i : chunk;
       Chunk logarithm{}, noise = read((char*)(out + i), Native<T>::dtype, n);
       for (V& v : logarithm.v) v += plan.bias;
+      const typename Plan::Source& variance = plan.variance;
       if (plan.factor != 0)
-        add(logarithm, read(plan.variance.at + (e + i) * plan.variance.size, plan.variance.dtype, n),
+        add(logarithm, read(variance.at + (e + i) * variance.size, variance.dtype, n),
             plan.factor);
       for (int j = 0; j < vectors; ++j) noise.v[j] *= exponential(logarithm.v[j]);
       write((char*)(out + i), Native<T>::dtype, noise, n);
