@@ -170,7 +170,7 @@ def _run(
     spent: Spent,
     truths: Path,
 ) -> list[contest.Row]:
-    seconds = options.seconds * (_CURVE_SHARE if case.sweep else 1)
+    seconds = options.seconds * (_CURVE_SHARE if case.sweep else case.share)
     effort = contest.Effort(seconds)
     if options.full:
         effort = contest.Effort(seconds, call=60.0, slow=1.0, compile_all=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import patches
+from benchmarks import patches, schedulers
 from mmfast.registry import OPS, Sample
 
 Make = Callable[[torch.device], tuple[Any, ...]]
@@ -57,6 +57,7 @@ class Case:
     sweep: str | None = None
     quick: bool = False
     full: bool = False
+    share: float = 1.0  # of a case's time
 
     @property
     def judged(self) -> int:
@@ -116,6 +117,11 @@ def _tables() -> Iterator[Case]:
         lambda device: _kmeans(patches.patches().to(device), 1024),
         full=True,
     )
+    for setting in schedulers.SETTINGS:
+        for name, shape in schedulers.SHAPES.items():
+            yield _scheduler("scheduler_step", setting, name, shape)
+    for name, shape in schedulers.SHAPES.items():
+        yield _scheduler("scheduler_add_noise", schedulers.SETTINGS[0], name, shape)
     yield from _modules()
 
 
@@ -146,6 +152,18 @@ def _module(
 
     name = "_".join(f"{letter.lower()}{size}" for letter, size in shape.items())
     return Case(op, name, shape, "Gaussian", make, full=full)
+
+
+def _scheduler(op: str, setting: schedulers.Setting, name: str, shape: tuple[int, ...]) -> Case:
+    numbers = math.prod(shape)
+    return Case(
+        op,
+        f"{setting.key}_{name}",
+        {"N": numbers, "K": 1, "D": numbers // shape[0]},
+        setting.title,
+        lambda device: schedulers.arguments(setting, shape, device),
+        share=schedulers.SHARE,
+    )
 
 
 def _sample(sample: Sample, device: torch.device) -> tuple[Any, ...]:

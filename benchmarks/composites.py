@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mmfast
 import mmfast.nn
-from benchmarks import modules
+from benchmarks import modules, schedulers
 from benchmarks.modules import DECAY, EPS, Step
 from mmfast.ops import ema_update, vector_quantize
 from mmfast.ops.lookup_free_quantize import batch_entropy
@@ -198,5 +198,9 @@ COMPOSITES = {
     ),
     "lfq_step": Composite(
         _module(modules.lfq_step), _expected_lfq, _judge_rows("gradients", "indices")
+    ),
+    "scheduler_step": Composite(schedulers.step, schedulers.expected_step, schedulers.judge),
+    "scheduler_add_noise": Composite(
+        schedulers.add_noise, schedulers.expected_add_noise, schedulers.judge
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from benchmarks import schedulers
 from benchmarks.results import Results, Row
 
 # Of nearest_code: times faster than torch.mm of that shape, and than the fastest peer with indices.
@@ -49,7 +50,7 @@ class Goal:
 def goals(results: Results) -> list[Goal]:
     """Every goal whose cases were measured."""
     rows = [r for r in results.rows if r.seconds is not None]
-    return [*_ratios(rows), *_modules(rows), *_kmeans(rows), *_limits(rows)]
+    return [*_ratios(rows), *_modules(rows), *_kmeans(rows), *_schedulers(rows), *_limits(rows)]
 
 
 def fastest(rows: list[Row], *kinds: str) -> Row | None:
@@ -148,6 +149,32 @@ def _kmeans(rows: list[Row]) -> Iterator[Goal]:
                 f"{ratio:.1f}x",
                 ratio >= KMEANS_RATIO,
             )
+
+
+def _schedulers(rows: list[Row]) -> Iterator[Goal]:
+    for row in rows:
+        if row.kind != "mmfast" or row.op not in schedulers.OPS:
+            continue
+        if row.case.endswith("_tiny"):
+            yield Goal(
+                f"overhead of {row.op}, {row.data}",
+                row.threads,
+                f"{schedulers.OVERHEAD * 1e6:g} us",
+                f"{(row.seconds or 0.0) * 1e6:.1f} us",
+                (row.seconds or 0.0) < schedulers.OVERHEAD,
+            )
+        wanted = schedulers.RATIOS.get((row.op, row.case))
+        for other in rows:
+            same = (other.op, other.case, other.threads) == (row.op, row.case, row.threads)
+            if wanted is not None and same and other.kind == "peer":
+                ratio = (other.seconds or 0.0) / (row.seconds or 1.0)
+                yield Goal(
+                    f"{row.op}, {row.data}: against {other.subject}",
+                    row.threads,
+                    f"{wanted:g}x",
+                    f"{ratio:.1f}x",
+                    ratio >= wanted,
+                )
 
 
 def _limits(rows: list[Row]) -> Iterator[Goal]:

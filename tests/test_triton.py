@@ -25,8 +25,8 @@ import test_pack_indices
 import test_randn
 import test_residual_quantize
 import test_sample_code
-import test_soft_assignment_statistics
 import test_sampler_step
+import test_soft_assignment_statistics
 import test_vector_quantize
 import torch
 from cases import METRICS, VIEWS, complaints, device_of, normal
@@ -125,6 +125,7 @@ REPEATED = {
         "nothing_to_average",
         "only_what_is_asked_for",
         "zero_vectors_have_no_cosine",
+    ),
     test_sampler_step: (
         "a_counter_on_the_device_goes_on_by_itself",
         "any_table",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from mmfast.integrations import diffusers, taming, transformers, vector_quantize
 from mmfast.integrations.binding import Library, Method, Swap, bound_names, is_bound
+from mmfast.integrations.diffusers.swapping import ClassSwap, restored, schedulers_in, swapped
 from mmfast.integrations.report import Entry, PatchReport
 
 LIBRARIES: dict[str, Library] = {
@@ -22,7 +24,7 @@ LIBRARIES: dict[str, Library] = {
 }
 
 
-def patch(model: nn.Module, *, libraries: Iterable[str] | None = None) -> PatchReport:
+def patch(model: Any, *, libraries: Iterable[str] | None = None) -> PatchReport:
     """Make the quantisers of other libraries inside ``model`` run on mmfast.
 
     Modules stay where they are, with their class, parameters, buffers, hooks and state-dict
@@ -34,8 +36,12 @@ def patch(model: nn.Module, *, libraries: Iterable[str] | None = None) -> PatchR
     The patch moves with ``model.to(...)`` and ``copy.deepcopy(model)``, and works under
     ``torch.compile``. Patching twice changes nothing more.
 
+    Of a pipeline of diffusers, the schedulers are swapped too: see
+    :func:`mmfast.integrations.diffusers.patch`.
+
     Args:
-        model: any module; it and all its submodules are looked at.
+        model: any module; it and all its submodules are looked at. Or a pipeline of diffusers, or a
+            scheduler of it.
         libraries: names out of ``LIBRARIES``; by default all of them.
 
     Returns:
@@ -43,16 +49,21 @@ def patch(model: nn.Module, *, libraries: Iterable[str] | None = None) -> PatchR
         ``undo()``, or the end of a ``with`` block on it, takes the patch back.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is none of these.
         ValueError: a name in ``libraries`` is unknown, or no module could be swapped; says what
             was looked for and what was found.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    modules, schedulers = _parts(model)
+    if modules is None:
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; a pipeline or a "
+            "scheduler of diffusers can be given too"
+        )
     chosen = _chosen(libraries)
     entries: list[Entry] = []
     methods: list[Method] = []
-    for name, module in model.named_modules():
+    classes: list[ClassSwap] = []
+    for name, module in modules:
         library = next((library for library in chosen if library.matches(module)), None)
         if library is None:
             continue
@@ -65,23 +76,47 @@ def patch(model: nn.Module, *, libraries: Iterable[str] | None = None) -> PatchR
                 method.bind()
                 methods.append(method)
         entries.append(Entry(name, library.name, type(module).__name__, swap.done, swap.left))
-    report = PatchReport(tuple(entries), tuple(methods))
+    for name, scheduler in schedulers if diffusers.LIBRARY in chosen else []:
+        entry, change = swapped(name, scheduler)
+        entries.append(entry)
+        if change is not None:
+            classes.append(change)
+    noun = "quantisers and schedulers" if schedulers else "quantisers"
+    report = PatchReport(tuple(entries), tuple(methods), tuple(classes), noun)
     if not report.swapped:
         raise ValueError(_nothing(model, chosen, report))
     return report
 
 
-def unpatch(model: nn.Module) -> None:
+def _parts(model: Any) -> tuple[list[tuple[str, nn.Module]] | None, list[tuple[str, Any]]]:
+    """Modules and schedulers of a model, a pipeline or a scheduler, with dotted names."""
+    if isinstance(model, nn.Module):
+        return list(model.named_modules()), []
+    schedulers = list(schedulers_in(model))
+    components = getattr(model, "components", None)
+    if not isinstance(components, dict):
+        return ([] if schedulers else None), schedulers
+    modules = [
+        (f"{component}.{name}" if name else component, module)
+        for component, part in components.items()
+        if isinstance(part, nn.Module)
+        for name, module in part.named_modules()
+    ]
+    return modules, schedulers
+
+
+def unpatch(model: Any) -> None:
     """Take back every patch in ``model``, whichever report or copy it came from.
 
     Raises:
-        ValueError: no module in it is patched.
+        ValueError: nothing in it is patched.
     """
-    found = [(module, name) for module in model.modules() for name in bound_names(module)]
-    if not found:
-        raise ValueError(f"no quantiser in {type(model).__name__} is patched")
+    modules, schedulers = _parts(model)
+    found = [(module, name) for _, module in modules or () for name in bound_names(module)]
     for module, name in found:
         delattr(module, name)
+    if not sum(restored(scheduler) for _, scheduler in schedulers) + len(found):
+        raise ValueError(f"no quantiser in {type(model).__name__} is patched")
 
 
 def _chosen(names: Iterable[str] | None) -> list[Library]:

@@ -1,9 +1,10 @@
-"""What :func:`mmfast.integrations.patch` did to a model."""
+"""What :func:`mmfast.integrations.patch` did to a model or a pipeline."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Protocol
 
 from rich import box
 from rich.console import Console
@@ -14,9 +15,16 @@ from mmfast.integrations.binding import Method, is_bound
 _WIDTH = 110  # of the printed table
 
 
+class Exchanged(Protocol):
+    """A change that is not of a module's method."""
+
+    def undo(self) -> bool:
+        """Take it back; False where something else has changed it since."""
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A quantiser in the model.
+    """A quantiser in the model, or a scheduler.
 
     Attributes:
         name: dotted, as ``model.named_modules()`` gives it; ``""`` is the model itself.
@@ -34,13 +42,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """The quantisers that were found, and the way back.
+    """The quantisers and schedulers that were found, and the way back.
 
     Used as a context manager, it undoes the patch at the end of the block.
     """
 
     entries: tuple[Entry, ...]
     methods: tuple[Method, ...] = field(default=(), repr=False)
+    classes: tuple[Exchanged, ...] = field(default=(), repr=False)
+    noun: str = field(default="quantisers", repr=False)
 
     @property
     def swapped(self) -> tuple[Entry, ...]:
@@ -58,7 +68,7 @@ class PatchReport:
         Raises:
             RuntimeError: something else has replaced a method since, and may hold on to ours.
         """
-        replaced = []
+        replaced = [f"the class of {change}" for change in self.classes if not change.undo()]
         for method in self.methods:
             if is_bound(method.owner, method.name):
                 delattr(method.owner, method.name)
@@ -92,5 +102,5 @@ class PatchReport:
         with console.capture() as captured:
             console.print(table)
         total, swapped = len(self.entries), len(self.swapped)
-        heading = f"{swapped} of {total} quantisers run on mmfast\n"
+        heading = f"{swapped} of {total} {self.noun} run on mmfast\n"
         return heading + "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -1,0 +1,141 @@
+"""Schedulers of diffusers that are there already, swapped for those on tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mmfast.integrations.report import Entry, PatchReport
+
+SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "IPNDMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "SASolverScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "EDMEulerScheduler",
+    "EDMDPMSolverMultistepScheduler",
+)
+
+
+@dataclass(frozen=True)
+class ClassSwap:
+    """An object whose class was exchanged.
+
+    Attributes:
+        owner: the object.
+        before: its class before.
+        after: its class since.
+    """
+
+    owner: Any
+    before: type
+    after: type
+
+    def undo(self) -> bool:
+        """Give it its own class back; whether it had ours, or has its own already."""
+        if type(self.owner) is self.after:
+            vars(self.owner).pop("_tabled", None)
+            vars(self.owner).pop("_philox", None)
+            self.owner.__class__ = self.before
+        return type(self.owner) is self.before
+
+
+def patch(pipeline_or_scheduler: Any) -> PatchReport:
+    """Make the schedulers of a pipeline, or one scheduler, take their steps by tables.
+
+    The object stays, with its configuration, timesteps and attributes; its class becomes the one of
+    the same name here. Patch between runs: one that is under way begins anew, at a low order.
+
+    Args:
+        pipeline_or_scheduler: a scheduler of diffusers, or a pipeline with one or several.
+
+    Returns:
+        A :class:`mmfast.integrations.PatchReport`; its ``undo()``, or the end of a ``with`` block
+        on it, takes the patch back.
+
+    Raises:
+        ValueError: there is no scheduler, its class is not supported, or one of its options: says
+            which.
+    """
+    entries, swaps = [], []
+    for name, scheduler in schedulers_in(pipeline_or_scheduler):
+        entry, swap = swapped(name, scheduler)
+        entries.append(entry)
+        if swap is not None:
+            swaps.append(swap)
+    report = PatchReport(tuple(entries), classes=tuple(swaps), noun="schedulers")
+    if not report.swapped:
+        what = type(pipeline_or_scheduler).__name__
+        reasons = [f"{entry.class_name}: {entry.left}" for entry in report.left]
+        raise ValueError(
+            f"no scheduler of {what} can be swapped: "
+            + ("; ".join(reasons) if reasons else "it is none of diffusers', and holds none")
+        )
+    return report
+
+
+def schedulers_in(owner: Any) -> Iterator[tuple[str, Any]]:
+    """The schedulers of diffusers in a pipeline, or the scheduler itself, with their names."""
+    module = sys.modules.get("diffusers.schedulers.scheduling_utils")
+    if module is None:
+        return
+    if isinstance(owner, module.SchedulerMixin):
+        yield "", owner
+        return
+    components = getattr(owner, "components", None)
+    if isinstance(components, dict):
+        for name, component in components.items():
+            if isinstance(component, module.SchedulerMixin):
+                yield name, component
+
+
+def swapped(name: str, scheduler: Any) -> tuple[Entry, ClassSwap | None]:
+    """Exchange the class of a scheduler; what was done, and how to undo it."""
+    from mmfast.integrations.diffusers import schedulers
+
+    theirs = type(scheduler)
+    class_name = theirs.__name__
+    ours = schedulers.CLASSES.get(class_name)
+    if theirs is ours:
+        return Entry(name, "diffusers", class_name, "step, add_noise", ""), None
+    reasons = []
+    if ours is None:
+        reasons = [f"the class is not supported; those that are: {', '.join(schedulers.CLASSES)}"]
+    elif theirs not in ours.__bases__:
+        reasons = ["it is a class of its own, derived from or named like diffusers'"]
+    else:
+        reasons = schedulers.objections(scheduler)
+    if ours is None or reasons:
+        return Entry(name, "diffusers", class_name, "", "; ".join(reasons)), None
+    scheduler.__class__ = ours
+    return (
+        Entry(name, "diffusers", class_name, "step, add_noise", ""),
+        ClassSwap(scheduler, theirs, ours),
+    )
+
+
+def restored(scheduler: Any) -> bool:
+    """Give a scheduler the library's class back; whether it had ours."""
+    from mmfast.integrations.diffusers import schedulers
+
+    ours = type(scheduler)
+    if schedulers.CLASSES.get(ours.__name__) is not ours:
+        return False
+    return ClassSwap(scheduler, ours.__bases__[1], ours).undo()

@@ -1,0 +1,476 @@
+"""diffusers' schedulers as tables: what each one's configuration, sigmas and timesteps mean.
+
+One function per scheduler: it takes the scheduler, the index that its steps begin at, and the
+options of the call, and gives a :class:`Program`. The tables are filled in float64 from the numbers
+that the scheduler itself has set, so that what differs from it is only its rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast import schedule
+from mmfast.schedule import Grid, SamplerTable
+from mmfast.schedule.layout import Layout
+from mmfast.schedule.samplers.multistep import adams, transfer
+from mmfast.schedule.samplers.steps import Clip, Steps
+from mmfast.schedule.table import Linear, TableBuilder, denoised, model_output, noise, x
+
+Options = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A scheduler's steps from some index to the last.
+
+    Attributes:
+        table: a row per call of ``step``.
+        draws: which of these calls draw noise, whether it has a weight or not, as the library does.
+        ring: how many of the slots hold what the last steps pushed.
+        output: the slot that is an output of the step, not a memory of it; None for none.
+        final: whether the last row's second output is its first.
+    """
+
+    table: SamplerTable
+    draws: tuple[bool, ...]
+    ring: int = 0
+    output: int | None = None
+    final: bool = False
+
+
+class Points:
+    """The schedule behind a grid: where to ask for what lies between its points."""
+
+    def __init__(self, sigma_data: float | None = None, alphas_cumprod: Tensor | None = None):
+        self.sigma_data = sigma_data
+        self.alphas_cumprod = alphas_cumprod
+
+    def at(self, timestep: float) -> tuple[float, float]:
+        """alpha and sigma at a whole timestep."""
+        assert self.alphas_cumprod is not None
+        return point(float(self.alphas_cumprod[int(timestep)]))
+
+    def timestep_of(self, ratio: float) -> float:
+        """Not needed: the scheduler has its timesteps."""
+        return 0.0
+
+    def input_scale(self, ratio: float) -> float:
+        """Of x / alpha, when the model gets it."""
+        return 1 / math.hypot(1.0 if self.sigma_data is None else self.sigma_data, ratio)
+
+
+def point(alpha_cumprod: float) -> tuple[float, float]:
+    """alpha and sigma."""
+    return math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
+
+
+def _grid(
+    timesteps: Sequence[float],
+    points: Sequence[tuple[float, float]],
+    begin: int,
+    *,
+    points_of: Points | None = None,
+    scales: Sequence[float] | None = None,
+    sigma_data: float | None = None,
+) -> Grid:
+    if begin >= len(timesteps):
+        raise IndexError(
+            f"the schedule has {len(timesteps)} steps, got a begin at {begin}: call set_timesteps"
+        )
+    alpha, sigma = torch.tensor(points, dtype=torch.float64).unbind(1)
+    grid = Grid(
+        torch.tensor(timesteps, dtype=torch.float64),
+        alpha,
+        sigma,
+        torch.ones_like(alpha) if scales is None else torch.tensor(scales, dtype=torch.float64),
+        Points() if points_of is None else points_of,
+        sigma_data=sigma_data,
+    )
+    return grid.skip(begin) if begin else grid
+
+
+def host(values: Tensor) -> list[float]:
+    """Numbers of a tensor. They are read back: not for use within a step."""
+    return values.detach().double().cpu().tolist()
+
+
+def exploding(timesteps: Sequence[float], sigmas: Sequence[float], begin: int) -> Grid:
+    """x0 + sigma n, of which the model gets the variance-preserving form."""
+    scales = [1 / math.hypot(1.0, s) for s in sigmas]
+    return _grid(timesteps, [(1.0, s) for s in sigmas], begin, scales=scales)
+
+
+def preserving(s: Any, begin: int) -> Grid:
+    """alpha x0 + sigma n for the sigmas of a solver: ratios, or those of straight lines."""
+    flow = getattr(s.config, "use_flow_sigmas", False)
+    points = []
+    for ratio in host(s.sigmas):
+        alpha = 1 / math.hypot(1.0, ratio)
+        points.append((1 - ratio, ratio) if flow else (alpha, ratio * alpha))
+    return _grid(host(s.timesteps), points, begin)
+
+
+def _flow(timesteps: Sequence[float], sigmas: Sequence[float], begin: int) -> Grid:
+    if len(sigmas) == len(timesteps):  # as they are before set_timesteps
+        sigmas = [*sigmas, 0.0]
+    return _grid(timesteps, [(1 - s, s) for s in sigmas], begin)
+
+
+def _paired(s: Any, begin: int) -> tuple[list[float], list[float], int]:
+    # Two calls a step: every second entry of what is repeated.
+    if begin % 2:
+        raise ValueError(
+            f"{type(s).__name__} makes its steps of two calls: it can begin at an even index, got "
+            f"{begin}"
+        )
+    timesteps = host(s.timesteps)[::2]
+    sigmas = host(s.sigmas)[: 2 * len(timesteps) : 2]
+    return timesteps, [*sigmas, host(s.sigmas)[-1]], begin // 2
+
+
+def _prediction(s: Any) -> str:
+    name = s.config.prediction_type
+    return "sample" if name == "original_sample" else name
+
+
+def _clip(s: Any) -> Clip:
+    if getattr(s.config, "thresholding", False):
+        return math.inf
+    return s.config.clip_sample_range if s.config.clip_sample else None
+
+
+def _program(table: SamplerTable, draws: bool = False, **more: Any) -> Program:
+    return Program(table, (draws,) * len(table), **more)
+
+
+def ddpm(s: Any, begin: int, options: Options) -> Program:
+    visited = [int(t) for t in host(s.timesteps)]
+    values = host(s.alphas_cumprod)
+    points = [point(values[t]) for t in visited] + [(1.0, 0.0)]
+    table = schedule.ddpm(
+        _grid(visited, points, 0),
+        prediction=_prediction(s),
+        clip=_clip(s),
+        variance=s.variance_type,
+        noise_at_end=True,
+    )
+    return Program(table, tuple(t > 0 for t in visited))
+
+
+def ddim(s: Any, begin: int, options: Options) -> Program:
+    """options: eta, use_clipped_model_output, and the timesteps if not the scheduler's."""
+    eta, clip_noise, *given = options
+    stride = s.config.num_train_timesteps // s.num_inference_steps
+    values, final = host(s.alphas_cumprod), float(s.final_alpha_cumprod)
+    rows = []
+    # Each step goes to the timestep a stride below its own, which need not be the next one.
+    for t in given or [int(t) for t in host(s.timesteps)]:
+        after = t - stride
+        points = [point(values[t]), point(values[after] if after >= 0 else final)]
+        rows.append(
+            schedule.ddim(
+                _grid([t], points, 0),
+                prediction=_prediction(s),
+                clip=_clip(s),
+                clip_noise=clip_noise,
+                eta=eta,
+            )
+        )
+    table = SamplerTable(
+        torch.cat([row.coefficients for row in rows]), 0, torch.cat([row.timesteps for row in rows])
+    )
+    return _program(table, draws=eta > 0)
+
+
+def _churn(options: Options) -> dict[str, float]:
+    return dict(zip(("churn", "churn_min", "churn_max", "churn_noise"), options, strict=True))
+
+
+def _churned(sigmas: Sequence[float], options: Options) -> tuple[bool, ...]:
+    churn, low, high, _ = options
+    return tuple(churn > 0 and low <= sigma <= high for sigma in sigmas[:-1])
+
+
+def euler(s: Any, begin: int, options: Options) -> Program:
+    sigmas = host(s.sigmas)
+    table = schedule.euler(
+        exploding(host(s.timesteps), sigmas, 0), prediction=_prediction(s), **_churn(options)
+    )
+    return Program(table, _churned(sigmas, options))
+
+
+def euler_ancestral(s: Any, begin: int, options: Options) -> Program:
+    grid = exploding(host(s.timesteps), host(s.sigmas), 0)
+    return _program(schedule.euler_ancestral(grid, prediction=_prediction(s)), draws=True)
+
+
+def heun(s: Any, begin: int, options: Options) -> Program:
+    return _program(
+        schedule.heun(exploding(*_paired(s, begin)), prediction=_prediction(s), clip=_clip(s))
+    )
+
+
+def kdpm2(s: Any, begin: int, options: Options) -> Program:
+    return _program(schedule.kdpm2(exploding(*_paired(s, begin)), prediction=_prediction(s)))
+
+
+def kdpm2_ancestral(s: Any, begin: int, options: Options) -> Program:
+    table = schedule.kdpm2_ancestral(exploding(*_paired(s, begin)), prediction=_prediction(s))
+    return Program(table, tuple(row % 2 == 1 for row in range(len(table))))
+
+
+def lms(s: Any, begin: int, options: Options) -> Program:
+    (order,) = options
+    grid = exploding(host(s.timesteps), host(s.sigmas), begin)
+    return _program(schedule.lms(grid, prediction=_prediction(s), order=order), ring=order - 1)
+
+
+def pndm(s: Any, begin: int, options: Options) -> Program:
+    # Each call goes from one timestep to another by a rule of the library's that does not ask what
+    # the next timestep is, so that a fine grid has both ends of each.
+    values, final = host(s.alphas_cumprod), float(s.final_alpha_cumprod)
+    stride = s.config.num_train_timesteps // s.num_inference_steps
+    starts = 0 if s.config.skip_prk_steps else len(s.prk_timesteps)
+    if begin and starts:
+        raise ValueError(
+            "PNDMScheduler with Runge-Kutta steps begins at the first timestep: use "
+            "skip_prk_steps=True to start from an image"
+        )
+    told = [int(t) for t in host(s.timesteps)][begin:]
+    ends = []
+    for call, t in enumerate(told):
+        if call < starts:
+            ends.append((int(s.prk_timesteps[call // 4 * 4]), t - (stride // 2) * (1 - call % 2)))
+        else:
+            ends.append((t + stride, t) if call == 1 else (t, t - stride))
+    points = [point(values[t] if t >= 0 else final) for pair in ends for t in pair]
+    grid = _grid(range(2 * len(told)), [*points, (1.0, 0.0)], 0)
+    builder = TableBuilder(ring=3, keep=["x", "sum"] if starts else ["x"])
+    base, total = builder.kept("x"), builder.kept("sum") if starts else x
+
+    for call, t in enumerate(told):
+
+        def move(sample: Linear, mixed: Linear, at: int = 2 * call) -> Linear:
+            if s.config.prediction_type == "v_prediction":
+                alpha, sigma = grid.point(at)
+                mixed = alpha * mixed + sigma * sample
+            return transfer(grid, at, at + 1, sample, mixed)
+
+        m = model_output
+        if call < starts:
+            stage = call % 4
+            if stage == 0:
+                builder.row(t, next=move(x, m), push=m, keep={"x": x, "sum": m / 6})
+            elif stage < 3:
+                builder.row(t, next=move(base, m), keep={"sum": total + m / 3})
+            else:
+                builder.row(t, next=move(base, total + m / 6))
+        elif call == 1:
+            builder.row(t, next=move(base, (m + builder.last(1)) / 2))
+        else:
+            past = [builder.last(k) for k in range(1, builder.pushed + 1)]
+            keep = {"x": x} if call == 0 else {}
+            builder.row(t, next=move(x, adams([m, *past])), push=m, keep=keep)
+    return _program(builder.build(), ring=3)
+
+
+def ipndm(s: Any, begin: int, options: Options) -> Program:
+    points = list(zip(host(s.alphas), host(s.betas), strict=True))
+    grid = _grid(host(s.timesteps), points, begin)
+    table = schedule.ipndm(grid, prediction="v_prediction")
+    if points[begin][0] == 0:
+        # From pure noise the library takes the clean sample for 0, whatever the model says.
+        first = table.coefficients[0]
+        first[Layout.NEXT : Layout.NEXT + table.layout.sources] = 0.0
+        first[Layout.NEXT] = points[begin + 1][1]
+    return _program(table, ring=3)
+
+
+def deis(s: Any, begin: int, options: Options) -> Program:
+    order = min(s.config.solver_order, 3)
+    table = schedule.deis(
+        preserving(s, begin),
+        prediction=_prediction(s),
+        clip=math.inf if s.config.thresholding else None,
+        order=order,
+        lower_order_final=s.config.lower_order_final,
+    )
+    return _program(table, ring=order - 1)
+
+
+def dpm_multistep(s: Any, begin: int, options: Options) -> Program:
+    order = min(s.config.solver_order, 3)
+    table = schedule.dpm_solver(
+        preserving(s, begin),
+        prediction=_prediction(s),
+        clip=math.inf if s.config.thresholding else None,
+        order=order,
+        algorithm=s.config.algorithm_type,
+        solver_type=s.config.solver_type,
+        lower_order_final=s.config.lower_order_final,
+        euler_at_final=s.config.euler_at_final,
+    )
+    return _program(table, draws=s.config.algorithm_type.startswith("sde"), ring=order - 1)
+
+
+def dpm_singlestep(s: Any, begin: int, options: Options) -> Program:
+    order = s.config.solver_order
+    table = schedule.dpm_solver_singlestep(
+        preserving(s, begin),
+        prediction=_prediction(s),
+        clip=math.inf if s.config.thresholding else None,
+        order=order,
+        algorithm=s.config.algorithm_type,
+        solver_type=s.config.solver_type,
+        lower_order_final=s.config.lower_order_final,
+    )
+    return _program(table, draws=s.config.algorithm_type.startswith("sde"), ring=order - 1)
+
+
+def edm_dpm(s: Any, begin: int, options: Options) -> Program:
+    order = min(s.config.solver_order, 3)
+    table = schedule.edm_dpm(
+        _edm(s, begin),
+        prediction=_edm_prediction(s),
+        clip=math.inf if s.config.thresholding else None,
+        order=order,
+        algorithm=s.config.algorithm_type,
+        solver_type=s.config.solver_type,
+        lower_order_final=s.config.lower_order_final,
+        euler_at_final=s.config.euler_at_final,
+    )
+    return _program(table, draws=s.config.algorithm_type.startswith("sde"), ring=order - 1)
+
+
+def edm_euler(s: Any, begin: int, options: Options) -> Program:
+    """options: those of the churn, and whether the prediction itself is given."""
+    *churn, given = options
+    prediction = "sample" if given else _edm_prediction(s)
+    table = schedule.edm_euler(_edm(s, 0), prediction=prediction, **_churn(tuple(churn)))
+    return Program(table, _churned(host(s.sigmas), tuple(churn)))
+
+
+def _edm(s: Any, begin: int) -> Grid:
+    sigma_data, sigmas = s.config.sigma_data, host(s.sigmas)
+    return _grid(
+        host(s.timesteps),
+        [(1.0, sigma) for sigma in sigmas],
+        begin,
+        points_of=Points(sigma_data),
+        scales=[1 / math.hypot(sigma_data, sigma) for sigma in sigmas],
+        sigma_data=sigma_data,
+    )
+
+
+def _edm_prediction(s: Any) -> str:
+    return "edm" if s.config.prediction_type == "epsilon" else "edm_v"
+
+
+def unipc(s: Any, begin: int, options: Options) -> Program:
+    table = schedule.unipc(
+        preserving(s, begin),
+        prediction=_prediction(s),
+        clip=math.inf if s.config.thresholding else None,
+        order=s.config.solver_order,
+        variant=s.config.solver_type,
+        predict_x0=s.predict_x0,
+        without_corrector=s.disable_corrector,
+        lower_order_final=s.config.lower_order_final,
+    )
+    return _program(table, ring=s.config.solver_order)
+
+
+def sa_solver(s: Any, begin: int, options: Options) -> Program:
+    predictor, corrector = s.config.predictor_order, s.config.corrector_order
+    table = schedule.sa_solver(
+        preserving(s, begin),
+        prediction=_prediction(s),
+        clip=math.inf if s.config.thresholding else None,
+        predictor_order=predictor,
+        corrector_order=corrector,
+        tau=lambda t: float(s.tau_func(t)),
+        predict_x0=s.predict_x0,
+        lower_order_final=s.config.lower_order_final,
+    )
+    return _program(table, draws=True, ring=max(predictor, corrector, 2) - 1)
+
+
+def lcm(s: Any, begin: int, options: Options) -> Program:
+    steps, points = _consistency(s, _clip(s), point(float(s.final_alpha_cumprod)))
+    count, grid = len(steps.grid), steps.grid
+    for i in range(count):
+        c_skip, c_out = s.get_scalings_for_boundary_condition_discrete(grid.timestep(i))
+        alpha, sigma = points[i + 1] if i + 1 < count else (1.0, 0.0)
+        clean = grid.denoised(i, steps.prediction)
+        if steps.clip is None:
+            steps.step(i, alpha * denoised + sigma * noise, clean=c_out * clean + c_skip * x)
+        else:
+            value = c_out * denoised + c_skip * x
+            steps.step(i, alpha * value + sigma * noise, keep={"consistent": value})
+    return _noised(steps, count)
+
+
+def tcd(s: Any, begin: int, options: Options) -> Program:
+    """options: eta."""
+    (eta,) = options
+    values = host(s.alphas_cumprod)
+    steps, _ = _consistency(s, None, point(values[0]))
+    count, grid = len(steps.grid), steps.grid
+    for i in range(count):
+        after = int(grid.timestep(i + 1)) if i + 1 < count else 0
+        to = values[after] if i + 1 < count else values[0]
+        between = values[math.floor((1 - eta) * after)]
+        alpha, sigma = point(between)
+        clean = grid.denoised(i, steps.prediction)
+        value = alpha * clean + sigma * grid.noise(i, steps.prediction)
+        following = denoised
+        if eta > 0 and i + 1 < count:
+            ratio = to / between
+            following = math.sqrt(ratio) * denoised + math.sqrt(max(1 - ratio, 0.0)) * noise
+        steps.step(i, following, clean=value)
+    return _noised(steps, count, draws=eta > 0)
+
+
+def _consistency(
+    s: Any, clip: Clip, final: tuple[float, float]
+) -> tuple[Steps, list[tuple[float, float]]]:
+    values, visited = host(s.alphas_cumprod), [int(t) for t in host(s.timesteps)]
+    points = [point(values[t]) for t in visited] + [final]
+    keep = [] if clip is None else ["consistent"]
+    return Steps(_grid(visited, points, 0), _prediction(s), clip, keep=keep), points
+
+
+def _noised(steps: Steps, count: int, draws: bool = True) -> Program:
+    table = steps.table()
+    return Program(
+        table,
+        tuple(draws and i + 1 < count for i in range(count)),
+        output=0 if table.slots else None,
+        final=True,
+    )
+
+
+def flow_euler(s: Any, begin: int, options: Options) -> Program:
+    stochastic = s.config.stochastic_sampling
+    grid = _flow(host(s.timesteps), host(s.sigmas), 0)
+    return _program(schedule.flow_euler(grid, stochastic=stochastic), draws=stochastic)
+
+
+def flow_heun(s: Any, begin: int, options: Options) -> Program:
+    return _program(schedule.flow_heun(_flow(*_paired(s, begin))))
+
+
+def noising(points: Sequence[tuple[float, float]]) -> Tensor:
+    """A table whose rows add noise: alpha x + sigma n."""
+    layout = Layout(0)
+    rows = torch.zeros(len(points), layout.columns, dtype=torch.float64)
+    rows[:, Layout.LOW], rows[:, Layout.HIGH] = -math.inf, math.inf
+    rows[:, Layout.GUIDANCE] = rows[:, Layout.INPUT_SCALE] = 1.0
+    rows[:, [Layout.NEXT, Layout.NEXT + 2]] = torch.tensor(points, dtype=torch.float64).view(-1, 2)
+    return rows
