@@ -47,6 +47,7 @@ class Case:
         sweep: the curve whose point it is; None for what goes into the tables.
         quick: part of ``--quick``.
         full: only part of ``--full``.
+        share: of the time that a case gets.
     """
 
     op: str
@@ -57,7 +58,7 @@ class Case:
     sweep: str | None = None
     quick: bool = False
     full: bool = False
-    share: float = 1.0  # of a case's time
+    share: float = 1.0
 
     @property
     def judged(self) -> int:

@@ -199,8 +199,10 @@ COMPOSITES = {
     "lfq_step": Composite(
         _module(modules.lfq_step), _expected_lfq, _judge_rows("gradients", "indices")
     ),
-    "scheduler_step": Composite(schedulers.step, schedulers.expected_step, schedulers.judge),
+    "scheduler_step": Composite(
+        {"mmfast": schedulers.step}, schedulers.expected_step, schedulers.judge
+    ),
     "scheduler_add_noise": Composite(
-        schedulers.add_noise, schedulers.expected_add_noise, schedulers.judge
+        {"mmfast": schedulers.add_noise}, schedulers.expected_add_noise, schedulers.judge
     ),
 }
