@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import contest, levels, machine, report, tables, timing
+from benchmarks import contest, levels, machine, report, tables, timing, training
 from benchmarks.cases import Case, all_cases
 from benchmarks.results import FILE, Results
+from benchmarks.spent import ROUNDS, Spent
 
 _HERE = Path(__file__).parent
 _CURVE_SHARE = 0.25  # of a table's case's time
@@ -29,39 +31,72 @@ def main() -> int:
     device = torch.device(options.device)
     folder = options.out or _HERE / "results" / machine.slug(device)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    chosen = _choose(options)
-    counts = _thread_counts(device, options.threads)
     results = _start(device, folder, options.resume)
+    spent = Spent()
+    with _truths(options.truths) as truths:
+        _measure(options, results, folder, device, console, spent, truths)
+    if not options.bare:
+        for table in [*tables.all_tables(results), *spent.tables()]:
+            console.print(table.rich())
+        written = report.write(results, folder, spent.tables())
+        console.print(f"{written}: the report; {FILE} and plots beside it")
+        if options.readme:
+            report.update_readme(results, _HERE.parent / "README.md")
+    wrong = [r for r in results.rows if r.kind == "mmfast" and r.match]
+    for row in wrong:
+        console.print(f"WRONG: {row.op}/{row.case}, {row.subject}: {row.match}", style="bold red")
+    return 1 if wrong else 0
+
+
+@contextmanager
+def _truths(given: Path | None) -> Iterator[Path]:
+    if given:
+        yield given
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _measure(
+    options: argparse.Namespace,
+    results: Results,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+    spent: Spent,
+    truths: Path,
+) -> None:
+    """Fill ``results``, which the folder keeps as they come."""
+    chosen, counts = _choose(options), _thread_counts(device, options.threads)
     done = {f"{r.op}/{r.case}" for r in results.rows}
     if not options.bare:
         console.print(report.summary(results), highlight=False)
-    with _progress(console, len(chosen) + 2) as tell:
+    with _progress(console, len(chosen) + 3) as tell:
         for count in counts:
             tell("ceilings", 0)
-            with timing.threads(count):
+            with timing.threads(count), spent.on("ceilings", ROUNDS):
                 results.ceilings[count] = machine.ceilings(device, count)
         tell("", 1)
         for case in chosen:
             if case.key in done:
                 tell("", 1)
                 continue
-            results.replace(_run(case, device, counts, options, tell))
+            results.replace(_run(case, device, counts, options, tell, spent, truths))
             results.save(folder)
             tell("", 1)
-        if device.type == "cpu" and not options.bare and not (options.only or options.subjects):
-            results.replace(levels.run(options.quick, lambda what: tell(f"level {what}", 0)))
+        everything = not (options.bare or options.only or options.subjects)
+        if device.type == "cpu" and everything:
+            with spent.on("lower instruction sets", ROUNDS):
+                rows = levels.run(options.quick, truths, lambda what: tell(f"level {what}", 0))
+            results.replace(rows)
             results.save(folder)
         tell("", 1)
-    if not options.bare:
-        for table in tables.all_tables(results):
-            console.print(table.rich())
-        console.print(f"{report.write(results, folder)}: the report; {FILE} and plots beside it")
-        if options.readme:
-            report.update_readme(results, _HERE.parent / "README.md")
-    wrong = [r for r in results.rows if r.subject.startswith("mmfast") and r.match]
-    for row in wrong:
-        console.print(f"WRONG: {row.op}/{row.case}, {row.subject}: {row.match}", style="bold red")
-    return 1 if wrong else 0
+        if everything and not training.missing():
+            steps = training.QUICK_STEPS if options.quick else training.STEPS
+            with spent.on("training", ROUNDS):
+                results.curves = training.run(steps, lambda what: tell(f"training {what}", 0))
+            results.save(folder)
+        tell("", 1)
 
 
 def _parse() -> argparse.Namespace:
@@ -69,6 +104,11 @@ def _parse() -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="fewer cases, less time for each")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="all cases, torch.compile of everything, and slow contenders on all vectors",
+    )
     parser.add_argument("--only", metavar="REGEX", help="cases, as op/name")
     parser.add_argument("--subjects", metavar="REGEX", help="contenders, by their names")
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all")
@@ -77,6 +117,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep what the folder has already")
     parser.add_argument("--readme", action="store_true", help="put the table into the README")
     parser.add_argument("--bare", action="store_true", help=f"write {FILE}, no report or tables")
+    parser.add_argument("--truths", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     options = parser.parse_args()
     if options.list:
@@ -91,14 +132,16 @@ def _parse() -> argparse.Namespace:
     if options.threads and min(options.threads) < 1:
         parser.error(f"--threads must be at least 1, got {min(options.threads)}")
     if options.seconds is None:
-        options.seconds = 0.3 if options.quick else 0.6
+        options.seconds = 0.3 if options.quick else 2.0 if options.full else 0.6
+    if options.quick and options.full:
+        parser.error("--quick and --full exclude each other")
     if not _choose(options):
         parser.error(f"no case matches --only {options.only!r}; --list shows them")
     return options
 
 
 def _choose(options: argparse.Namespace) -> list[Case]:
-    cases = [c for c in all_cases() if c.quick or not options.quick]
+    cases = [c for c in all_cases() if options.full or (c.quick if options.quick else not c.full)]
     return [c for c in cases if re.search(options.only or "", c.key)]
 
 
@@ -124,15 +167,22 @@ def _run(
     counts: list[int],
     options: argparse.Namespace,
     tell: Callable[[str, int], None],
+    spent: Spent,
+    truths: Path,
 ) -> list[contest.Row]:
     seconds = options.seconds * (_CURVE_SHARE if case.sweep else case.share)
+    effort = contest.Effort(seconds)
+    if options.full:
+        effort = contest.Effort(seconds, call=60.0, slow=1.0, compile_all=True)
     return contest.run(
         case,
         device,
         counts if case.scales else counts[-1:],
-        seconds,
+        effort,
         lambda name: bool(re.search(options.subjects or "", name)),
         lambda what: tell(f"{case.key} {what}", 0),
+        spent,
+        truths,
     )
 
 

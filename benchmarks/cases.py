@@ -16,8 +16,22 @@ from mmfast.registry import OPS, Sample
 
 Make = Callable[[torch.device], tuple[Any, ...]]
 
-_SCALED = ("nearest_code", "kmeans", "vector_quantize_step", "residual_quantize")
+_SCALED = ("nearest_code", "kmeans", "vector_quantize_step", "vector_quantize_eval")
+# These are parts of modules that are measured; the larger of their samples are for --full.
+_INSIDE = (
+    "vector_quantize",
+    "vector_quantize_bwd",
+    "residual_quantize",
+    "residual_quantize_bwd",
+    "lookup_free_quantize",
+    "lookup_free_quantize_bwd",
+    "finite_scalar_quantize",
+    "finite_scalar_quantize_bwd",
+)
+_SHAPES = ((65536, 1024, 64), (65536, 8192, 32), (16384, 16384, 256))  # N, K, D of a quantiser
+_LEVELS = [8, 8, 8, 5, 5, 5]  # of FSQ
 _ITERATIONS = 2  # of k-means
+_JUDGED = 4096  # vectors of a point of a curve
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,8 @@ class Case:
         make: the op's arguments on a device.
         sweep: the curve whose point it is; None for what goes into the tables.
         quick: part of ``--quick``.
+        full: only part of ``--full``.
+        share: of the time that a case gets.
     """
 
     op: str
@@ -41,7 +57,13 @@ class Case:
     make: Make
     sweep: str | None = None
     quick: bool = False
-    share: float = 1.0  # of a case's time
+    full: bool = False
+    share: float = 1.0
+
+    @property
+    def judged(self) -> int:
+        """How many of its vectors are held to the truth."""
+        return self.shape["N"] if self.sweep is None else min(self.shape["N"], _JUDGED)
 
     @property
     def scales(self) -> bool:
@@ -74,6 +96,7 @@ def _tables() -> Iterator[Case]:
                 "Gaussian + 100" if "offset" in sample.name else "Gaussian",
                 functools.partial(_sample, sample),
                 quick=sample is smallest or sample.name == "n65536_k1024_d64",
+                full=sample is not smallest and op.name in _INSIDE,
             )
         if op.name == "nearest_code":
             for num_codes in (1024, 8192):
@@ -93,21 +116,43 @@ def _tables() -> Iterator[Case]:
         {"N": patches.COUNT, "K": 1024, "D": patches.DIMENSIONS},
         "image patches",
         lambda device: _kmeans(patches.patches().to(device), 1024),
+        full=True,
     )
-
     for setting in schedulers.SETTINGS:
         for name, shape in schedulers.SHAPES.items():
             yield _scheduler("scheduler_step", setting, name, shape)
     for name, shape in schedulers.SHAPES.items():
         yield _scheduler("scheduler_add_noise", schedulers.SETTINGS[0], name, shape)
-    for n, k, d in ((65536, 1024, 64), (65536, 8192, 32), (16384, 16384, 256)):
-        yield Case(
-            "vector_quantize_step",
-            f"n{n}_k{k}_d{d}",
-            {"N": n, "K": k, "D": d},
-            "Gaussian",
-            functools.partial(_step, n, k, d),
-        )
+    yield from _modules()
+
+
+def _modules() -> Iterator[Case]:
+    for n, k, d in _SHAPES:
+        for op, sizes in (("step", (n, k, n)), ("eval", (n, k))):
+            yield _module(f"vector_quantize_{op}", {"N": n, "K": k, "D": d}, sizes)
+    shape = {"N": 16384, "K": 1024, "D": 128, "Q": 8}
+    for op in ("step", "eval"):
+        yield _module(f"residual_vq_{op}", shape, (16384, 8 * 1024, 16384)[: 3 - (op == "eval")])
+    shape = {"N": 65536, "K": math.prod(_LEVELS), "D": len(_LEVELS)}
+    yield _module("fsq_step", shape, (65536, 65536), _LEVELS)
+    for bits in (14, 16, 18):
+        shape = {"N": 65536, "K": 1 << bits, "D": bits}
+        yield _module("lfq_step", shape, (65536, 65536), full=bits > 14)
+
+
+def _module(
+    op: str, shape: Mapping[str, int], sizes: tuple[int, ...], *rest: Any, full: bool = False
+) -> Case:
+    """Gaussian vectors, codes, and gradients, as many as ``sizes``, and what else it takes."""
+
+    def make(device: torch.device) -> tuple[Any, ...]:
+        tensors = [_normal(n, shape["D"], seed).to(device) for seed, n in enumerate(sizes)]
+        if "Q" in shape:
+            tensors[1] = tensors[1].view(shape["Q"], shape["K"], shape["D"])
+        return *tensors, *rest
+
+    name = "_".join(f"{letter.lower()}{size}" for letter, size in shape.items())
+    return Case(op, name, shape, "Gaussian", make, full=full)
 
 
 def _scheduler(op: str, setting: schedulers.Setting, name: str, shape: tuple[int, ...]) -> Case:
@@ -120,10 +165,6 @@ def _scheduler(op: str, setting: schedulers.Setting, name: str, shape: tuple[int
         lambda device: schedulers.arguments(setting, shape, device),
         share=schedulers.SHARE,
     )
-
-
-def _step(n: int, k: int, d: int, device: torch.device) -> tuple[Any, ...]:
-    return tuple(_normal(rows, d, seed).to(device) for seed, rows in enumerate((n, k, n)))
 
 
 def _sample(sample: Sample, device: torch.device) -> tuple[Any, ...]:

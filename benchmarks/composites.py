@@ -1,20 +1,22 @@
-"""What is measured without being an op of the registry: k-means, a quantiser's training step."""
+"""What is measured without being an op of the registry: k-means, and the quantisers' modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import mmfast
-from benchmarks import schedulers
+import mmfast.nn
+from benchmarks import modules, schedulers
+from benchmarks.modules import DECAY, EPS, Step
 from mmfast.ops import ema_update, vector_quantize
+from mmfast.ops.lookup_free_quantize import batch_entropy
 from mmfast.registry import OPS
-
-DECAY, EPS = 0.8, 1e-5  # of the training step's averages
 
 _INERTIA_TOLERANCE = 1e-4
 _STEP_TOLERANCE = 1e-5  # relative to the largest number
@@ -25,13 +27,13 @@ class Composite:
     """A problem solved by several ops.
 
     Attributes:
-        make: takes the arguments, returns mmfast's call.
+        makes: mmfast's ways, by their names: each takes the arguments and returns the call.
         expected: the float64 result for the arguments.
         judge: what is wrong with a result, given the arguments and the expected one; empty when
             nothing.
     """
 
-    make: Callable[..., Callable[[], Any]]
+    makes: Mapping[str, Callable[..., Callable[[], Any]]]
     expected: Callable[..., Any]
     judge: Callable[[Any, tuple[Any, ...], Any], str]
 
@@ -67,30 +69,28 @@ def _judge_codebook(codebook: Tensor, arguments: tuple[Any, ...], wanted: Tensor
     return "" if excess < _INERTIA_TOLERANCE else f"inertia {excess:+.1e}"
 
 
-def _step(x: Tensor, codebook: Tensor, gradient: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+def _functions_step(x: Tensor, codebook: Tensor, gradient: Tensor) -> Step:
+    """A training step without the module."""
     codes, embed_sum = codebook.clone(), codebook.clone()
     cluster_size = torch.ones_like(codebook[:, 0])
 
-    def run() -> tuple[Tensor, ...]:
-        reset(codebook, codes, embed_sum, cluster_size)
+    def reset() -> None:
+        codes.copy_(codebook)
+        embed_sum.copy_(codebook)
+        cluster_size.fill_(1)
+
+    def step() -> tuple[Tensor, ...]:
         vectors = x.detach().requires_grad_()
         result = mmfast.vector_quantize(vectors, codes, gradient="rotation")
-        loss = (result.quantized * gradient).sum() + result.commitment_loss
-        (to_x,) = torch.autograd.grad(loss, vectors)
+        outputs = (result.quantized, result.commitment_loss)
+        (to_x,) = torch.autograd.grad(outputs, vectors, (gradient, torch.ones_like(outputs[1])))
         mmfast.ema_update_(codes, cluster_size, embed_sum, x, result.indices, decay=DECAY, eps=EPS)
         return to_x, codes
 
-    return run
+    return Step(reset, step)
 
 
-def reset(codebook: Tensor, codes: Tensor, embed_sum: Tensor, cluster_size: Tensor) -> None:
-    """The state before the first step, so that each call makes that one."""
-    codes.copy_(codebook)
-    embed_sum.copy_(codebook)
-    cluster_size.fill_(1)
-
-
-def _expected_step(x: Tensor, codebook: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+def _expected_step(x: Tensor, codebook: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of x and the new codebook. The cases of nearest_code hold its indices to float64."""
     one, size = x.new_ones((), dtype=torch.float64), torch.ones_like(codebook[:, 0])
     indices, _ = mmfast.nearest_code(x, codebook)
@@ -104,22 +104,105 @@ def _expected_step(x: Tensor, codebook: Tensor, gradient: Tensor) -> tuple[Tenso
     return to_x, codes
 
 
-def _judge_step(result: Any, arguments: tuple[Any, ...], wanted: tuple[Tensor, ...]) -> str:
-    """A vector with another index has another gradient, and moves two codes."""
-    wrong = []
-    for name, got, want in zip(("gradients", "codes"), result, wanted, strict=True):
-        error = (got.to(want) - want).abs().amax(1)
-        count = int((error > _STEP_TOLERANCE * want.abs().amax()).sum())
-        if count:
-            wrong.append(f"{count} of {len(want)} {name} wrong")
-    return "; ".join(wrong)
+def _expected_residual_step(
+    x: Tensor, codebooks: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Each stage's step for what the earlier ones left over; their gradients add up."""
+    to_x, new = torch.zeros_like(x, dtype=torch.float64), []
+    for codebook in codebooks:
+        part, codes = _expected_step(x, codebook, gradient)
+        to_x += part
+        new.append(codes)
+        x = x - codebook[mmfast.nearest_code(x, codebook)[0]]
+    return to_x, torch.cat(new)
+
+
+def _expected_eval(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    indices, _ = mmfast.nearest_code(x, codebook)
+    return codebook[indices].double(), indices
+
+
+def _expected_residual_eval(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    total, chosen = torch.zeros_like(x, dtype=torch.float64), []
+    for codebook in codebooks:
+        codes, indices = _expected_eval(x, codebook)
+        chosen.append(indices)
+        total += codes
+        x = x - codes.to(x)
+    return total, torch.stack(chosen, -1)
+
+
+def _expected_fsq(z: Tensor, gradient: Tensor, levels: list[int]) -> tuple[Tensor, Tensor]:
+    rest = (levels, "bound", False, None)
+    _, indices = OPS["finite_scalar_quantize"].reference(z, *rest)
+    to_z = OPS["finite_scalar_quantize_bwd"].reference(gradient.double(), z.double(), *rest)
+    return to_z, indices
+
+
+def _expected_lfq(z: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = z.double().requires_grad_()
+    with mmfast.use_backend("reference"):
+        result = mmfast.lookup_free_quantize(leaf, group_bits=z.shape[1])
+        loss = modules.ENTROPY_WEIGHT * (
+            result.sample_entropy - batch_entropy(result.mean_probabilities)
+        )
+        (to_z,) = torch.autograd.grad(
+            (result.quantized, loss), leaf, (gradient.double(), torch.ones_like(loss))
+        )
+    return to_z, result.indices[:, 0]
+
+
+def _judge_rows(*names: str) -> Callable[[Any, tuple[Any, ...], Any], str]:
+    """Counts the wrong rows of each output. A vector with another index has another gradient, and
+    moves two codes."""
+
+    def judge(result: Any, arguments: tuple[Any, ...], wanted: tuple[Tensor, ...]) -> str:
+        wrong = []
+        for name, got, want in zip(names, result, wanted, strict=True):
+            limit = _STEP_TOLERANCE * want.abs().amax() if want.is_floating_point() else 0
+            bad = (got.to(want) - want).abs() > limit
+            count = int((bad.any(-1) if bad.dim() > 1 else bad).sum())
+            if count:
+                wrong.append(f"{count} of {len(want)} {name} wrong")
+        return "; ".join(wrong)
+
+    return judge
+
+
+def _module(make: Callable[..., Callable[[], Any]]) -> dict[str, Callable[..., Callable[[], Any]]]:
+    return {"mmfast.nn": partial(make, mmfast.nn)}
 
 
 COMPOSITES = {
-    "kmeans": Composite(_kmeans, _expected_kmeans, _judge_codebook),
-    "vector_quantize_step": Composite(_step, _expected_step, _judge_step),
-    "scheduler_step": Composite(schedulers.step, schedulers.expected_step, schedulers.judge),
+    "kmeans": Composite({"mmfast": _kmeans}, _expected_kmeans, _judge_codebook),
+    "vector_quantize_step": Composite(
+        {**_module(modules.vector_quantize_step), "mmfast, functions": _functions_step},
+        _expected_step,
+        _judge_rows("gradients", "codes"),
+    ),
+    "vector_quantize_eval": Composite(
+        _module(modules.vector_quantize_eval), _expected_eval, _judge_rows("vectors", "indices")
+    ),
+    "residual_vq_step": Composite(
+        _module(modules.residual_vq_step),
+        _expected_residual_step,
+        _judge_rows("gradients", "codes"),
+    ),
+    "residual_vq_eval": Composite(
+        _module(modules.residual_vq_eval),
+        _expected_residual_eval,
+        _judge_rows("vectors", "indices"),
+    ),
+    "fsq_step": Composite(
+        _module(modules.fsq_step), _expected_fsq, _judge_rows("gradients", "indices")
+    ),
+    "lfq_step": Composite(
+        _module(modules.lfq_step), _expected_lfq, _judge_rows("gradients", "indices")
+    ),
+    "scheduler_step": Composite(
+        {"mmfast": schedulers.step}, schedulers.expected_step, schedulers.judge
+    ),
     "scheduler_add_noise": Composite(
-        schedulers.add_noise, schedulers.expected_add_noise, schedulers.judge
+        {"mmfast": schedulers.add_noise}, schedulers.expected_add_noise, schedulers.judge
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +13,43 @@ import torch
 from benchmarks import memory, peers, timing
 from benchmarks.cases import Case
 from benchmarks.results import Row
+from benchmarks.spent import FIRST, ROUNDS, TRUTH, Spent
 from benchmarks.subjects import Arguments, Subject, answer, expected, judge, own, subjects
 from mmfast.registry import OPS
 
-# A slow contender is measured on so few vectors that a call takes this many seconds.
-_CUT_SECONDS = 0.05
-_CUT_LEAST = 1024
+_CUT_LEAST = 1024  # vectors
 # On the curves only these are of interest, besides mmfast.
 CURVES = ("addmm+argmin", "faiss flat")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long measuring may take.
+
+    Attributes:
+        seconds: for the rounds of a case and number of threads.
+        call: a slower contender is measured on so few vectors that a call takes this long.
+        slow: a contender is timed once if a call takes longer.
+        compile_all: ``torch.compile`` takes part everywhere, not only where ``COMPILED`` says.
+    """
+
+    seconds: float
+    call: float = 0.05
+    slow: float = 0.5
+    compile_all: bool = False
+
+
+# Compiling takes 5 to 10 seconds, of a loop over stages more.
+COMPILED = (
+    "nearest_code",
+    "vector_quantize_step",
+    "vector_quantize_eval",
+    "fsq_step",
+    "lfq_step",
+)
+
+
+NOT_COMPILED = "only with --full"
 
 
 @dataclass
@@ -35,34 +65,41 @@ def run(
     case: Case,
     device: torch.device,
     threads: Sequence[int],
-    seconds: float,
+    effort: Effort,
     wanted: Callable[[str], bool],
     tell: Callable[[str], None],
+    spent: Spent,
+    truths: Path | None = None,
 ) -> list[Row]:
-    """Measure ``case`` for ``seconds`` per number of threads.
+    """Measure ``case``.
 
-    ``wanted`` chooses contenders by name, ``tell`` hears what is going on.
+    Args:
+        wanted: chooses contenders by name.
+        tell: hears what is going on.
+        truths: a folder for results of the reference, which another process may have left there.
     """
     tell("reference")
-    arguments = case.make(device)
-    truth = expected(case.op, arguments)
+    with spent.on(case.key, TRUTH):
+        arguments = case.make(device)
+        truth = _truth(case, arguments, truths)
     entries, rows = [], []
     for subject in _contenders(case):
         if not wanted(subject.name):
             continue
         tell(subject.name)
-        entry = enter(case, subject, arguments, truth, device)
+        with spent.on(case.key, FIRST, subject.name):
+            entry = enter(case, subject, arguments, truth, device, effort)
         if isinstance(entry, Entry):
             entries.append(entry)
         else:
             rows += [_row(case, subject, count, note=entry) for count in threads]
     for count in threads:
         tell(f"{count} threads" if device.type == "cpu" else "timing")
-        with timing.threads(count):
+        with timing.threads(count), spent.on(case.key, ROUNDS):
             # Who is too slow for all rows is not worth a second look with fewer threads.
             fast = [e for e in entries if e.rows == case.shape["N"] or count == max(threads)]
             calls = {entry.subject.name: entry.call for entry in fast}
-            times = timing.interleave(calls, device, seconds)
+            times = timing.interleave(calls, device, effort.seconds, effort.slow)
         for entry in fast:
             rows.append(_measured(case, entry, count, times[entry.subject.name], arguments))
     return rows
@@ -75,29 +112,68 @@ def _contenders(case: Case) -> list[Subject]:
     return [s for s in found if s.kind == "mmfast" or s.name in CURVES]
 
 
+def _truth(case: Case, arguments: Arguments, folder: Path | None) -> Any:
+    """The reference's results for the vectors that are judged."""
+    path = folder / f"{case.op}_{case.name}.pt" if folder else None
+    if path and path.exists():
+        return torch.load(path)
+    if case.judged < case.shape["N"]:
+        arguments = _shorten(case.op)(arguments, case.judged)
+    truth = expected(case.op, arguments)
+    if path and case.op == "nearest_code" and case.sweep is None:
+        torch.save(truth, path)
+    return truth
+
+
 def enter(
-    case: Case, subject: Subject, arguments: Arguments, truth: Any, device: torch.device
+    case: Case,
+    subject: Subject,
+    arguments: Arguments,
+    truth: Any,
+    device: torch.device,
+    effort: Effort,
 ) -> Entry | str:
     """The contender, warm and judged, or why it does not run."""
+    if subject.kind == "compile" and not effort.compile_all and case.op not in COMPILED:
+        return NOT_COMPILED
     reasons = subject.reasons(arguments)
     if reasons:
         return "; ".join(reasons)
     needed = subject.peer.workspace(*arguments)
     if needed > _free_memory(device) and not hasattr(peers.of(case.op), "first_rows"):
         return f"not run where it needs {needed >> 30} GiB"
-    given, rows = _cut(case, subject, arguments, device)
+    given, rows = _cut(case, subject, arguments, device, effort.call)
     copies = own(case.op, given)
     call = subject.peer.make(*copies)
     match = None
     result = answer(case.op, call(), copies)
-    if subject.kind != "floor":
-        match = judge(case.op, result, given, truth_of(case, truth, given, rows))
+    if subject.kind != "floor" and not subject.peer.random:
+        judged = min(rows, case.judged)
+        if judged < rows:
+            result = _first(case.op, result, judged)
+            given = _shorten(case.op)(given, judged)
+        match = judge(case.op, result, given, truth_of(case, truth, given, judged))
     del result
     return Entry(subject, call, rows, match, memory.peak(call, device))
 
 
+def _shorten(op: str) -> Callable[[Arguments, int], Arguments]:
+    """What gives the problem of the first rows."""
+    found = peers.of(op)
+    assert found is not None
+    return found.first_rows
+
+
+def _first(op: str, result: Any, rows: int) -> Any:
+    """The results of the first ``rows`` vectors, of all outputs or the only one."""
+    found = peers.of(op)
+    assert found is not None
+    shorten = found.first_results
+    return shorten(result, rows) if isinstance(result, tuple) else shorten((result,), rows)[0]
+
+
 def _cut(
-    case: Case, subject: Subject, arguments: Arguments, device: torch.device
+    case: Case, subject: Subject, arguments: Arguments, device: torch.device, longest: float
 ) -> tuple[Arguments, int]:
     """The problem, or its first rows where it is too much for the contender; how many."""
     rows = fitting = case.shape["N"]
@@ -114,7 +190,7 @@ def _cut(
             probe = subject.peer.make(*shorten(arguments, probed))
             probe()
             each = timing.once(probe, device)[0] / probed
-            allowed = max(_CUT_LEAST, int(_CUT_SECONDS / each) // 64 * 64)
+            allowed = max(_CUT_LEAST, int(longest / each) // 64 * 64)
             if allowed <= 2 * probed or probed == fitting:
                 fitting = min(fitting, allowed)
                 break
@@ -132,7 +208,7 @@ def _free_memory(device: torch.device) -> int:
 
 def truth_of(case: Case, truth: Any, given: Arguments, rows: int) -> Any:
     """The truth about ``given``, the problem's first rows."""
-    if rows == case.shape["N"]:
+    if rows == case.judged:
         return truth
     shorten = getattr(peers.of(case.op), "first_results", None)
     return shorten(truth, rows) if shorten else expected(case.op, given)

@@ -19,12 +19,18 @@ RATIOS: dict[str, tuple[float | None, float]] = {
     "patches_k8192": (3.0, 4.0),
     "n256_k512_d64": (None, 1.0),
 }
-# Of a training step: times faster than vector-quantize-pytorch.
-STEP_RATIOS = {
-    "n65536_k1024_d64": 15.0,
-    "n65536_k8192_d32": 60.0,
-    "n16384_k16384_d256": 8.0,
+# Of the modules, by the first letters of a case: times faster than vector-quantize-pytorch.
+LIBRARY = "vector-quantize-pytorch"
+MODULE_RATIOS = {
+    "vector_quantize_step": {"n65536_k1024": 15.0, "n65536_k8192": 60.0, "n16384_k16384": 8.0},
+    "vector_quantize_eval": {"n65536_k1024": 25.0, "n65536_k8192": 100.0, "n16384_k16384": 10.0},
+    "residual_vq_step": {"n": 5.0},
+    "residual_vq_eval": {"n": 5.0},
+    "fsq_step": {"n": 4.0},
+    "lfq_step": {"n": 4.0},
 }
+STEP_OF_FLOOR = 1.5  # times the lookup alone, or moving the bytes
+PART_OF_MEMORY = 20  # times less than vector-quantize-pytorch
 KMEANS_RATIO = 3.0  # than scikit-learn
 OVERHEAD = 10e-6  # seconds of a tiny call
 MEMORY = 16 << 20  # bytes that nearest_code needs at most
@@ -44,7 +50,7 @@ class Goal:
 def goals(results: Results) -> list[Goal]:
     """Every goal whose cases were measured."""
     rows = [r for r in results.rows if r.seconds is not None]
-    return [*_ratios(rows), *_steps(rows), *_kmeans(rows), *_schedulers(rows), *_limits(rows)]
+    return [*_ratios(rows), *_modules(rows), *_kmeans(rows), *_schedulers(rows), *_limits(rows)]
 
 
 def fastest(rows: list[Row], *kinds: str) -> Row | None:
@@ -76,22 +82,57 @@ def _ratios(rows: list[Row]) -> Iterator[Goal]:
                 )
 
 
-def _steps(rows: list[Row]) -> Iterator[Goal]:
-    here = [r for r in rows if r.op == "vector_quantize_step" and r.case in STEP_RATIOS]
-    for other in (r for r in here if r.kind in ("peer", "compile")):
-        same = [r for r in here if (r.case, r.threads) == (other.case, other.threads)]
-        own = fastest(same, "mmfast")
+def _modules(rows: list[Row]) -> Iterator[Goal]:
+    here = [r for r in rows if r.op in MODULE_RATIOS]
+    for op, case, threads in dict.fromkeys((r.op, r.case, r.threads) for r in here):
+        same = [r for r in here if (r.op, r.case, r.threads) == (op, case, threads)]
+        own = next((r for r in same if r.kind == "mmfast"), None)
         if own is None:
             continue
-        library = other.subject == "vector-quantize-pytorch"
-        wanted = STEP_RATIOS[other.case] if library else 1.0
-        ratio = (other.seconds or 0.0) / (own.seconds or 1.0)
+        ratios = MODULE_RATIOS[op]
+        wanted = next((ratio for start, ratio in ratios.items() if case.startswith(start)), None)
+        for other in same:
+            if other.subject == LIBRARY and wanted is not None:
+                yield _faster(own, other, wanted)
+            elif other.kind in ("compile", "peer"):
+                yield _faster(own, other, 1.0)
+            elif other.kind == "floor" and op != "vector_quantize_eval":
+                yield _near_floor(own, other)
+            if other.subject == LIBRARY and other.measured == other.shape["N"]:
+                yield from _memory(own, other)
+
+
+def _faster(own: Row, other: Row, wanted: float) -> Goal:
+    ratio = (other.seconds or 0.0) / (own.seconds or 1.0)
+    return Goal(
+        f"{own.op}, {own.title}: against {other.subject}",
+        own.threads,
+        f"{wanted:g}x",
+        f"{ratio:.1f}x",
+        ratio >= wanted,
+    )
+
+
+def _near_floor(own: Row, floor: Row) -> Goal:
+    ratio = (own.seconds or 0.0) / (floor.seconds or 1.0)
+    return Goal(
+        f"{own.op}, {own.title}: of {floor.subject}, at most",
+        own.threads,
+        f"{STEP_OF_FLOOR:g}x",
+        f"{ratio:.2f}x",
+        ratio <= STEP_OF_FLOOR,
+    )
+
+
+def _memory(own: Row, other: Row) -> Iterator[Goal]:
+    if own.memory and other.memory:
+        ratio = other.memory / own.memory
         yield Goal(
-            f"training step, {own.title}: against {other.subject}",
-            other.threads,
-            f"{wanted:g}x",
-            f"{ratio:.1f}x",
-            ratio >= wanted,
+            f"{own.op}, {own.title}: memory beside {other.subject}",
+            own.threads,
+            f"1/{PART_OF_MEMORY}",
+            f"1/{ratio:.1f}",
+            ratio >= PART_OF_MEMORY,
         )
 
 

@@ -26,8 +26,11 @@ _PEERS = {
 _SUBJECTS = r"mmfast \(cpp\)|faiss flat"
 
 
-def run(quick: bool, tell: Callable[[str], None]) -> list[Row]:
+def run(quick: bool, truths: Path, tell: Callable[[str], None]) -> list[Row]:
     """Rows of kind ``"level"``, the instruction set in their notes.
+
+    Args:
+        truths: see ``contest.run``.
 
     Raises:
         RuntimeError: a process failed; its output is in the message.
@@ -40,11 +43,11 @@ def run(quick: bool, tell: Callable[[str], None]) -> list[Row]:
     rows = []
     for level in lower:
         tell(level)
-        rows += _measure(level, CASES[:1] if quick else CASES)
+        rows += _measure(level, CASES[:1] if quick else CASES, truths)
     return rows
 
 
-def _measure(level: str, cases: tuple[str, ...]) -> list[Row]:
+def _measure(level: str, cases: tuple[str, ...], truths: Path) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -53,7 +56,8 @@ def _measure(level: str, cases: tuple[str, ...]) -> list[Row]:
             "--only",
             f"^nearest_code/({'|'.join(cases)})$",
         ]
-        command += ["--subjects", _SUBJECTS, "--out", folder, "--seconds", "0.3", "--bare"]
+        command += ["--subjects", _SUBJECTS, "--out", folder, "--seconds", "0.2", "--bare"]
+        command += ["--truths", str(truths)]
         command += ["--threads", str(torch.get_num_threads())]
         ran = subprocess.run(
             command,

@@ -17,7 +17,7 @@ DIMENSIONS = PATCH * PATCH * 3
 _ITERATIONS = 8
 
 
-def _photographs() -> list[np.ndarray]:
+def photographs() -> list[np.ndarray]:
     """uint8 (height, width, 3) each."""
     from skimage import data
 
@@ -29,7 +29,7 @@ def _photographs() -> list[np.ndarray]:
 def patches() -> Tensor:
     """(COUNT, DIMENSIONS) float32 in 0 to 1, in a random order that never changes."""
     rows = []
-    for picture in _photographs():
+    for picture in photographs():
         height, width = (size // PATCH * PATCH for size in picture.shape[:2])
         grid = picture[:height, :width].reshape(height // PATCH, PATCH, width // PATCH, PATCH, 3)
         rows.append(grid.transpose(0, 2, 1, 3, 4).reshape(-1, DIMENSIONS))

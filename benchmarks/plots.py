@@ -28,20 +28,9 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     rows = [r for r in results.rows if r.seconds is not None and r.kind != "level"]
-    if not rows:
+    if not rows and not results.curves:
         return []
-    most = max(r.threads for r in rows)
-    rows = [r for r in rows if r.op == "nearest_code" and r.threads == most]
-    subtitle = results.facts["device"]
-    if results.facts["device_type"] == "cpu":
-        subtitle += f", {most} thread{'s' if most > 1 else ''}"
-    tables = [r for r in rows if r.sweep is None and not r.case.startswith("tiny")]
-    figures = {
-        "speedup": _bars(tables, subtitle, _speedups, "time of each / time of mmfast", "speed"),
-        "memory": _bars(tables, subtitle, _memories, "MiB, outputs included", "memory"),
-        "scaling": _curves([r for r in rows if r.sweep in ("N", "K", "D")], subtitle),
-        "patches": _patches([r for r in rows if _of_patches(r)], subtitle),
-    }
+    figures = {**(_of_rows(rows, results.facts) if rows else {}), "training": _training(results)}
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures.items():
@@ -51,6 +40,21 @@ def draw(results: Results, folder: Path) -> list[Path]:
         figure.savefig(path, dpi=110)
         written.append(path)
     return written
+
+
+def _of_rows(rows: list[Row], facts: dict[str, Any]) -> dict[str, Any]:
+    most = max(r.threads for r in rows)
+    rows = [r for r in rows if r.op == "nearest_code" and r.threads == most]
+    subtitle = facts["device"]
+    if facts["device_type"] == "cpu":
+        subtitle += f", {most} thread{'s' if most > 1 else ''}"
+    tables = [r for r in rows if r.sweep is None and not r.case.startswith("tiny")]
+    return {
+        "speedup": _bars(tables, subtitle, _speedups, "time of each / time of mmfast", "speed"),
+        "memory": _bars(tables, subtitle, _memories, "MiB, outputs included", "memory"),
+        "scaling": _curves([r for r in rows if r.sweep in ("N", "K", "D")], subtitle),
+        "patches": _patches([r for r in rows if _of_patches(r)], subtitle),
+    }
 
 
 def _of_patches(row: Row) -> bool:
@@ -168,6 +172,27 @@ def _patches(rows: list[Row], subtitle: str) -> Any:
         f"nearest_code, {rows[0].shape['N']} image patches of 4 x 4 x 3, codes by k-means\n"
         f"({subtitle})"
     )
+    return figure
+
+
+def _training(results: Results) -> Any:
+    curves = results.curves
+    if not curves:
+        return None
+    figure, axes = _figure(15, 5, 3)
+    labels = ("perplexity", "codes used", "reconstruction error")
+    # The last ones are drawn on top, each thinner than what it may hide.
+    widths = [2.0 + 2.5 * (len(curves) - 1 - n) for n in range(len(curves))]
+    for axis, label in zip(axes, labels, strict=True):
+        for curve, width in zip(curves, widths, strict=True):
+            values = {labels[0]: curve.perplexity, labels[1]: curve.used, labels[2]: curve.error}
+            own = curve.subject == curves[0].subject
+            colour = _OWN if own else _COLOURS.get(curve.subject, "black")
+            axis.plot(values[label], color=colour, linewidth=width, label=curve.subject)
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"A VQ-VAE on photographs ({results.facts['device']})")
     return figure
 
 

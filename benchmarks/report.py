@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import plots, tables
@@ -21,25 +22,37 @@ _README_CASES = (
 )
 _LEGEND = """\
 Contenders take turns; a time is the median of the rounds, the spread half the distance between
-their quartiles. A time after ~ was taken on fewer vectors and scaled up. "of peak" is the op's
+their quartiles; who takes long is timed once. A time after ~ was taken on fewer vectors and
+scaled up. "of peak" is the op's
 least number of operations per second over the rate of bfloat16 dot products (below), which
 pruning may exceed. "Match" compares with the float64 reference: ✓, or what differs.
 """
+_TRAINING = (
+    "The VQ-VAE: three strided convolutions, a quantiser, three back; the same start, pictures and "
+    "arguments for all. mmfast's two backends and the library are trained apart, so that every "
+    "difference would add up. The plot of the curves is above.",
+    "",
+)
 
 
-def write(results: Results, folder: Path) -> Path:
-    """Write ``report.md`` and the plots into ``folder``; returns the report's path."""
+def write(results: Results, folder: Path, more: Sequence[tables.Table] = ()) -> Path:
+    """Write ``report.md`` and the plots into ``folder``; returns the report's path.
+
+    Args:
+        more: tables for its end.
+    """
     pictures = plots.draw(results, folder)
     lines = [f"# Benchmarks on {results.facts['device']}", "", summary(results), "", _LEGEND]
     lines += [f"![{p.stem}]({p.name})" for p in pictures]
     lines += ["", *(table.markdown() for table in tables.all_tables(results))]
-    lines += ["## Ceilings", "", *_ceilings(results), ""]
+    lines += [*(_TRAINING if results.curves else ()), "## Ceilings", "", *_ceilings(results), ""]
     notes = {(r.subject, r.note.split("; ")[-1]) for r in results.rows if r.note and r.seconds}
     notes = {n for n in notes if "timed on" not in n[1] and not n[0].startswith("mmfast")}
     lines += ["## Notes", "", *(f"- {name}: {note}" for name, note in sorted(notes)), ""]
     absent = {(r.subject, r.note) for r in results.rows if r.seconds is None}
     lines += [f"- {name} did not run: {why}" for name, why in sorted(absent)]
-    lines += ["", f"All figures: [{FILE}]({FILE})."]
+    lines += ["", *(table.markdown() for table in more)]
+    lines += [f"All figures: [{FILE}]({FILE})."]
     path = folder / "report.md"
     _replace(path, "\n".join(lines) + "\n")
     return path

@@ -52,12 +52,38 @@ class Row:
 
 
 @dataclass
+class Curve:
+    """A quantiser in training, step by step.
+
+    Attributes:
+        perplexity: e to the entropy of the codes that a batch's vectors chose; used: how many
+            of them were chosen at all.
+        error: mean squared, of the reconstruction.
+        digests: of the indices.
+        seconds: of all steps, the network's part included.
+    """
+
+    subject: str
+    perplexity: list[float] = field(default_factory=list)
+    used: list[int] = field(default_factory=list)
+    error: list[float] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def agrees(self, other: Curve) -> int:
+        """Steps before the first one whose indices differ from the other's."""
+        pairs = zip(self.digests, other.digests, strict=True)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(self.digests))
+
+
+@dataclass
 class Results:
     """The rows of a device, with the facts about it and its ceilings by number of threads."""
 
     facts: dict[str, Any]
     ceilings: dict[int, dict[str, float]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
 
     def replace(self, rows: list[Row]) -> None:
         """Add ``rows``; those they measure again go."""
@@ -72,6 +98,7 @@ class Results:
             "facts": self.facts,
             "ceilings": self.ceilings,
             "rows": [asdict(row) for row in self.rows],
+            "curves": [asdict(curve) for curve in self.curves],
         }
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
             json.dump(content, file, indent=1)
@@ -90,7 +117,9 @@ class Results:
         try:
             content = json.loads(path.read_text())
             ceilings = {int(k): v for k, v in content["ceilings"].items()}
-            return cls(content["facts"], ceilings, [Row(**row) for row in content["rows"]])
+            rows = [Row(**row) for row in content["rows"]]
+            curves = [Curve(**curve) for curve in content.get("curves", [])]
+            return cls(content["facts"], ceilings, rows, curves)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} does not hold results of this version ({error!r}); remove it, or give "

@@ -43,8 +43,11 @@ class Subject:
 
 def subjects(op: str) -> list[Subject]:
     """All contenders of ``op``, mmfast first."""
-    own = Peer(COMPOSITES[op].make, cut=False) if op in COMPOSITES else None
-    found = [Subject("mmfast", "mmfast", own)] if own else _own(OPS[op])
+    if op in COMPOSITES:
+        own = COMPOSITES[op].makes.items()
+        found = [Subject(name, "mmfast", Peer(make, cut=False)) for name, make in own]
+    else:
+        found = _own(OPS[op])
     others = peers.of(op)
     if others is None:
         return found

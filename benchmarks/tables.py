@@ -9,7 +9,7 @@ import rich.table
 from rich.text import Text
 
 from benchmarks.goals import fastest, goals
-from benchmarks.results import Results, Row
+from benchmarks.results import Curve, Results, Row
 
 
 @dataclass
@@ -19,6 +19,12 @@ class Table:
     title: str
     columns: Sequence[str]
     sections: list[tuple[str, list[list[str]]]] = field(default_factory=list)
+
+    def add(self, heading: str, row: list[str]) -> None:
+        """A row at the end, in a section of its own if the last one has another heading."""
+        if not self.sections or self.sections[-1][0] != heading:
+            self.sections.append((heading, []))
+        self.sections[-1][1].append(row)
 
     def rich(self) -> rich.table.Table:
         """For the terminal."""
@@ -83,6 +89,8 @@ def all_tables(results: Results) -> list[Table]:
     levels = [r for r in results.rows if r.kind == "level"]
     if levels:
         tables.append(_level_table(levels))
+    if results.curves:
+        tables.append(_training_table(results.curves))
     reached = goals(results)
     if reached and results.facts["device_type"] == "cpu":
         table = Table("Goals", ("goal", "threads", "wanted", "reached", "met"))
@@ -116,7 +124,10 @@ def _op_table(op: str, rows: list[Row], results: Results) -> Table:
         own = fastest([r for r in here if r.threads == most], "mmfast")
         for subject in dict.fromkeys(r.subject for r in here):
             by_threads = {r.threads: r for r in here if r.subject == subject}
-            if by_threads[most].seconds is not None:
+            if by_threads[most].seconds is None and by_threads[most].kind == "compile":
+                absent = ["-"] * (len(columns) - 2)
+                section.append([subject, *absent, by_threads[most].note])
+            elif by_threads[most].seconds is not None:
                 section.append(_line(by_threads, counts, own, peak(results, most)))
         if section:
             table.sections.append((f"{here[0].title}, {here[0].data}", section))
@@ -149,6 +160,27 @@ def _line(
         size(row.memory),
         "no result" if row.match is None else row.match or "✓",
     ]
+
+
+def _training_table(curves: list[Curve]) -> Table:
+    columns = ("", "time", "reconstruction error", "codes used", "perplexity", "indices")
+    table = Table(f"{len(curves[0].digests)} steps of a VQ-VAE on photographs", columns)
+    first = curves[0]
+    for curve in curves:
+        same, steps = curve.agrees(first), len(curve.digests)
+        verdict = f"identical in all {steps} steps" if same == steps else f"differ at step {same}"
+        table.add(
+            "",
+            [
+                curve.subject,
+                duration(curve.seconds),
+                f"{curve.error[-1]:.4g}",
+                str(curve.used[-1]),
+                f"{curve.perplexity[-1]:.1f}",
+                "-" if curve is first else verdict,
+            ],
+        )
+    return table
 
 
 def _level_table(rows: list[Row]) -> Table:

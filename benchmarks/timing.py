@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.modules import Step
+
 _SAMPLE = 5e-4  # seconds; shorter calls are repeated for so long, and divided
 _SHORT = 0.02  # seconds; what a first call takes longer to wake up shows up to here
 _SETTLE = 0.01  # seconds
 _MIN_ROUNDS = 3
 _LONG = 4.0  # of a time limit; who needs longer for two rounds has no third
+SLOW = 1.0  # seconds; a call that takes longer is timed once
 _MAX_ROUNDS = 40
 _FLUSH = 1 << 28  # bytes; more than any GPU's L2 cache
 
@@ -33,11 +36,20 @@ class Timing:
 
 def once(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Seconds of one call, and what it returned."""
+    call = _ready(call)
     synchronize(device)
     start = time.perf_counter()
     result = call()
     synchronize(device)
     return time.perf_counter() - start, result
+
+
+def _ready(call: Callable[[], Any]) -> Callable[[], Any]:
+    """What is timed of ``call``, after what is not."""
+    if not isinstance(call, Step):
+        return call
+    call.reset()
+    return call.step
 
 
 def synchronize(device: torch.device) -> None:
@@ -50,32 +62,34 @@ def interleave(
     calls: Mapping[str, Callable[[], Any]],
     device: torch.device,
     seconds: float,
-    tick: Callable[[], None] = lambda: None,
+    slow: float = SLOW,
 ) -> dict[str, Timing]:
     """Time ``calls``, already warm, in rounds of one sample each for about ``seconds``.
 
-    ``tick`` is called after every sample.
+    Those that take longer than ``slow`` take part in no round: their first call is their sample.
     """
     sampler = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
-    repeats = {}
+    repeats, single = {}, {}
     for name, call in calls.items():
         taken = once(call, device)[0]
+        if taken > slow:
+            single[name] = Timing(taken, taken, taken, 1)
+            continue
         if taken < _SHORT:
             taken = min(taken, *(once(call, device)[0] for _ in range(2)))
         repeats[name] = max(1, min(10000, round(_SAMPLE / max(taken, 1e-7))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    names = list(repeats)
+    samples: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     with _no_garbage_collection():
-        for done in range(_MAX_ROUNDS):
+        for done in range(_MAX_ROUNDS if names else 0):
             taken = time.perf_counter() - start
             if taken > seconds and done >= (_MIN_ROUNDS if taken < _LONG * seconds else 2):
                 break
             names = names[1:] + names[:1]
             for name in names:
                 samples[name].append(sampler(calls[name], repeats[name]))
-                tick()
-    return {name: _timing(values) for name, values in samples.items()}
+    return single | {name: _timing(values) for name, values in samples.items()}
 
 
 def _timing(values: list[float]) -> Timing:
@@ -88,6 +102,7 @@ def _cpu_sample(call: Callable[[], Any], repeats: int) -> float:
     time.sleep(_SETTLE)
     if repeats > 1:
         call()
+    call = _ready(call)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -99,6 +114,7 @@ def _cuda_sampler(device: torch.device) -> Callable[[Callable[[], Any], int], fl
     flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
 
     def sample(call: Callable[[], Any], repeats: int) -> float:
+        call = _ready(call)
         # Calls queue up behind the flushes, so that the host's time does not show; where the
         # host is slower than the device, it does, as it does for the user.
         events = []

@@ -148,3 +148,76 @@ def rounded(b_x, dtype: tl.constexpr):
         return even.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return b_x.to(dtype)
+
+
+# Rows too narrow for a tile of their own are taken as they lie in memory: a tile of BLOCK lanes has
+# COUNT numbers, whole rows of them, whose beginning is aligned for the widest loads.
+
+
+def narrow_sizes(num_dims: int, tile: int = 1024) -> dict[str, int]:
+    """Compile-time sizes of about ``tile`` lanes for whole rows of D; functions of D alone."""
+    block_d = triton.next_power_of_2(num_dims)
+    return {"BLOCK_N": max(16, tile // block_d), "BLOCK_D": block_d}
+
+
+@triton.jit
+def load_numbers(
+    ptr, start, total, stride_n, stride_d, dtype: tl.constexpr,
+    WIDTH: tl.constexpr, FLAT: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK]: numbers from ``start`` on, of rows of WIDTH with ``total`` numbers; zeros beyond.
+
+    In ``dtype``, float32 or float64. FLAT: the rows are dense.
+    """
+    o_e = tl.arange(0, BLOCK)
+    left = total - start
+    if FLAT:
+        ptr += start
+        # A mask that may end anywhere would narrow the loads of all tiles.
+        if left >= COUNT:
+            b_x = tl.load(ptr + o_e, mask=o_e < COUNT, other=0.0)
+        else:
+            b_x = tl.load(ptr + o_e, mask=o_e < left, other=0.0)
+    else:
+        places = start + o_e  # of 64 bits
+        p_x = ptr + places // WIDTH * stride_n + places % WIDTH * stride_d
+        b_x = tl.load(p_x, mask=(o_e < COUNT) & (o_e < left), other=0.0)
+    if _INTERPRETING and b_x.dtype == tl.bfloat16:
+        # The interpreter's own conversion loses what is below bfloat16's normal numbers.
+        bits = b_x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return bits.to(tl.float32, bitcast=True).to(dtype)
+    else:
+        return b_x.to(dtype)
+
+
+@triton.jit
+def store_numbers(ptr, start, total, b_x, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers [BLOCK] to dense rows, from ``start`` on."""
+    o_e = tl.arange(0, BLOCK)
+    left = total - start
+    b_x = rounded(b_x, ptr.dtype.element_ty)
+    ptr += start
+    if left >= COUNT:
+        tl.store(ptr + o_e, b_x, mask=o_e < COUNT)
+    else:
+        tl.store(ptr + o_e, b_x, mask=o_e < left)
+
+
+@triton.jit
+def to_rows(b_x, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Numbers [BLOCK_N * BLOCK_D] as rows [BLOCK_N, BLOCK_D]; behind D a row repeats itself."""
+    if D != BLOCK_D:
+        o_e = tl.arange(0, BLOCK_N * BLOCK_D)
+        b_x = tl.gather(b_x, o_e // BLOCK_D * D + tl.minimum(o_e % BLOCK_D, D - 1), 0)
+    return tl.reshape(b_x, [BLOCK_N, BLOCK_D])
+
+
+@triton.jit
+def to_numbers(b_x, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The inverse of :func:`to_rows`; what is behind the rows is arbitrary."""
+    b_x = tl.reshape(b_x, [BLOCK_N * BLOCK_D])
+    if D != BLOCK_D:
+        o_e = tl.arange(0, BLOCK_N * BLOCK_D)
+        row = tl.minimum(o_e // D, BLOCK_N - 1)
+        b_x = tl.gather(b_x, row * BLOCK_D + o_e % D, 0)
+    return b_x

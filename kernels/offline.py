@@ -83,21 +83,19 @@ class Compiled:
     registers: int | None  # None: no cuobjdump to tell
     spills: int | None  # bytes of local memory per thread
     matrix_instructions: dict[str, int]
-    # Widths in bits of the loads from global memory, by file (its name) and line.
+    # Widths in bits of the loads from global memory, by file's name and line.
     loads: dict[tuple[str, int], collections.Counter[int]]
-    source: str  # that file
     specialisation: str = field(repr=False)  # equal for launches that share the code
     assembly: str = field(repr=False)
     binary: bytes = field(repr=False)
 
     def loads_of(self, text: str) -> set[int]:
-        """Widths of the loads in the lines with ``text``, of the kernel's file and of common.py."""
+        """Widths of the loads in the lines with ``text``."""
         return {
             bits
-            for path in (Path(self.source), Path(self.source).with_name("common.py"))
-            for number, line in enumerate(_lines(str(path)), 1)
-            if text in line
-            for bits in self.loads.get((path.name, number), {})
+            for (name, line), widths in self.loads.items()
+            if text in _line(name, line)
+            for bits in widths
         }
 
     def configuration(self) -> str:
@@ -107,8 +105,14 @@ class Compiled:
 
 
 @functools.cache
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines()
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def _line(name: str, number: int) -> str:
+    """A line of a kernel file; empty for other files. Triton's cache may know another folder."""
+    path = Path(__file__).parent / name
+    return _lines(path)[number - 1] if number and path.is_file() else ""
 
 
 class _Driver:
@@ -189,6 +193,7 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
 
 
 _MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma\w+)")
+_FILES = re.compile(r'\.file\s+(\d+)\s.*?([^"/]+)"$', re.MULTILINE)
 _LOADS = re.compile(
     r"\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)"
     r"|\bld\.global[\w.:]*?(?:\.v(?P<count>\d))?\.[busf](?P<bits>\d+)\s"
@@ -200,21 +205,20 @@ _AMD_BITS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
 
 def _loads(assembly: str) -> dict[tuple[str, int], collections.Counter[int]]:
-    files = {number: Path(name).name for number, name in _FILES.findall(assembly)}
-    line = ("", 0)
-    loads: dict[tuple[str, int], collections.Counter[int]] = collections.defaultdict(
-        collections.Counter
-    )
+    names = dict(_FILES.findall(assembly))
+    place = ("", 0)
+    loads: dict[tuple[str, int], collections.Counter[int]]
+    loads = collections.defaultdict(collections.Counter)
     for found in _LOADS.finditer(assembly):
         if found["line"]:
-            line = (files.get(found["file"], ""), int(found["line"]))
+            place = (names[found["file"]], int(found["line"]))
         elif found["bits"]:
-            loads[line][int(found["count"] or 1) * int(found["bits"])] += 1
+            loads[place][int(found["count"] or 1) * int(found["bits"])] += 1
         elif found["bytes"]:
-            loads[line][8 * int(found["bytes"], 0)] += 1
+            loads[place][8 * int(found["bytes"], 0)] += 1
         else:
             name = found["name"]
-            loads[line][_AMD_BITS.get(name, 8 if "byte" in name else 16)] += 1
+            loads[place][_AMD_BITS.get(name, 8 if "byte" in name else 16)] += 1
     return dict(loads)
 
 
@@ -235,7 +239,6 @@ def _describe(kernel: CompiledKernel, target: Target) -> Compiled:
         spills=spills,
         matrix_instructions=dict(collections.Counter(_MATRIX.findall(assembly))),
         loads=_loads(assembly),
-        source=source.fn.fn.__code__.co_filename,
         specialisation=kernel.hash,
         assembly=assembly,
         binary=binary,

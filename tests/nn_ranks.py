@@ -34,10 +34,10 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return x, mask
 
 
-def train(case: str, part: slice) -> tuple[list[Tensor], dict[str, Any]]:
+def train(case: str, part: slice, **options: Any) -> tuple[list[Tensor], dict[str, Any]]:
     """Indices of each step on ``part`` of the batches, and the last state."""
     torch.manual_seed(0)
-    run = module = VectorQuantize(6, 12, **CASES[case])
+    run = module = VectorQuantize(6, 12, **CASES[case], **options)
     if case == "compiled":
         run = torch.compile(module, backend="aot_eager", fullgraph=True)
     indices = []

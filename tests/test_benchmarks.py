@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,12 @@ from benchmarks import (
     subjects,
     tables,
     timing,
+    training,
 )
 from benchmarks.composites import COMPOSITES
-from benchmarks.results import FILE, Results, Row
+from benchmarks.modules import Step
+from benchmarks.results import FILE, Curve, Results, Row
+from benchmarks.spent import FIRST, ROUNDS, Spent
 from mmfast import backends
 from mmfast.registry import OPS
 
@@ -68,7 +72,8 @@ def results() -> Results:
         row("mmfast (cpp)", "mmfast", 0.02, case="s", sweep="K, image patches"),
         row("faiss flat", "peer", 0.04, case="s", sweep="K, image patches"),
     ]
-    return Results(FACTS, {2: {"bfloat16 GFLOP/s": 1000.0}}, rows)
+    curves = [Curve("mmfast", [2.0], [2], [0.5], ["1"], 1.0)]
+    return Results(FACTS, {2: {"bfloat16 GFLOP/s": 1000.0}}, rows, curves)
 
 
 def test_every_op_has_cases_and_contenders():
@@ -117,11 +122,72 @@ def test_judge_finds_a_wrong_step():
     x, codebook, gradient = (torch.randn(n, 3) for n in (50, 5, 50))
     arguments = (x, codebook, gradient)
     truth = subjects.expected("vector_quantize_step", arguments)
-    to_x, codes = COMPOSITES["vector_quantize_step"].make(*arguments)()
-    assert subjects.judge("vector_quantize_step", (to_x, codes), arguments, truth) == ""
-    to_x[7] += 1
-    wrong = subjects.judge("vector_quantize_step", (to_x, codes), arguments, truth)
-    assert wrong == "1 of 50 gradients wrong"
+    for make in COMPOSITES["vector_quantize_step"].makes.values():
+        to_x, codes = make(*arguments)()
+        assert subjects.judge("vector_quantize_step", (to_x, codes), arguments, truth) == ""
+        to_x[7] += 1
+        wrong = subjects.judge("vector_quantize_step", (to_x, codes), arguments, truth)
+        assert wrong == "1 of 50 gradients wrong"
+
+
+def modules_problem(op: str) -> tuple:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+    if op == "fsq_step":
+        return normal(40, 3), normal(41, 3)[1:], [8, 5, 5]
+    if op == "lfq_step":
+        return normal(40, 6), normal(41, 6)[1:]
+    codes = normal(2, 9, 4) if op.startswith("residual") else normal(9, 4)
+    return normal(50, 4), codes, *([normal(51, 4)[1:]] if op.endswith("step") else [])
+
+
+@pytest.mark.parametrize("op", [op for op in COMPOSITES if op != "kmeans"])
+def test_modules_and_their_peers_do_the_same(op):
+    arguments = modules_problem(op)
+    truth = subjects.expected(op, arguments)
+    for subject in subjects.subjects(op):
+        if subject.reasons(arguments) or subject.kind == "compile":
+            continue
+        call = subject.peer.make(*arguments)
+        result = call()
+        if subject.kind == "floor":
+            continue
+        # The library's LFQ has another gradient where a probability is tiny.
+        if (op, subject.name) == ("lfq_step", goals.LIBRARY):
+            result = (truth[0], result[1])
+        assert subjects.judge(op, result, arguments, truth) == "", subject.name
+        again = call()
+        assert all(torch.equal(a, b) for a, b in zip(again[1:], result[1:], strict=True))
+
+
+def test_points_of_curves_are_judged_in_part():
+    case = cases._gaussian(5000, 4, 3, "x", "N")
+    assert case.judged < 5000
+    arguments = case.make(CPU)
+    truth = contest._truth(case, arguments, None)
+    assert len(truth[0]) == case.judged
+    own = subjects.subjects("nearest_code")[0]
+    entry = contest.enter(case, own, arguments, truth, CPU, contest.Effort(0.0))
+    assert (entry.rows, entry.match) == (5000, "")
+
+
+def test_truths_are_shared(tmp_path):
+    case = cases._gaussian(50, 4, 3, "x")
+    truth = contest._truth(case, case.make(CPU), tmp_path)
+    again = contest._truth(case, (), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(truth, again, strict=True))
+
+
+def test_compiling_can_be_left_out():
+    case = next(c for c in cases.all_cases() if c.op == "code_statistics")
+    assert case.op not in contest.COMPILED
+    (compiled,) = (s for s in subjects.subjects(case.op) if s.kind == "compile")
+    entry = contest.enter(case, compiled, (), None, CPU, contest.Effort(0.0))
+    assert entry == contest.NOT_COMPILED
+    row_ = row("torch.compile", "compile", None, note=entry)
+    others = [row("mmfast (cpp)", "mmfast", 0.01), row_]
+    assert contest.NOT_COMPILED in tables.all_tables(Results(FACTS, {}, others))[0].markdown()
 
 
 def test_results_of_fewer_rows():
@@ -146,6 +212,62 @@ def test_contenders_take_turns():
         assert 0 < taken.low <= taken.median <= taken.high
     turns = [a for a, b in zip(order, [*order[1:], ""], strict=True) if a != b]
     assert len(turns) >= 4
+
+
+def test_a_slow_contender_is_timed_once():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    times = timing.interleave(calls, CPU, seconds=1, slow=-1)
+    assert order == ["a", "b"]
+    assert {t.rounds for t in times.values()} == {1}
+
+
+def test_a_steps_reset_is_not_timed():
+    order = []
+    step = Step(lambda: order.append("reset"), lambda: order.append("step"))
+    timing.interleave({"a": step}, CPU, seconds=0)
+    assert order[:2] == ["reset", "step"]
+    assert "step" in order[-2:]
+    before = len(order)
+    taken, _ = timing.once(Step(lambda: time.sleep(0.05), lambda: None), CPU)
+    assert taken < 0.05
+    assert len(order) == before
+
+
+def test_time_spent_is_told():
+    spent = Spent()
+    for part in (FIRST, ROUNDS, ROUNDS):
+        with spent.on("op/case", part, "someone"):
+            pass
+    by_op, slowest = spent.tables()
+    assert by_op.sections[0][1][0][0] == "op"
+    assert [r[:2] for r in slowest.sections[0][1]] != []
+    assert len(spent.seconds) == 2
+    assert spent.total == sum(spent.seconds.values())
+
+
+def test_training_is_the_same_with_every_backend(monkeypatch):
+    pytest.importorskip("skimage")
+    monkeypatch.setattr(training, "CODES", 16)
+    monkeypatch.setattr(training, "_BATCH", 2)
+    curves = training.run(3, lambda _: None)
+    own, reference = curves[:2]
+    assert own.subject == training.KERNELS
+    assert reference.subject == training.REFERENCE
+    assert own.agrees(reference) == len(own.digests) == 3
+    assert own.used == reference.used
+    assert own.perplexity == reference.perplexity
+    assert all(1 <= p <= used for p, used in zip(own.perplexity, own.used, strict=True))
+
+
+def test_curves_that_part():
+    a, b = Curve("a", digests=["1", "2", "3"]), Curve("b", digests=["1", "0", "3"])
+    assert (a.agrees(a), a.agrees(b)) == (3, 1)
+    text = tables._training_table(
+        [dataclasses.replace(c, error=[0.1], used=[2], perplexity=[1.5]) for c in (a, a, b)]
+    ).markdown()
+    assert "| a | 0 us | 0.1 | 2 | 1.5 | identical in all 3 steps |" in text
+    assert "differ at step 1" in text
 
 
 def test_threads_are_limited():
@@ -197,6 +319,30 @@ def test_goals(results):
     assert not reached["memory of nearest_code at most, outputs included (65536 x 1024 x 64)"]
 
 
+def test_goals_of_modules():
+    def step(subject: str, kind: str, seconds: float, **more) -> Row:
+        return row(subject, kind, seconds, op="vector_quantize_step", **more)
+
+    rows = [
+        step("mmfast.nn", "mmfast", 0.02, memory=1 << 20),
+        step("mmfast, functions", "mmfast", 0.01),
+        step("torch.compile", "compile", 0.01),
+        step("lookup alone", "floor", 0.015),
+        step(goals.LIBRARY, "peer", 0.32, memory=10 << 20),
+    ]
+    prefix = "vector_quantize_step, 65536 x 1024 x 64: "
+    reached = {
+        g.what.removeprefix(prefix): (g.reached, g.met)
+        for g in goals.goals(Results(FACTS, {}, rows))
+    }
+    assert reached == {
+        "against torch.compile": ("0.5x", False),
+        "of lookup alone, at most": ("1.33x", True),
+        f"against {goals.LIBRARY}": ("16.0x", True),
+        f"memory beside {goals.LIBRARY}": ("1/10.0", False),
+    }
+
+
 def test_tables_show_what_is_wrong_and_slower(results):
     results.rows.append(row("quick", "peer", 0.005))
     text = tables.all_tables(results)[0].markdown()
@@ -210,9 +356,12 @@ def test_tables_show_what_is_wrong_and_slower(results):
 
 def test_report(results, tmp_path):
     pytest.importorskip("matplotlib")
-    text = report.write(results, tmp_path).read_text()
+    more = tables.Table("More", ("", "a"))
+    more.add("", ["b", "c"])
+    text = report.write(results, tmp_path, [more]).read_text()
+    assert "## More" in text
     assert "absent did not run: not installed" in text
-    for picture in ("speedup", "memory", "patches"):
+    for picture in ("speedup", "memory", "patches", "training"):
         assert f"({picture}.png)" in text
         assert (tmp_path / f"{picture}.png").stat().st_size > 1000
 
@@ -260,6 +409,7 @@ def test_command(tmp_path):
     [
         (["--only", "nothing_like_it"], "no case matches --only 'nothing_like_it'"),
         (["--only", "("], "--only is no regular expression"),
+        (["--quick", "--full"], "--quick and --full exclude each other"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
     ],
 )

@@ -26,7 +26,7 @@ def bits(t: torch.Tensor) -> torch.Tensor:
     """The same number for the same bits only, NaN and zeros included."""
     return (
         t.contiguous()
-        .view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()])
+        .view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[t.element_size()])
         .cpu()
     )
 

@@ -27,6 +27,14 @@ if sys.argv[1] == "nearest_code":
 elif sys.argv[1] == "vector_quantize":
     mask = torch.rand(n) < 0.9
     call = lambda rows: mmfast.vector_quantize(x[:rows], codebook, mask=mask[:rows])
+elif sys.argv[1] == "soft_assignment_statistics":
+    call = lambda rows: mmfast.soft_assignment_statistics(x[:rows], codebook)
+elif sys.argv[1] == "soft_assignment_statistics_bwd":
+    x.requires_grad_(), codebook.requires_grad_()
+
+    def call(rows):
+        means, entropy = mmfast.soft_assignment_statistics(x[:rows], codebook)
+        torch.autograd.grad((means.square().sum() + entropy), (x, codebook))
 else:
     indices = torch.randint(k, (n,))
     call = lambda rows: mmfast.code_statistics(x[:rows], indices[:rows], k)
@@ -66,3 +74,10 @@ def extra_kib(op: str, *sizes: int) -> int:
 )
 def test_peak_memory(sizes):
     assert extra_kib(*sizes) < 16 * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(bool(backends.extension_missing()), reason="the compiled extension is absent")
+@pytest.mark.parametrize("op", ["soft_assignment_statistics", "soft_assignment_statistics_bwd"])
+def test_peak_memory_of_probabilities(op):
+    assert extra_kib(op, 16384, 4096, 8) < 40 * 1024  # N x K float32: 256 MiB

@@ -358,14 +358,57 @@ def test_a_nan_leaves_the_codebook_finite(options):
     x = normal(2, 15, 8, seed=1)
     x[0, :5] = torch.nan
     x[1, 3, 2] = torch.inf
-    _, indices, loss = module(x)
+    with pytest.warns(RuntimeWarning, match="vectors that are not finite"):
+        _, indices, loss = module(x)
     assert not loss.isfinite()
     assert ((indices >= 0) & (indices < 12)).all()
     for name, tensor in module.state_dict().items():
         assert tensor.isfinite().all(), name
         assert "embed" not in name or not torch.equal(tensor, reference.state_dict()[name])
-    module(torch.full((2, 15, 8), torch.nan))
+    assert module._codebook.nonfinite_batches == 1
+    with pytest.warns(RuntimeWarning, match="vectors that are not finite"):
+        module(torch.full((2, 15, 8), torch.nan))
     assert all(t.isfinite().all() for t in module.state_dict().values())
+
+
+def test_batches_that_are_not_finite_are_counted(recwarn):
+    bad = torch.full((2, 15, 8), torch.nan)
+    module = VectorQuantize(8, 12)
+    module(normal(2, 15, 8))
+    module.eval()(bad)
+    module.train()(bad, mask=torch.zeros(2, 15, dtype=torch.bool))
+    module(bad, freeze_codebook=True)
+    assert module._codebook.nonfinite_batches == 0
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for x in (bad, normal(2, 15, 8), bad):
+        compiled(x)
+    assert module._codebook.nonfinite_batches == 2
+    assert not [w for w in recwarn if w.category is RuntimeWarning]
+    assert "_codebook.nonfinite_batches" not in module.state_dict()
+    # Accumulated statistics count when they are taken; what was counted unseen is told then.
+    module(bad, accum_ema_update=True)
+    assert module._codebook.nonfinite_batches == 2
+    with pytest.warns(RuntimeWarning, match="nonfinite_batches"):
+        module(normal(2, 15, 8))
+    assert module._codebook.nonfinite_batches == 3
+    recwarn.clear()
+    copy.deepcopy(module)(normal(2, 15, 8))
+    assert not [w for w in recwarn if w.category is RuntimeWarning]
+
+
+@pytest.mark.cuda
+def test_a_nan_on_a_gpu_is_told_later():
+    module = VectorQuantize(8, 12).cuda()
+    module(normal(2, 15, 8).cuda())
+    bad = torch.full((2, 15, 8), torch.nan, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module(bad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    with pytest.warns(RuntimeWarning, match="vectors that are not finite"):
+        module(normal(2, 15, 8).cuda())
 
 
 def test_initialisation_leaves_out_what_is_not_finite():

@@ -18,9 +18,15 @@ import hypothesis.strategies as st
 import pytest
 import test_add_noise
 import test_code_statistics
+import test_finite_scalar_quantize
+import test_lookup_free_quantize
 import test_nearest_code
+import test_pack_indices
+import test_randn
 import test_residual_quantize
+import test_sample_code
 import test_sampler_step
+import test_soft_assignment_statistics
 import test_vector_quantize
 import torch
 from cases import METRICS, VIEWS, complaints, device_of, normal
@@ -32,7 +38,15 @@ from torch import Tensor
 import mmfast
 from mmfast import backends
 from mmfast.backends import interpreting
-from mmfast.ops import code_statistics, ema_update, nearest_code, vector_quantize
+from mmfast.ops import (
+    code_statistics,
+    ema_update,
+    finite_scalar_quantize,
+    lookup_free_quantize,
+    nearest_code,
+    pack_indices,
+    vector_quantize,
+)
 from mmfast.registry import OPS, Arguments, Op, Sample
 
 triton = pytest.importorskip("triton")
@@ -66,12 +80,51 @@ REPEATED = {
         "no_loss_in_long_sums",
         "strides",
     ),
+    test_randn: (
+        "definition",
+        "kolmogorov_smirnov",
+        "one_stream_appends",
+        "samples_do_not_see_the_batch",
+    ),
     test_residual_quantize: (
         "dtypes",
         "gradients",
         "mask",
         "nan_rows",
         "one_stage_is_vector_quantize",
+    ),
+    test_sample_code: (
+        "definition",
+        "dtypes_and_strides",
+        "nan_and_infinity",
+        "no_vectors",
+        "samples_do_not_see_the_batch",
+        "temperatures",
+        "zero_vectors",
+    ),
+    test_finite_scalar_quantize: (
+        "every_level_is_reached",
+        "few_vectors",
+        "images",
+        "levels_change_at_the_thresholds",
+        "nan_and_infinity",
+    ),
+    test_lookup_free_quantize: (
+        "few_vectors",
+        "many_bits",
+        "masked_vectors_may_be_anything",
+        "signs",
+        "strides",
+        "without_losses",
+    ),
+    test_pack_indices: ("rows_by_themselves",),
+    test_soft_assignment_statistics: (
+        "bool_weights_are_a_mask",
+        "extreme_logits",
+        "not_finite",
+        "nothing_to_average",
+        "only_what_is_asked_for",
+        "zero_vectors_have_no_cosine",
     ),
     test_sampler_step: (
         "a_counter_on_the_device_goes_on_by_itself",
@@ -144,11 +197,15 @@ def variants(op: Op, arguments: Arguments) -> list[Arguments]:
 
 def sample_of(op: Op, seed: int) -> Arguments:
     """A small sample with a few of everything."""
-    sample = next(s for s in op.samples() if small(s) and min(s.shape["N"], s.shape["D"]) > 30)
+    samples = [s for s in op.samples() if small(s)]
+    sizes = [min(s.shape["N"], s.shape["D"]) for s in samples]
+    sample = samples[next((i for i, n in enumerate(sizes) if n > 30), sizes.index(max(sizes)))]
     return sample.make(DEVICE, torch.float32, seed)
 
 
-WITH_HEADS = [op for op in TRITON_OPS.values() if any(s.shape["H"] > 1 for s in op.samples())]
+WITH_HEADS = [
+    op for op in TRITON_OPS.values() if any(s.shape.get("H", 1) > 1 for s in op.samples())
+]
 
 each_op = pytest.mark.parametrize("op", TRITON_OPS.values(), ids=TRITON_OPS.keys())
 
@@ -264,7 +321,7 @@ def test_nearest_code_batches(name):
 
 @pytest.mark.parametrize("op", WITH_HEADS, ids=[op.name for op in WITH_HEADS])
 def test_heads_are_independent(op):
-    sample = next(s for s in op.samples() if s.shape["H"] > 1)
+    sample = next(s for s in op.samples() if s.shape.get("H", 1) > 1)
     for arguments in variants(op, sample.make(DEVICE, torch.float32, 0)):
         together = run(op, *arguments)
         for head in range(sample.shape["H"]):
@@ -594,6 +651,76 @@ def test_ema_update_bits_do_not_depend_on_strides(view):
     for normalize in (False, True):
         expected = run(ema_update.OP, *(t.contiguous() for t in strided), 0.9, 1e-5, normalize)
         assert_same_bits(run(ema_update.OP, *strided, 0.9, 1e-5, normalize), expected)
+
+
+# Up to a tile and beyond it, in rows that fill it and rows that do not.
+@pytest.mark.parametrize("levels", [(9,), (3, 4), (8, 5, 5, 5), (3,) * 9, (2,) * 30], ids=str)
+def test_finite_scalar_quantize_sizes(levels):
+    variant = "symmetric" if min(levels) < 3 else "bound"
+    for n in (1, 15, 128, 129, 300):
+        z = normal(n, len(levels))
+        check_op(finite_scalar_quantize.OP, z, list(levels), variant, False, None)
+        grad = normal(n, len(levels), seed=1)
+        check_op(finite_scalar_quantize.BACKWARD, grad, z, list(levels), variant, False, None)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_finite_scalar_quantize_strides_of_all(view):
+    z, grad, noise = (VIEWS[view](normal(300, 5, seed=i)) for i in range(3))
+    others = [8, 5, 5, 5, 3], "symmetric", True, noise.double()
+    check_op(finite_scalar_quantize.OP, z, *others)
+    check_op(finite_scalar_quantize.BACKWARD, grad, z, *others)
+    check_op(finite_scalar_quantize.BACKWARD, grad[:1, :1].expand(300, 5), z, *others)
+
+
+def test_lookup_free_quantize_more_vectors_than_are_summed_at_once(monkeypatch):
+    from mmfast.kernels import lookup_free_quantize as kernels
+
+    check_op(lookup_free_quantize.OP, normal(1100, 2), 1, 1.0, False, 10.0, 2, None)
+    monkeypatch.setattr(kernels, "_SLICE", 64)
+    mask = normal(200, seed=1) < 1
+    check_op(lookup_free_quantize.OP, normal(200, 3), 1, 1.0, True, 10.0, 3, mask)
+
+
+@pytest.mark.parametrize("given", range(5))
+def test_lookup_free_quantize_gradients_of_some(given):
+    z = normal(40, 12).to(DEVICE)
+    others = 2, 1.0, given % 2 == 0, 10.0, 3, normal(40, seed=1).to(DEVICE) < 0.5
+    quantized, _, *losses = lookup_free_quantize.reference(z, *others)
+    grads = [normal(t.numel(), seed=2).view(t.shape).to(t) for t in (quantized, *losses)]
+    grads = [g if i == given else None for i, g in enumerate(grads)]
+    check_op(lookup_free_quantize.BACKWARD, *grads, z, *others)
+
+
+# More bits of a half than a tile has codes.
+def test_lookup_free_quantize_tiles_of_a_table():
+    z = normal(40, 13)
+    arguments = z, 1, 1.0, False, 1.0, 13, None
+    _, _, _, _, means = check_op(lookup_free_quantize.OP, *arguments)
+    check_op(
+        lookup_free_quantize.BACKWARD, None, None, None, normal(*means.shape), z, *arguments[1:]
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 3, 5, 8, 10, 13, 16, 17, 31, 32])
+def test_pack_indices_bits(bits):
+    for shape, dtypes in (((1100,), pack_indices.OP.dtypes), ((40, 5), (torch.int64,))):
+        for dtype in dtypes:
+            most = min(1 << bits, torch.iinfo(dtype).max)
+            generator = torch.Generator().manual_seed(bits)
+            indices = torch.randint(most, shape, generator=generator).to(dtype)
+            packed = check_op(pack_indices.OP, indices, bits)
+            check_op(pack_indices.INVERSE, packed, bits, shape[-1])
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_pack_indices_strides(view):
+    indices = VIEWS[view](normal(30, 40)).mul(10).long() & 31
+    check_op(pack_indices.OP, indices, 5)
+    packed = VIEWS[view](normal(30, 25)).mul(100).to(torch.int64).to(torch.uint8)
+    check_op(pack_indices.INVERSE, packed, 5, 40)
+    # Bytes that begin where no word may.
+    check_op(pack_indices.INVERSE, packed.flatten()[1:726], 5, 1160)
 
 
 @pytest.mark.cuda

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 def nothing(*_: Any) -> list[str]:
     """No reasons against."""
@@ -34,6 +37,7 @@ class Peer:
         workspace: bytes it needs beside its inputs, so that rows can be cut before memory runs out.
         cut: whether it may be measured on fewer rows when it is slow.
         floor: it does less than the op (a bare matrix product) and returns nothing to compare.
+        random: it does the same with other random numbers: there is nothing to compare.
         note: what a reader must know about it.
     """
 
@@ -43,6 +47,7 @@ class Peer:
     workspace: Callable[..., int] = lambda *_: 0
     cut: bool = True
     floor: bool = False
+    random: bool = False
     note: str = ""
 
 
@@ -54,6 +59,32 @@ def needs(package: str) -> Callable[[], list[str]]:
         return [] if found else [f"the package {package} is not installed"]
 
     return missing
+
+
+def library(make: Callable[..., Callable[[], Any]], **options: Any) -> Peer:
+    """vector-quantize-pytorch, by a function of ``benchmarks.modules``."""
+
+    def made(*arguments: Any) -> Callable[[], Any]:
+        return make(importlib.import_module("vector_quantize_pytorch"), *arguments)
+
+    return Peer(made, needs("vector_quantize_pytorch"), **options)
+
+
+def as_many_bytes(index: torch.dtype) -> Peer:
+    """What a forward and backward of ``(z, gradient, ...)`` must at least move: z read, codes and
+    indices written; z and the gradient read, another one written."""
+
+    def make(z: Tensor, gradient: Tensor, *_: Any) -> Callable[[], None]:
+        def run() -> None:
+            z.clone()
+            z.new_zeros(z.shape[0], dtype=index)
+            torch.add(z, gradient)
+
+        return run
+
+    return Peer(
+        make, cut=False, floor=True, note="a copy, zeros and an addition of the sizes it moves"
+    )
 
 
 def of(op: str) -> ModuleType | None:

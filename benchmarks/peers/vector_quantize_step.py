@@ -3,14 +3,15 @@ and the new codebook."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.composites import DECAY, EPS, reset
-from benchmarks.peers import Peer, ema_update, needs, vector_quantize
+import mmfast
+from benchmarks import modules
+from benchmarks.modules import DECAY, EPS
+from benchmarks.peers import Peer, ema_update, library, vector_quantize
 from benchmarks.peers.code_statistics import index_add
 from benchmarks.peers.nearest_code import addmm_argmin
 
@@ -37,31 +38,12 @@ def PLAIN(x: Tensor, codebook: Tensor, gradient: Tensor) -> Result:
     size = torch.ones_like(codebook[:, 0])
     vectors = x.detach().requires_grad_()
     quantized, indices, commitment, _, _ = vector_quantize.plain(vectors, codebook, addmm_argmin)
-    loss = (rotated(vectors, quantized) * gradient).sum() + commitment
-    loss.backward()
+    turned = rotated(vectors, quantized)
+    torch.autograd.backward((turned, commitment), (gradient, torch.ones_like(commitment)))
     assert vectors.grad is not None
     counts, sums = index_add(x, indices, len(codebook))
     new, _, _ = ema_update.PLAIN(codebook, size, codebook, counts, sums, DECAY, EPS, False)
     return vectors.grad, new
-
-
-def _vector_quantize(x: Tensor, codebook: Tensor, gradient: Tensor) -> Callable[[], Result]:
-    from vector_quantize_pytorch import VectorQuantize
-
-    quantiser = VectorQuantize(
-        dim=codebook.shape[1], codebook_size=len(codebook), decay=DECAY, eps=EPS
-    ).to(x.device, x.dtype)
-    state = quantiser._codebook
-
-    def run() -> Result:
-        reset(codebook, state.embed[0], state.embed_avg[0], state.cluster_size[0])
-        vectors = x[None].detach().requires_grad_()
-        quantized, _, commitment = quantiser(vectors)
-        loss = (quantized[0] * gradient).sum() + commitment.sum()
-        (to_x,) = torch.autograd.grad(loss, vectors)
-        return to_x[0], state.embed[0]
-
-    return run
 
 
 def _products(x: Tensor, codebook: Tensor, gradient: Tensor) -> int:
@@ -71,16 +53,21 @@ def _products(x: Tensor, codebook: Tensor, gradient: Tensor) -> int:
 PLAIN_WORKSPACE = _products
 
 PEERS = {
+    "lookup alone": Peer(
+        lambda x, codebook, _: lambda: mmfast.nearest_code(x, codebook),
+        cut=False,
+        floor=True,
+        note="mmfast.nearest_code, which a step contains",
+    ),
     "plain torch": Peer(
         lambda *arguments: lambda: PLAIN(*arguments),
         workspace=_products,
         note="addmm+argmin, autograd, index_add",
     ),
-    "vector-quantize-pytorch": Peer(
-        _vector_quantize,
-        needs("vector_quantize_pytorch"),
+    "vector-quantize-pytorch": library(
+        modules.vector_quantize_step,
         # Distances, their negation and one-hots, all N x K.
         workspace=lambda *arguments: 5 * _products(*arguments),
-        note="VectorQuantize in train mode, dead codes left alone",
+        note="VectorQuantize in train mode",
     ),
 }

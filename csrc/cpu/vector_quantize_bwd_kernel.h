@@ -7,16 +7,13 @@
 
 #include "cpu/blocks.h"
 #include "cpu/code_statistics_segments.h"
+#include "cpu/rotation.h"
 #include "cpu/simd.h"
 #include "cpu/vector_quantize.h"
 #include "cpu/workspace.h"
 #include "cpu/write_row.h"
 
 namespace mmfast::MMFAST_ISA {
-
-constexpr double least_norm = 1e-6;  // of the rotation's divisions
-
-static double divisor(double norm) { return norm < least_norm ? least_norm : norm; }
 
 struct VectorQuantizeBwd {
   const VectorQuantizeBwdArgs& args;
@@ -60,8 +57,55 @@ struct VectorQuantizeBwd {
     else
       std::memset(buffers + 3 * padded(width), 0, (size_t)width * sizeof(double));
     const auto [begin, end] = block_of(block, args.x.count);
-    for (int64_t i = begin; i < end && !failed; ++i) x_gradient(i, buffers);
+    if (together())
+      rotate_rows(begin, end, buffers);
+    else
+      for (int64_t i = begin; i < end && !failed; ++i) x_gradient(i, buffers);
     std::free(buffers);
+  }
+
+  // Whether rows are rotated eight at a time, in float32 but for the sums.
+  bool together() const {
+    const auto narrow = [](const Rows& rows) { return rows.dtype != Dtype::float64; };
+    return args.gradient == Gradient::rotation && args.quantized.data && narrow(args.x) &&
+           narrow(args.codes) && narrow(args.quantized);
+  }
+
+  void rotate_rows(int64_t begin, int64_t end, double* buffers) {
+    constexpr int most = RotatedRows::most;
+    float* copies = failed ? nullptr : allocate<float>(4 * most * padded(width));
+    if (!copies) {
+      failed = true;
+      return;
+    }
+    const Dtype dtype = args.x.dtype;
+    const bool in_place = dtype == Dtype::float32;
+    RotatedRows rows;
+    int64_t row[most];
+    int n = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k = args.indices[i];
+      if (k < 0 || k >= codes) {
+        x_gradient(i, buffers);
+      } else {
+        float* copy = copies + 4 * n * padded(width);
+        rows.g[n] = read_row<float>(args.quantized, i, copy);
+        rows.x[n] = read_row<float>(args.x, i, copy + padded(width));
+        rows.c[n] = read_row<float>(args.codes, k, copy + 2 * padded(width));
+        rows.out[n] = in_place ? (float*)(args.x_gradient + i * width * size_of(dtype))
+                               : copy + 3 * padded(width);
+        row[n++] = i;
+      }
+      if (n < most && (i + 1 < end || n == 0)) continue;
+      const uint32_t left = rows.write(n, width, to_x);
+      for (int r = 0; r < n; ++r)
+        if (left >> r & 1)
+          x_gradient(row[r], buffers);
+        else if (!in_place)
+          write_row(args.x_gradient + row[r] * width * size_of(dtype), dtype, rows.out[r], width);
+      n = 0;
+    }
+    std::free(copies);
   }
 
   // buffers: [4][padded(D)], the last of them zeros.

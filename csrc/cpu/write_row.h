@@ -50,16 +50,17 @@ MMFAST_INLINE char* write_eight(char* p, Dtype dtype, d8 v) {
   return p + 8 * size_of(dtype);
 }
 
-static void write_row(char* out, Dtype dtype, const double* values, int64_t width) {
+template <class T>
+static void write_row(char* out, Dtype dtype, const T* values, int64_t width) {
   int64_t d = 0;
   if (dtype == Dtype::float32)
-    for (; d + 8 <= width; d += 8) out = write_eight(out, Dtype::float32, load<d8>(values + d));
-  for (; d + 8 <= width; d += 8) out = write_eight(out, dtype, load<d8>(values + d));
+    for (; d + 8 <= width; d += 8) out = write_eight(out, Dtype::float32, load_wide(values + d));
+  for (; d + 8 <= width; d += 8) out = write_eight(out, dtype, load_wide(values + d));
   if (d == width) return;
-  d8 rest{};
-  std::memcpy(&rest, values + d, (size_t)(width - d) * sizeof(double));
+  T rest[8]{};
+  std::memcpy(rest, values + d, (size_t)(width - d) * sizeof(T));
   char last[sizeof(d8)];
-  write_eight(last, dtype, rest);
+  write_eight(last, dtype, load_wide(rest));
   std::memcpy(out, last, (size_t)((width - d) * size_of(dtype)));
 }
 

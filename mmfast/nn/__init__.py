@@ -9,6 +9,8 @@ from mmfast.nn.residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from mmfast.nn.residual_lfq import GroupedResidualLFQ, ResidualLFQ
 from mmfast.nn.residual_sim_vq import ResidualSimVQ
 from mmfast.nn.residual_vq import ResidualVQ
+from mmfast.nn.sharded_look_up import nearest_code_sharded
+from mmfast.nn.sharded_vector_quantize import ShardedVectorQuantize
 from mmfast.nn.sim_vq import SimVQ
 from mmfast.nn.vector_quantize import VectorQuantize
 
@@ -24,6 +26,8 @@ __all__ = [
     "ResidualLFQ",
     "ResidualSimVQ",
     "ResidualVQ",
+    "ShardedVectorQuantize",
     "SimVQ",
     "VectorQuantize",
+    "nearest_code_sharded",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmfast.nn.ranks import add_up, several
 
 _LEAST_VARIANCE = 1e-5
+_WHAT = "adding up moments of vectors"
 
 
 class Affine(nn.Module):
@@ -71,12 +72,12 @@ class Affine(nn.Module):
         synchronised; NaN if there are none."""
         weight = x.new_ones(*x.shape[:2], 1) if mask is None else mask[:, :, None].to(x.dtype)
         sync = self.sync_affine_param and several()
-        count = add_up(weight.sum(1, keepdim=True), sync)
+        count = add_up(weight.sum(1, keepdim=True), sync, _WHAT)
         if mask is not None:
             x = torch.where(mask[:, :, None], x, 0)
-        mean = add_up(x.sum(1, keepdim=True), sync) / count
+        mean = add_up(x.sum(1, keepdim=True), sync, _WHAT) / count
         squares = ((x - mean).square() * weight).sum(1, keepdim=True)
-        return mean, add_up(squares, sync) / count
+        return mean, add_up(squares, sync, _WHAT) / count
 
     def _follow(self, name: str, new: Tensor, decay: float, first: Tensor | None = None) -> None:
         old = getattr(self, name)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from mmfast.nn.affine import Affine
 from mmfast.nn.dead_codes import replacements
 from mmfast.nn.initialisation import lloyd, unit
-from mmfast.nn.ranks import add_up
+from mmfast.nn.nonfinite import NonFiniteBatches
+from mmfast.nn.ranks import add_up, gathered, several
+from mmfast.nn.sharded_parameter import is_sharded, set_whole, whole
 from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.ema_update import ema_update_from_statistics_
 
@@ -25,7 +27,11 @@ class Codebook(Affine):
     (H, K, D), and ``embed`` (H, K, D), a parameter if learnable. What is averaged stays float32
     under autocast.
 
-    A code whose batch has a vector that is not finite keeps its averages.
+    A code whose batch has a vector that is not finite keeps its averages; ``nonfinite_batches``
+    (), a buffer that is not in the state dict, counts such batches.
+
+    A learnable ``embed`` may be sharded by ``fully_shard``: what is set in place then is also set
+    in the shard, which is all that remains of it after a forward.
 
     Args: as those of :class:`mmfast.nn.VectorQuantize`; ``use_ddp`` is its ``sync_codebook``,
     ``num_codebooks`` H.
@@ -35,6 +41,7 @@ class Codebook(Affine):
     cluster_size: Tensor
     embed_avg: Tensor
     embed: Tensor
+    nonfinite_batches: Tensor
 
     def __init__(
         self,
@@ -48,7 +55,7 @@ class Codebook(Affine):
         decay: float,
         eps: float,
         threshold_ema_dead_code: float,
-        use_ddp: bool,
+        use_ddp: bool | None,
         learnable_codebook: bool,
         ema_update: bool,
         manual_ema_update: bool,
@@ -59,17 +66,18 @@ class Codebook(Affine):
         self.codebook_size = codebook_size
         self.num_codebooks = num_codebooks
         self.kmeans_iters = kmeans_iters
-        self.sync_kmeans = use_ddp and sync_kmeans
+        self._sync_kmeans = sync_kmeans
         self.decay = decay
         self.eps = eps
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.reset_cluster_size = threshold_ema_dead_code
-        self.use_ddp = use_ddp
+        self._use_ddp = use_ddp
         self.learnable_codebook = learnable_codebook
         self.ema_update = ema_update
         self.manual_ema_update = manual_ema_update
         self.use_cosine_sim = use_cosine_sim
         self.affine_param = False
+        self._shard: Tensor | None = None
         embed = torch.zeros(num_codebooks, codebook_size, dim)
         if not kmeans_init:
             nn.init.kaiming_uniform_(embed)
@@ -82,14 +90,50 @@ class Codebook(Affine):
         else:
             self.register_buffer("embed", embed)
         self.vq_bridge = vq_bridge
-        # What is known on the host of ``initted``, so that a step does not ask the device.
+        zero = torch.zeros((), dtype=torch.int64)
+        self.register_buffer("nonfinite_batches", zero, persistent=False)
+        self._watch = NonFiniteBatches()
+        # What is known on the host of ``initted``, so that a step does not ask the device, and
+        # whether the ranks have compared it.
         self._ready = not kmeans_init
+        self._agreed = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # fully_shard puts the gathered parameter in the place of its shard for a forward.
+        if name == "embed" and isinstance(value, nn.Parameter):
+            before = self._parameters.get("embed")
+            shard = before if is_sharded(before) and not is_sharded(value) else None
+            object.__setattr__(self, "_shard", shard)  # not to be found as a parameter
+        super().__setattr__(name, value)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._ready = not self.initted.is_meta and bool(self.initted)
+        self._agreed = self._agreed and self._ready
+
+    @property
+    def use_ddp(self) -> bool:
+        """Whether statistics are those of all ranks."""
+        return several() if self._use_ddp is None else self._use_ddp
+
+    @property
+    def sync_kmeans(self) -> bool:
+        """Whether the initialisation is that of all ranks."""
+        return self._sync_kmeans and self.use_ddp
+
+    @property
+    def plain_embed(self) -> Tensor:
+        """The codes as a plain tensor. While ``embed`` is sharded, outside of a forward, it is
+        gathered: all ranks must ask for it."""
+        return whole(self.embed)
+
+    def set_embed(self, codes: Tensor, at: Tensor | None = None) -> None:
+        """Set the codes to those (H, K, D) given, the same on all ranks, where ``at`` is True."""
+        set_whole(self.embed, codes, at)
+        if self._shard is not None:
+            set_whole(self._shard, codes, at)
 
     @property
     def metric(self) -> str:
@@ -110,9 +154,11 @@ class Codebook(Affine):
         """Initialise from ``x`` (H, N, D) if nothing else has.
 
         Raises:
-            RuntimeError: that is needed now, and the call is being traced.
+            RuntimeError: that is needed now, and the call is being traced; or only some ranks
+                are initialised.
         """
-        if self._ready:
+        agreed = self._agreed or not self.training or not self.use_ddp
+        if self._ready and (agreed or torch.compiler.is_compiling()):
             return
         if torch.compiler.is_compiling():
             raise RuntimeError(
@@ -120,8 +166,23 @@ class Codebook(Affine):
                 "compiling or exporting, call init_codebook_(x), or forward once"
             )
         self._ready = bool(self.initted)
+        if self.use_ddp and (self.training or self.sync_kmeans):
+            self._check_agreement()
         if not self._ready:
             self.init_embed_(x, mask)
+
+    @torch.no_grad()
+    def _check_agreement(self) -> None:
+        """Either all ranks are initialised or none: else some would wait for others that never
+        come."""
+        every = gathered(self.initted.long(), "comparing whether codebooks are initialised")
+        ready = [rank for rank, value in enumerate(every.tolist()) if value]
+        if 0 < len(ready) < len(every):
+            raise RuntimeError(
+                f"the codebook is initialised on ranks {ready} of {len(every)} only: load the "
+                "same state on all of them before the first step"
+            )
+        self._agreed = True
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -144,7 +205,7 @@ class Codebook(Affine):
     def codes(self) -> Tensor:
         """The codes (H, K, D) that vectors are compared with. Changes of ``embed`` in place do not
         reach them, so that gradients taken later are those of the codes that were chosen."""
-        embed = self.embed if self.learnable_codebook else self.embed.detach()
+        embed = self.plain_embed if self.learnable_codebook else self.plain_embed.detach()
         embed = embed.clone() if self.training else embed
         if self.vq_bridge is not None:
             embed = self.vq_bridge(embed)
@@ -175,8 +236,9 @@ class Codebook(Affine):
         counts, sums = code_statistics(x, indices, self.codebook_size)
         if self.affine_param:
             sums = self.carried_back(sums, counts)
-        add_up(counts, self.use_ddp)
-        add_up(sums, self.use_ddp)
+        what = "adding up the sizes and sums of codes"
+        add_up(counts, self.use_ddp, what)
+        add_up(sums, self.use_ddp, what)
         counts, sums = counts.to(self.cluster_size), sums.to(self.embed_avg)
         scale = weight(sums, counts) if callable(weight) else weight
         if accumulate:
@@ -185,9 +247,12 @@ class Codebook(Affine):
             return
         counts = _with_accumulated(self.cluster_size, counts)
         sums = _with_accumulated(self.embed_avg, sums)
-        finite = sums.isfinite().all(2)  # [H, K]
+        # These say it of all numbers in one pass: they are NaN if one is.
+        least, largest = sums.aminmax(dim=2)
+        finite = least.isfinite() & largest.isfinite()  # [H, K]
+        self.nonfinite_batches += ~finite.all()
         counts = torch.where(finite, counts, self.cluster_size)
-        sums = torch.where(finite[:, :, None], sums, self.embed_avg)
+        torch.where(finite[:, :, None], sums, self.embed_avg, out=sums)
         if scale is not None:
             # Moving by scale (1 - decay) is moving by 1 - decay to a point on the way.
             scale = scale.to(counts).expand_as(counts)
@@ -199,10 +264,14 @@ class Codebook(Affine):
             self.cluster_size.lerp_(counts, 1 - self.decay)
             self.embed_avg.lerp_(sums, 1 - self.decay)
         self.expire_codes_(x, indices >= 0)
+        self._watch.look(self.nonfinite_batches)
 
     def _follow_statistics(self, counts: Tensor, sums: Tensor, decay: float) -> None:
+        # A parameter may be gathered in a lower precision, or not at all.
+        plain = self._shard is None and not is_sharded(self.embed)
+        codes = self.embed if plain else self.plain_embed.to(self.embed_avg.dtype, copy=True)
         ema_update_from_statistics_(
-            self.embed,
+            codes,
             self.cluster_size,
             self.embed_avg,
             counts,
@@ -211,6 +280,8 @@ class Codebook(Affine):
             eps=self.eps,
             normalize=self.use_cosine_sim,
         )
+        if not plain:
+            self.set_embed(codes)
 
     def update_ema(self) -> None:
         """Set the codes to the means that the averages say."""
@@ -233,7 +304,7 @@ class Codebook(Affine):
             vectors = self.carried_back(vectors, torch.ones_like(self.cluster_size))
         at = chosen[:, :, None]
         size = self.reset_cluster_size
-        self.embed.copy_(torch.where(at, vectors.to(self.embed), self.embed))
+        self.set_embed(vectors, at.expand_as(vectors))
         self.embed_avg.copy_(torch.where(at, vectors.to(self.embed_avg) * size, self.embed_avg))
         self.cluster_size.masked_fill_(chosen, size)
 

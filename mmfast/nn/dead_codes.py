@@ -7,6 +7,8 @@ from torch import Tensor
 
 from mmfast.nn.ranks import Joined, of_first
 
+_WHAT = "drawing vectors for dead codes"
+
 
 def replacements(
     x: Tensor, dead: Tensor, inside: Tensor | None, sync: bool
@@ -27,10 +29,10 @@ def replacements(
         Vectors ``(H, K, D)``, and ``(H, K)``: whether the code is to be replaced by its vector.
         A vector that is not finite replaces nothing.
     """
-    batch = Joined(x, inside, sync)
+    batch = Joined(x, inside, sync, _WHAT)
     num_codes = dead.shape[1]
     uniform = torch.rand(dead.shape[0], num_codes + 1, device=x.device, dtype=torch.float64)
-    uniform = of_first(uniform, sync)
+    uniform = of_first(uniform, sync, _WHAT)
     total = batch.total[:, None]  # [H, 1]
     num_dead = dead.sum(1, keepdim=True).clamp_min(1)  # [H, 1]
     take = torch.minimum(num_dead, total).clamp_min(1)

@@ -13,6 +13,8 @@ from mmfast.ops.nearest_code import nearest_code
 
 LEAST_NORM = 1e-6  # of a normalised vector's division
 
+_WHAT = "initialising a codebook"
+
 
 def unit(x: Tensor) -> Tensor:
     """``x`` (..., D) with rows of norm 1."""
@@ -34,7 +36,7 @@ def lloyd(
     """
     finite = x.isfinite().all(2).all(0).expand(x.shape[:2])  # [H, N]
     inside = finite if inside is None else finite & inside
-    batch = Joined(x, inside, sync)
+    batch = Joined(x, inside, sync, _WHAT)
     total = int(batch.total[0])
     if total == 0:
         raise ValueError(
@@ -53,14 +55,14 @@ def lloyd(
         else torch.randint(0, total, (num_codes,), device=x.device)
         for _ in range(x.shape[0])
     ]
-    codes = batch.take(of_first(torch.stack(drawn), sync))  # [H, K, D]
+    codes = batch.take(of_first(torch.stack(drawn), sync, _WHAT))  # [H, K, D]
     counts = torch.ones_like(codes[:, :, 0])
     for _ in range(iterations):
         indices, _ = nearest_code(x, codes, metric=metric)
         indices = torch.where(inside, indices, -1)
         counts, sums = code_statistics(x, indices, num_codes)
-        add_up(counts, sync)
-        add_up(sums, sync)
+        add_up(counts, sync, _WHAT)
+        add_up(sums, sync, _WHAT)
         means = sums / counts.clamp_min(1)[:, :, None]
         if metric == "dot":
             means = unit(means)

@@ -80,11 +80,12 @@ class Heads:
     def join_indices(self, t: Tensor, batch: int, length: int) -> Tensor:
         """(B, L, H, ...) of ``t`` (C, M, ...); (B, L, ...) with one head."""
         grouped = self.grouped(t, batch, length)
+        # Not an index, whose gradient would be copied into zeros.
         if self.count == 1:
-            return grouped[0]
+            return grouped.squeeze(0)
         if self.separate:
             return grouped.movedim(0, 2)
-        return grouped[0].reshape(batch, self.count, *grouped.shape[2:]).transpose(1, 2)
+        return grouped.squeeze(0).reshape(batch, self.count, *grouped.shape[2:]).transpose(1, 2)
 
     def grouped(self, t: Tensor, batch: int, length: int) -> Tensor:
         """(C, M / L, L, ...) of ``t`` (C, M, ...)."""

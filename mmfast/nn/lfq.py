@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mmfast.nn.projections import check_last, projection, random_rotation, soft_clamp
-from mmfast.nn.ranks import several
+from mmfast.nn.ranks import add_up, several, total_of
 from mmfast.ops.lookup_free_quantize import (
     LookupFreeQuantized,
     batch_entropy,
@@ -292,7 +291,8 @@ class LFQ(nn.Module):
             commitment = result.commitment_loss
             if self.frac_per_sample_entropy != 1:
                 commitment = self._quantize(x, 1.0, mask, 1).commitment_loss
-        means = _mean_of_ranks(result.mean_probabilities)
+        count = x[..., 0].numel() if mask is None else mask.sum()
+        means = _mean_of_ranks(result.mean_probabilities, count)
         return LFQLossBreakdown(result.sample_entropy, batch_entropy(means), commitment)
 
     def _outputs(
@@ -314,10 +314,12 @@ class LFQ(nn.Module):
         return out, indices if self.keep_num_codebooks_dim else indices.squeeze(-1)
 
 
-def _mean_of_ranks(t: Tensor) -> Tensor:
-    """The mean of ``t`` over the ranks, differentiably."""
+def _mean_of_ranks(t: Tensor, count: int | Tensor) -> Tensor:
+    """The mean of ``t`` over the vectors of all ranks, of which this one has ``count``,
+    differentiably."""
     if not several():
         return t
-    from torch.distributed.nn.functional import all_reduce
-
-    return all_reduce(t) / dist.get_world_size()
+    what = "averaging probabilities"
+    own = t.new_ones(()) * count
+    total = add_up(own.clone(), True, what)
+    return total_of(t * (own / total.clamp_min(1)), what)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmfast.nn.ranks import of_first, several
 
 _SEEDS = 10_000
+_WHAT = "drawing the number of stages"
 
 
 def check_dropout(num_quantizers: int, cutoff_index: int, multiple_of: int) -> None:
@@ -28,7 +29,7 @@ def draw_seed(device: torch.device) -> int | Tensor:
     number can be read."""
     together = several()
     where = device if together or torch.compiler.is_compiling() else torch.device("cpu")
-    seed = of_first(torch.randint(0, _SEEDS, (), device=where), together)
+    seed = of_first(torch.randint(0, _SEEDS, (), device=where), together, _WHAT)
     return seed if torch.compiler.is_compiling() else int(seed)
 
 

@@ -208,7 +208,7 @@ class ResidualVQ(nn.Module):
     @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
         """``(Q, K, D)``, or a tuple of ``(K, D)`` if their sizes differ."""
-        codebooks = tuple(layer._codebook.embed[0] for layer in self._stages)
+        codebooks = tuple(layer._codebook.plain_embed[0] for layer in self._stages)
         return torch.stack(codebooks) if self.uniform_codebook_size else codebooks
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class ResidualVQ(nn.Module):
         all_codes: list[Tensor] = []
         total: Tensor | None = None
         for stage, (layer, index) in enumerate(zip(self._stages, indices.unbind(-1), strict=True)):
-            codes = codes_at(layer._codebook.embed[0], index)
+            codes = codes_at(layer._codebook.plain_embed[0], index)
             if self.mlps is not None and total is not None:
                 codes = self.mlps[stage - 1](codes, condition=total)
             codes = without_dropped(codes, index)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mmfast.ops.soft_assignment_statistics import LEAST_SQUARE, soft_assignment_statistics
+
 _WORKSPACE = 1 << 22  # similarities of one piece
-_LEAST_SQUARE = 1e-8  # of the distance's root, whose gradient at 0 is infinite
 
 
 def similarity(x: Tensor, codes: Tensor, metric: str) -> Tensor:
@@ -25,7 +26,7 @@ def similarity(x: Tensor, codes: Tensor, metric: str) -> Tensor:
     if metric == "dot":
         return x @ codes.mT
     squares = x.square().sum(-1, keepdim=True) + codes.square().sum(-1)[:, None]
-    return -torch.baddbmm(squares, x, codes.mT, alpha=-2).clamp_min(_LEAST_SQUARE).sqrt()
+    return -torch.baddbmm(squares, x, codes.mT, alpha=-2).clamp_min(LEAST_SQUARE).sqrt()
 
 
 def rows_of(codes: Tensor, rows: slice) -> Tensor:
@@ -125,24 +126,19 @@ def diversity(x: Tensor, codes: Tensor, metric: str, temperature: float) -> Tens
     Args:
         x: ``(C, S, L, D)``: the probabilities are means over the C codebooks and S samples.
         codes: ``(C, K, D)``, or ``(C, S, L, K, D)``.
-        temperature: what similarities are multiplied with before the softmax.
+        temperature: what similarities are multiplied with before the softmax, above 0.
     """
-
-    def piece(x: Tensor, codes: Tensor) -> Tensor:
-        each = codes.flatten(1, 2) if codes.dim() == 5 else codes
-        logits = similarity(x.flatten(1, 2), each, metric) * temperature
-        return logits.softmax(-1).unflatten(1, x.shape[1:3]).sum((0, 1))  # [l, K]
-
     x = x.to(codes.dtype)
-    num_codebooks, samples, length, _ = x.shape
-    num_codes = codes.shape[-2]
-    total = x.new_zeros(())
-    for positions in pieces(length, num_codebooks * samples, num_codes):
-        width = len(range(length)[positions])
-        mean = x.new_zeros(width, num_codes)
-        for group in pieces(samples, num_codebooks * width, num_codes):
-            own = codes[:, group, positions] if codes.dim() == 5 else codes
-            mean = mean + recomputed(piece, x[:, group, positions], own)
-        mean = mean / (num_codebooks * samples)
-        total = total + (mean * mean.clamp_min(1e-5).log()).sum()
-    return total / max(length, 1)
+    if codes.dim() == 5:
+        logits = similarity(x.flatten(1, 2), codes.flatten(1, 2), metric) * temperature
+        each = logits.softmax(-1).unflatten(1, x.shape[1:3]).mean(1)  # [C, L, K]
+    else:
+        each = soft_assignment_statistics(
+            x.transpose(1, 2),
+            codes,
+            temperature=1 / temperature,
+            metric="distance" if metric == "euclidean" else metric,
+            batch_dims=1,
+        ).mean_probabilities
+    mean = each.mean(0)  # [L, K]
+    return (mean * mean.clamp_min(1e-5).log()).sum() / max(mean.shape[0], 1)

@@ -18,7 +18,7 @@ from mmfast.nn.codebook import Codebook, Weight
 from mmfast.nn.layouts import Heads, Layout, mask_of_lens
 from mmfast.nn.look_up import Chosen, in_pieces, nearest
 from mmfast.nn.losses import LossBreakdown
-from mmfast.nn.ranks import several
+from mmfast.nn.ranks import add_up
 
 
 class _Call(NamedTuple):
@@ -38,11 +38,11 @@ class VectorQuantize(nn.Module):
 
     Takes the arguments of vector-quantize-pytorch's ``VectorQuantize`` (1.32), with its defaults,
     its parameters, buffers and initial numbers, so that checkpoints load both ways. Look-up,
-    losses and statistics are :func:`mmfast.vector_quantize` and
-    :func:`mmfast.code_statistics`: indices are exact, and nothing of N x K is in memory. The
-    following compare a vector with all codes and do so in pieces of 4 M similarities, which a
-    gradient computes again: ``topk``, ``stochastic_sample_codes``, ``straight_through``, the
-    cross-entropy loss, and the diversity loss (whose mean probabilities are L x K).
+    losses and statistics are :func:`mmfast.vector_quantize`, :func:`mmfast.code_statistics` and
+    :func:`mmfast.soft_assignment_statistics`: indices are exact, and nothing of N x K is in
+    memory (the diversity loss needs mean probabilities of L x K). The following compare a vector
+    with all codes and do so in pieces of 4 M similarities, which a gradient computes again:
+    ``topk``, ``stochastic_sample_codes``, ``straight_through`` and the cross-entropy loss.
     ``codebook_transform_fn`` gets the codebook and returns the codes of each vector,
     (H, B, L, K, D), which is its own to afford.
 
@@ -51,7 +51,9 @@ class VectorQuantize(nn.Module):
     :meth:`init_codebook_`, or the first forward. The in-place optimiser needs eager mode.
 
     A batch with a NaN or an infinity gives a loss that is not finite; the codes that such
-    vectors choose keep their averages in that step, and the codebook stays finite.
+    vectors choose keep their averages in that step, and the codebook stays finite. A
+    RuntimeWarning says so: on a GPU some steps later, as nothing waits for it. Compiled, such
+    batches are counted only, in ``_codebook.nonfinite_batches``.
 
     Where it differs from its model:
 
@@ -62,6 +64,7 @@ class VectorQuantize(nn.Module):
     - ``lens`` counts positions also where channels are first;
     - index -1 stands for no code: zeros in :meth:`get_codes_from_indices`, left out of
       :meth:`update_indices`;
+    - whether there are several ranks is asked at each step, not when the module is made;
     - across ranks dead codes are replaced by the same vectors everywhere, drawn from all ranks'
       batches, whatever ``sync_kmeans`` is;
     - random numbers for dead codes are drawn in every training step that could need them;
@@ -205,6 +208,11 @@ class VectorQuantize(nn.Module):
         )
         if not 0 <= sync_update_v <= 1:
             raise ValueError(f"sync_update_v must be from 0 to 1, got {sync_update_v}")
+        if codebook_diversity_loss_weight > 0 and not codebook_diversity_temperature > 0:
+            raise ValueError(
+                "codebook_diversity_temperature must be above 0, "
+                f"got {codebook_diversity_temperature}"
+            )
 
         self.dim = dim
         self.heads = heads
@@ -259,7 +267,7 @@ class VectorQuantize(nn.Module):
             decay=decay,
             eps=eps,
             threshold_ema_dead_code=threshold_ema_dead_code,
-            use_ddp=several() if sync_codebook is None else sync_codebook,
+            use_ddp=sync_codebook,
             learnable_codebook=orthogonal or learnable_codebook,
             ema_update=ema_update,
             manual_ema_update=manual_ema_update,
@@ -288,13 +296,12 @@ class VectorQuantize(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """The codes, ``(K, D)``, or ``(H, K, D)`` with a codebook for each head."""
-        embed = self._codebook.embed
+        embed = self._codebook.plain_embed
         return embed if self.separate_codebook_per_head else embed[0]
 
     @codebook.setter
     def codebook(self, codes: Tensor) -> None:
-        with torch.no_grad():
-            self._codebook.embed.copy_(codes if self.separate_codebook_per_head else codes[None])
+        self._codebook.set_embed(codes if self.separate_codebook_per_head else codes[None])
 
     @property
     def _gradient(self) -> str:
@@ -326,7 +333,7 @@ class VectorQuantize(nn.Module):
 
     def _codes_of(self, indices: Tensor) -> Tensor:
         """Codes (B, ..., D) of the indices (B, ...); with separate codebooks (B, ..., H D)."""
-        embed = self._codebook.embed
+        embed = self._codebook.plain_embed
         known = indices.clamp_min(0)
         if embed.shape[0] > 1:
             head = torch.arange(embed.shape[0], device=indices.device)
@@ -381,13 +388,28 @@ class VectorQuantize(nn.Module):
         optimizer = self.in_place_codebook_optimizer
         if optimizer is None:
             return
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) not in known for p in self._codebook.parameters()):
+            raise RuntimeError(
+                "in_place_codebook_optimizer was made for other parameters than the codebook now "
+                "has; with fully_shard, leave the codebook's out by ignored_params"
+            )
         if self._codebook.use_ddp:
             for parameter in self._codebook.parameters():
                 if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
+                    add_up(parameter.grad, True, "adding up a codebook's gradients")
                     parameter.grad /= dist.get_world_size()
         optimizer.step()
         optimizer.zero_grad()
+
+    def _add_gradients(self, loss: Tensor) -> None:
+        """``loss.backward()`` for the codebook, unseen by the hooks of DistributedDataParallel,
+        which expect one backward of the whole model."""
+        parameters = [p for p in self._codebook.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, new in zip(parameters, gradients, strict=True):
+            if new is not None:
+                parameter.grad = new if parameter.grad is None else parameter.grad + new
 
     def _vectors(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """What is quantised of the input: (C, M, D), and the sizes of its positions."""
@@ -483,7 +505,7 @@ class VectorQuantize(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             self._codebook.ensure_initialised(vectors, call.mask)
             if self._codebook.affine_param:
-                self._codebook.update_affine(vectors, self._codebook.embed, call.mask)
+                self._codebook.update_affine(vectors, self._codebook.plain_embed, call.mask)
             update = functools.partial(
                 self._codebook.update_,
                 weight=ema_update_weight,
@@ -565,7 +587,7 @@ class VectorQuantize(nn.Module):
             update(x.detach(), chosen.indices)
         loss = x.new_zeros((), dtype=torch.float32)
         if optimise:
-            chosen.codebook.backward()
+            self._add_gradients(chosen.codebook)
             if not self.manual_in_place_optimizer_update:
                 self.update_in_place_optimizer()
             loss = chosen.codebook.detach()
@@ -606,7 +628,7 @@ class VectorQuantize(nn.Module):
             if self.orthogonal_reg_active_codes_only:
                 active = losses.active(chosen.indices, self.codebook_size)
             orthogonal = losses.orthogonal(
-                self._codebook.embed, active, self.orthogonal_reg_max_codes
+                self._codebook.plain_embed, active, self.orthogonal_reg_max_codes
             )
             loss = loss + orthogonal * self.orthogonal_reg_weight
         # A loop that calls loss.backward() may train a part that no loss depends on.

@@ -115,12 +115,31 @@ def reference(
     size = torch.lerp(counts.double(), cluster_size.double(), decay)  # [..., K]
     total_sum = torch.lerp(sums.double(), embed_sum.double(), decay)  # [..., K, D]
     total = size.sum(-1, keepdim=True)
-    smooth = (size + eps) / (total + size.shape[-1] * eps) * total
+    codes = codes_of(codebook, size, total_sum, total, size.shape[-1], eps, normalize)
+    return codes, size.to(cluster_size.dtype), total_sum.to(embed_sum.dtype)
+
+
+def codes_of(
+    codebook: Tensor,
+    size: Tensor,
+    total_sum: Tensor,
+    total: Tensor,
+    num_codes: int,
+    eps: float,
+    normalize: bool,
+) -> Tensor:
+    """The codes (..., P, D), P of the ``num_codes`` K, that averages in float64 say.
+
+    Args:
+        codebook: the old ones. size: ``(..., P)``. total_sum: ``(..., P, D)``.
+        total: ``(..., 1)``, of the sizes of all K.
+    """
+    smooth = (size + eps) / (total + num_codes * eps) * total
     # Nothing was ever counted: the codes stay.
     codes = torch.where(total[..., None] > 0, total_sum / smooth[..., None], codebook.double())
     if normalize:
         codes = torch.nn.functional.normalize(codes, dim=-1, eps=_LEAST_NORM)
-    return codes.to(codebook.dtype), size.to(cluster_size.dtype), total_sum.to(embed_sum.dtype)
+    return codes.to(codebook.dtype)
 
 
 def fake(

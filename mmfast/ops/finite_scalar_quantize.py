@@ -330,6 +330,18 @@ def samples_bwd() -> Iterable[Sample]:
     return [of(sample) for sample in samples()]
 
 
+def _load_triton() -> Callable[..., tuple[Tensor, Tensor]]:
+    from mmfast.kernels.finite_scalar_quantize import finite_scalar_quantize as launch
+
+    return launch
+
+
+def _load_triton_bwd() -> Callable[..., Tensor]:
+    from mmfast.kernels.finite_scalar_quantize import finite_scalar_quantize_bwd as launch
+
+    return launch
+
+
 OP = register(
     Op(
         name="finite_scalar_quantize",
@@ -337,7 +349,10 @@ OP = register(
         " -> (Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("finite_scalar_quantize")},
+        backends={
+            "cpp": backends.cpp("finite_scalar_quantize"),
+            "triton": backends.triton(_load_triton, backends.always),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -353,7 +368,10 @@ BACKWARD = register(
         "Tensor? noise) -> Tensor",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={"cpp": backends.cpp("finite_scalar_quantize_bwd")},
+        backends={
+            "cpp": backends.cpp("finite_scalar_quantize_bwd"),
+            "triton": backends.triton(_load_triton_bwd, backends.always),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

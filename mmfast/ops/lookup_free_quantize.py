@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -494,6 +494,18 @@ def samples_bwd() -> Iterable[Sample]:
     return [of(sample) for sample in samples()]
 
 
+def _load_triton() -> Callable[..., tuple[Tensor, ...]]:
+    from mmfast.kernels.lookup_free_quantize import lookup_free_quantize as launch
+
+    return launch
+
+
+def _load_triton_bwd() -> Callable[..., Tensor]:
+    from mmfast.kernels.lookup_free_quantize import lookup_free_quantize_bwd as launch
+
+    return launch
+
+
 OP = register(
     Op(
         name="lookup_free_quantize",
@@ -502,7 +514,10 @@ OP = register(
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("lookup_free_quantize")},
+        backends={
+            "cpp": backends.cpp("lookup_free_quantize"),
+            "triton": backends.triton(_load_triton, backends.always),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -519,7 +534,10 @@ BACKWARD = register(
         "Tensor? mask) -> Tensor",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={"cpp": backends.cpp("lookup_free_quantize_bwd")},
+        backends={
+            "cpp": backends.cpp("lookup_free_quantize_bwd"),
+            "triton": backends.triton(_load_triton_bwd, backends.always),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -189,13 +189,28 @@ def samples_unpack() -> Iterable[Sample]:
     return [of(sample) for sample in samples()]
 
 
+def _load_triton() -> Callable[..., Tensor]:
+    from mmfast.kernels.pack_indices import pack_indices as launch
+
+    return launch
+
+
+def _load_triton_unpack() -> Callable[..., Tensor]:
+    from mmfast.kernels.pack_indices import unpack_indices as launch
+
+    return launch
+
+
 OP = register(
     Op(
         name="pack_indices",
         schema="(Tensor indices, int bits) -> Tensor",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("pack_indices")},
+        backends={
+            "cpp": backends.cpp("pack_indices"),
+            "triton": backends.triton(_load_triton, backends.always),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -209,7 +224,10 @@ INVERSE = register(
         schema="(Tensor packed, int bits, SymInt count) -> Tensor",
         reference=reference_unpack,
         fake=fake_unpack,
-        backends={"cpp": backends.cpp("unpack_indices")},
+        backends={
+            "cpp": backends.cpp("unpack_indices"),
+            "triton": backends.triton(_load_triton_unpack, backends.always),
+        },
         samples=samples_unpack,
         cost=cost_unpack,
         compare=compare_unpack,

@@ -30,8 +30,10 @@ from mmfast.schedule.samplers import (
     tcd,
     unipc,
 )
+from mmfast.schedule.samplers.steps import Steps
 from mmfast.schedule.sigmas import dynamic_mu
 from mmfast.schedule.table import Linear, SamplerTable, TableBuilder
+from mmfast.schedule.threshold import dynamic_threshold
 
 __all__ = [
     "PREDICTIONS",
@@ -42,6 +44,7 @@ __all__ = [
     "NoiseSchedule",
     "SampleLoop",
     "SamplerTable",
+    "Steps",
     "TableBuilder",
     "betas",
     "ddim",
@@ -50,6 +53,7 @@ __all__ = [
     "dpm_solver",
     "dpm_solver_singlestep",
     "dynamic_mu",
+    "dynamic_threshold",
     "edm_dpm",
     "edm_euler",
     "euler",

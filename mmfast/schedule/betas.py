@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -30,7 +31,7 @@ def sigmoid(num_steps: int, start: float = 1e-4, end: float = 0.02) -> Tensor:
 
 
 def squared_cosine(num_steps: int, cap: float = 0.999) -> Tensor:
-    """alpha_bar(t) = cos(pi/2 (t + 0.008) / 1.008)^2 (Nichol and Dhariwal 2021, arXiv 2102.09672)."""
+    """alpha_bar(t) = cos(pi/2 (t + 0.008) / 1.008)^2 (Nichol, Dhariwal 2021, arXiv 2102.09672)."""
     return _from_alpha_bar(
         num_steps, cap, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     )
@@ -54,9 +55,7 @@ def exponential(num_steps: int, cap: float = 0.999) -> Tensor:
 
 def _from_alpha_bar(num_steps: int, cap: float, alpha_bar: Callable[[float], float]) -> Tensor:
     values = [alpha_bar(i / num_steps) for i in range(num_steps + 1)]
-    betas = [
-        min(1 - after / before, cap) for before, after in zip(values, values[1:], strict=False)
-    ]
+    betas = [min(1 - after / before, cap) for before, after in itertools.pairwise(values)]
     return torch.tensor(betas, dtype=torch.float64)
 
 
@@ -88,7 +87,7 @@ def make_betas(name: str, num_steps: int, start: float = 1e-4, end: float = 0.02
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     """Shift and scale the roots so that the last is 0 and the first stays.
 
-    Lin et al. 2024 (arXiv 2305.08891), algorithm 1, on the cumulative products: (T,) to (T,) float64.
+    Lin et al. 2024 (arXiv 2305.08891), algorithm 1, on cumulative products. Returns (T,) float64.
     """
     roots = alphas_cumprod.double().sqrt()
     first, last = roots[0], roots[-1]

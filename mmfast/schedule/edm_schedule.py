@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from mmfast.checks import check_choice
 from mmfast.schedule.grid import Grid
 from mmfast.schedule.noising import noising_rows
 from mmfast.schedule.sigmas import SIGMAS, make_sigmas
+from mmfast.schedule.weights import Weighting
 
 
 class EDMSchedule:
@@ -94,10 +94,10 @@ class EDMSchedule:
     def noising_table(
         self,
         target: str = "edm",
-        weighting: Callable[[Tensor], Tensor] | None = None,
+        weighting: Weighting | None = None,
         levels: Tensor | None = None,
     ) -> Tensor:
-        """What training needs at noise levels: see :meth:`mmfast.schedule.NoiseSchedule.noising_table`.
+        """What training needs at noise levels, as :meth:`NoiseSchedule.noising_table` has it.
 
         Args:
             target: what the network predicts.
@@ -106,8 +106,8 @@ class EDMSchedule:
             levels: (T,) sigmas; 1000 of the Karras spacing, rising, without.
 
         Returns:
-            (T, 5) float64, rows [alpha, sigma, target_x0, target_noise, weight]. The noisy sample is
-            the network's input: alpha is c_in, and sigma is c_in times the level.
+            (T, 5) float64, rows [alpha, sigma, target_x0, target_noise, weight]. The noisy sample
+            is the network's input: alpha is c_in, and sigma is c_in times the level.
         """
         if levels is None:
             levels = make_sigmas("karras", 1000, self.sigma_min, self.sigma_max).flip(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +11,13 @@ from torch import Tensor
 from mmfast.schedule.grid import Grid
 from mmfast.schedule.noising import noising_rows
 from mmfast.schedule.sigmas import make_sigmas, shift, stretch_to_terminal
+from mmfast.schedule.weights import Weighting
 
 
 class FlowSchedule:
-    """x_t = (1 - t) x0 + t n (Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003).
+    """x_t = (1 - t) x0 + t n.
+
+    Lipman et al. 2023 (arXiv 2210.02747); Liu et al. 2023 (arXiv 2209.03003).
 
     Args:
         num_steps: T: the model is told t T.
@@ -69,7 +72,7 @@ class FlowSchedule:
         Args:
             num_steps: S: levels evenly from 1 to the lowest of :attr:`sigmas`, before the shift.
             levels: (S,) falling, in (0, 1], in their place; they are shifted too.
-            mu: shift by exp(mu) instead of the static shift: see :func:`mmfast.schedule.dynamic_mu`.
+            mu: shift by exp(mu) instead of the static shift: see :func:`dynamic_mu`.
             terminal: stretch so that the last level is this one.
             sigmas: then place them by "karras", "exponential", "lu" or "beta" in the same range.
             rho: of karras.
@@ -110,10 +113,10 @@ class FlowSchedule:
     def noising_table(
         self,
         target: str = "flow_prediction",
-        weighting: Callable[[Tensor], Tensor] | None = None,
+        weighting: Weighting | None = None,
         levels: Tensor | None = None,
     ) -> Tensor:
-        """What training needs at each level: see :meth:`mmfast.schedule.NoiseSchedule.noising_table`.
+        """What training needs at each level, as :meth:`NoiseSchedule.noising_table` has it.
 
         Args:
             target: what the model predicts.

@@ -39,7 +39,7 @@ class Grid:
         schedule: where the points are from.
         sigma_data: of EDM's preconditioning.
         initial_scale: of the noise that sampling starts from.
-        unit_start: whether x / alpha starts with the variance of noised data, not of the noise alone.
+        unit_start: whether x / alpha starts with the variance of noised data, not the noise's.
         skipped: steps that were left out at the start.
     """
 
@@ -92,7 +92,8 @@ class Grid:
     def noise(self, i: int, prediction: str, clip: object = None) -> Linear:
         """The noise at point i.
 
-        Of the sample and the model's output; with ``clip``, of the sample and the clamped prediction.
+        Of the sample and the model's output; with ``clip``, of the sample and the clamped
+        prediction.
         """
         alpha, sigma = self.point(i)
         if clip is not None:
@@ -109,8 +110,8 @@ class Grid:
         """
         if not bool((self.alpha > 0).all()):
             raise ValueError(
-                "this sampler divides by alpha, which is 0 at the start of this grid: use a schedule "
-                "with a floor for alphas_cumprod, or flow_euler or flow_heun for flow matching"
+                "this sampler divides by alpha, which is 0 at the start of this grid: use a "
+                "schedule with a floor for alphas_cumprod, or flow_euler or flow_heun for flows"
             )
         ratio = self.sigma / self.alpha
         return replace(

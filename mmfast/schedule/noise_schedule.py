@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from mmfast.schedule.grid import Grid
 from mmfast.schedule.noising import noising_rows
 from mmfast.schedule.sigmas import make_sigmas
 from mmfast.schedule.spacings import spaced
+from mmfast.schedule.weights import Weighting
 
 
 class NoiseSchedule:
@@ -34,7 +35,7 @@ class NoiseSchedule:
         if values.dim() != 1 or len(values) < 1:
             raise ValueError(f"alphas_cumprod must be (T,), got shape {tuple(values.shape)}")
         falling = bool((values[1:] < values[:-1]).all())
-        if not (falling and 0 <= float(values[-1]) and float(values[0]) < 1):
+        if not (falling and float(values[-1]) >= 0 and float(values[0]) < 1):
             raise ValueError("alphas_cumprod must fall, from below 1 to 0 or above")
         self.alphas_cumprod = values.clamp(min=floor)
         self.alpha = self.alphas_cumprod.sqrt()
@@ -136,12 +137,12 @@ class NoiseSchedule:
             least_lambda: use only timesteps with log(alpha / sigma) from here.
             timesteps: (S,) falling, in place of a spacing.
             sigmas: "karras", "exponential", "lu" or "beta": place sigma / alpha by this instead. It
-                runs over the range of the timesteps; with ``skip_last`` over all that the schedule has.
+                runs over the range of the timesteps; with ``skip_last`` over the schedule's.
             sigma_min: the least sigma / alpha of that, in place of the range's.
             sigma_max: the largest.
             rho: of karras.
-            final: sigma / alpha of the result: "zero", "sigma_min" (that of timestep 0), "last" (that
-                of the last timestep), or a number.
+            final: sigma / alpha of the result: "zero", "sigma_min" (that of timestep 0), "last"
+                (that of the last timestep), or a number.
             start: leave so many steps out, to start from an image.
 
         Raises:
@@ -151,7 +152,7 @@ class NoiseSchedule:
             raise ValueError("one of num_steps and timesteps must be given")
         if timesteps is not None:
             visited = torch.as_tensor(timesteps, dtype=torch.float64)
-            if visited.dim() != 1 or not len(visited) or bool((visited[1:] > visited[:-1]).any()):
+            if visited.dim() != 1 or not len(visited) or bool((visited[1:] >= visited[:-1]).any()):
                 raise ValueError("timesteps must be (S,) and falling")
         else:
             assert num_steps is not None
@@ -187,20 +188,19 @@ class NoiseSchedule:
         )
         return grid.skip(start) if start else grid
 
-    def noising_table(
-        self, target: str = "epsilon", weighting: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def noising_table(self, target: str = "epsilon", weighting: Weighting | None = None) -> Tensor:
         """What training needs at each timestep: noisy samples, targets and weights of the loss.
 
         Args:
             target: what the model predicts: "epsilon", "sample", "v_prediction", "flow_prediction".
-            weighting: of the loss on the clean sample, a function of the (T,) signal-to-noise ratios
-                such as :func:`mmfast.schedule.weights.min_snr`; the table has the weight of the same
-                loss on the target. Without it all weights are 1.
+            weighting: of the loss on the clean sample, a function of the (T,) signal-to-noise
+                ratios such as :func:`mmfast.schedule.weights.min_snr`, or "min_snr",
+                "soft_min_snr" or "max_snr"; the table has the weight of the same loss on the
+                target. Without it all weights are 1.
 
         Returns:
-            (T, 5) float64, rows [alpha, sigma, target_x0, target_noise, weight]: the noisy sample is
-            alpha x0 + sigma n, the target target_x0 x0 + target_noise n.
+            (T, 5) float64, rows [alpha, sigma, target_x0, target_noise, weight]: the noisy sample
+            is alpha x0 + sigma n, the target target_x0 x0 + target_noise n.
 
         Raises:
             ValueError: an unknown target, or a weight that is not finite.

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from mmfast.schedule.predictions import denoised_from, target_of
+from mmfast.schedule.weights import Weighting, weighting_of
 
 
 def noising_rows(
     alpha: Tensor,
     sigma: Tensor,
     target: str,
-    weighting: Callable[[Tensor], Tensor] | None,
+    weighting: Weighting | None,
     sigma_data: float | None = None,
 ) -> Tensor:
-    """(T, 5) rows [alpha, sigma, target_x0, target_noise, weight] for T pairs of alpha and sigma."""
+    """(T, 5) rows [alpha, sigma, target_x0, target_noise, weight] for T alphas and sigmas."""
     rows = []
-    weights = None if weighting is None else weighting((alpha / sigma) ** 2).double()
+    weights = None if weighting is None else weighting_of(weighting)((alpha / sigma) ** 2)
     for i, (a, s) in enumerate(zip(alpha.tolist(), sigma.tolist(), strict=True)):
         weight = 1.0
         if weights is not None:

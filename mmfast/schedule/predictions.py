@@ -1,4 +1,4 @@
-"""What a model's output stands for: the clean sample and the noise as linear maps of input and output.
+"""What a model's output stands for: clean sample and noise as linear maps of input and output.
 
 The model's input is x = alpha x0 + sigma n.
 
@@ -19,14 +19,10 @@ from mmfast.checks import check_choice
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction", "edm", "edm_v")
 
 
-def edm_preconditioning(sigma: float, sigma_data: float) -> tuple[float, float, float, float]:
-    """c_skip, c_out, c_in and c_noise is in the timestep: here (c_skip, c_out, c_in, weight).
-
-    Table 1 of Karras et al. 2022 (arXiv 2206.00364); the weight is 1 / c_out^2, infinite at sigma 0.
-    """
+def edm_preconditioning(sigma: float, sigma_data: float) -> tuple[float, float]:
+    """c_skip and c_out of Karras et al. 2022 (arXiv 2206.00364), table 1."""
     total = sigma**2 + sigma_data**2
-    c_out = sigma * sigma_data / total**0.5
-    return sigma_data**2 / total, c_out, 1 / total**0.5, 1 / c_out**2 if c_out else float("inf")
+    return sigma_data**2 / total, sigma * sigma_data / total**0.5
 
 
 def denoised_from(
@@ -105,5 +101,5 @@ def _edm(prediction: str, sigma: float, sigma_data: float | None) -> tuple[float
         raise ValueError(
             f"prediction {prediction!r} needs sigma_data: a grid of an EDMSchedule has it"
         )
-    c_skip, c_out, _, _ = edm_preconditioning(sigma, sigma_data)
+    c_skip, c_out = edm_preconditioning(sigma, sigma_data)
     return c_skip, -c_out if prediction == "edm_v" else c_out

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from mmfast import philox
 from mmfast.checks import check_device, check_floating
+from mmfast.schedule.layout import Layout, N
 from mmfast.schedule.table import SamplerTable
+from mmfast.schedule.threshold import dynamic_threshold
 
 Callback = Callable[[int, Tensor, Tensor], None]
 
@@ -24,6 +26,7 @@ def sample(
     image: Tensor | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     guidance_scale: float | Tensor = 1.0,
+    dynamic_threshold: tuple[float, float] | None = None,
     seed: int | Tensor | None = None,
     callback: Callback | None = None,
     progress: bool = True,
@@ -34,17 +37,19 @@ def sample(
 
     Args:
         model: called as ``model(x, t, **model_kwargs)`` with x ``(B, ...)`` and t ``(B,)``, the
-            timestep: int64 if all of the table's are whole, else float32. It returns a tensor like x,
-            or something whose first item is one. For tables with learned variances it has twice the
-            channels, dimension 1, the variances behind.
+            timestep: int64 if all of the table's are whole, else float32. It returns a tensor like
+            x, or something whose first item is one. For tables with learned variances it has twice
+            the channels, dimension 1, the variances behind.
         x: ``(B, ...)`` standard normal noise. It is scaled as the table asks for.
         table: of a sampler, such as ``mmfast.schedule.dpm_solver(schedule.grid(20))``.
         image: start from this, ``(B, ...)``, with as much of the noise x as the table's first row
             expects: build the table on a grid with ``start`` above 0.
         model_kwargs: further arguments of the model.
-        guidance_scale: of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), a number
-            or ``(B,)``. Unless it is the number 1, the model gets x twice, ``(2 B, ...)``, and its
-            arguments must hold the unconditional half first.
+        guidance_scale: of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), a
+            number or ``(B,)``. Unless it is the number 1, the model gets x twice, ``(2 B, ...)``,
+            and its arguments must hold the unconditional half first.
+        dynamic_threshold: quantile and maximum of :func:`dynamic_threshold`, such as (0.995, 1.5).
+            Samplers built with ``clip=math.inf`` take also the noise from what is left.
         seed: of the noise that stochastic samplers add, an int or an int64 tensor, ``()`` or
             ``(B,)``; drawn from torch's generator if not given. See :func:`mmfast.sampler_step`.
         callback: called after each row as ``callback(i, x, denoised)`` with the sample and the
@@ -67,6 +72,7 @@ def sample(
         table,
         model_kwargs=model_kwargs,
         guidance_scale=guidance_scale,
+        dynamic_threshold=dynamic_threshold,
         dtype=dtype,
         cuda_graph=cuda_graph,
         keep_denoised=callback is not None,
@@ -77,16 +83,17 @@ def sample(
 class SampleLoop:
     """What :func:`sample` runs, with its buffers, to be run again.
 
-    The table lies in a buffer on the device, and so does the number of the row: :meth:`set_table` puts
-    another sampler, schedule or guidance interval in place without a new capture.
+    The table lies in a buffer on the device, and so does the number of the row: :meth:`set_table`
+    puts another sampler, schedule or guidance interval in place without a new capture.
 
     Args:
-        model: as of :func:`sample`; with ``cuda_graph`` the tensors among ``model_kwargs`` are read in
-            place at each run.
+        model: as of :func:`sample`.
         x: like the noise of the runs: shape, dtype and device count.
         table: of a sampler.
-        model_kwargs: as of :func:`sample`.
+        model_kwargs: as of :func:`sample`. With ``cuda_graph`` its tensors are read in place at
+            each run: copy new values into them.
         guidance_scale: as of :func:`sample`.
+        dynamic_threshold: as of :func:`sample`.
         dtype: as of :func:`sample`.
         cuda_graph: as of :func:`sample`.
         keep_denoised: have :attr:`denoised` written, for callbacks.
@@ -103,6 +110,7 @@ class SampleLoop:
         *,
         model_kwargs: Mapping[str, Any] | None = None,
         guidance_scale: float | Tensor = 1.0,
+        dynamic_threshold: tuple[float, float] | None = None,
         dtype: torch.dtype | None = None,
         cuda_graph: bool = False,
         keep_denoised: bool = False,
@@ -112,9 +120,18 @@ class SampleLoop:
             raise ValueError("x must be (B, ...), got a number")
         if cuda_graph and x.device.type != "cuda":
             raise ValueError(f"cuda_graph needs x on a CUDA device, got {x.device}")
+        if dynamic_threshold is not None:
+            ratio, maximum = dynamic_threshold
+            if not (0 <= ratio <= 1 and maximum >= 1):
+                raise ValueError(
+                    "dynamic_threshold must be a quantile from 0 to 1 and a maximum of at least 1, "
+                    f"got {dynamic_threshold}"
+                )
+            _check_no_churn(table)
         device, batch = x.device, x.shape[0]
         state = torch.float64 if x.dtype == torch.float64 else torch.float32
         self._model = model
+        self._threshold = dynamic_threshold
         self._kwargs = dict(model_kwargs or {})
         self._guided = isinstance(guidance_scale, Tensor) or guidance_scale != 1
         self._guidance = _guidance(guidance_scale, batch, device) if self._guided else None
@@ -129,6 +146,8 @@ class SampleLoop:
         whole = bool((table.timesteps == table.timesteps.round()).all())
         self._times = table.timesteps.to(device, torch.int64 if whole else torch.float32, copy=True)
         self._table = table
+        # Asked once: elsewhere than on the CPU the answers synchronise.
+        self._stochastic, self._learned = table.stochastic, table.learned_variance
         self.denoised = torch.empty_like(self._x) if keep_denoised else None
         self._shared_seed = True
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -139,21 +158,27 @@ class SampleLoop:
 
         Raises:
             ValueError: its shape is another, it has broken timesteps where they were whole, or only
-                one of the two takes noise or learned variances.
+                one of the two takes noise or learned variances; or its predictions take noise and
+                they are to be thresholded.
         """
-        old = self._table
-        if table.coefficients.shape != old.coefficients.shape:
+        expected, got = self._coefficients.shape, table.coefficients.shape
+        if expected != got:
             raise ValueError(
-                f"the table must be {tuple(old.coefficients.shape)} as the one before, "
-                f"got {tuple(table.coefficients.shape)}"
+                f"the table must be {tuple(expected)} as the one before, got {tuple(got)}"
             )
-        for kind in ("stochastic", "learned_variance"):
-            if getattr(table, kind) != getattr(old, kind):
-                raise ValueError(f"the table must be {kind} as the one before, or neither")
+        for kind, before, now in (
+            ("noise", self._stochastic, table.stochastic),
+            ("learned variances", self._learned, table.learned_variance),
+        ):
+            if before != now:
+                which = "without" if now else "with"
+                raise ValueError(f"the table must be {which} {kind} as the one before")
         if not self._times.is_floating_point() and bool(
             (table.timesteps != table.timesteps.round()).any()
         ):
             raise ValueError("the table must have whole timesteps as the one before")
+        if self._threshold is not None:
+            _check_no_churn(table)
         self._coefficients.copy_(table.coefficients)
         self._times.copy_(table.timesteps)
         self._table = table
@@ -182,7 +207,7 @@ class SampleLoop:
             check_device(buffers=self._x, **{name: tensor})
         if callback is not None and self.denoised is None:
             raise ValueError("a callback needs keep_denoised=True")
-        if self._table.stochastic:
+        if self._stochastic:
             self._set_seed(seed)
         if self._cuda_graph and self._graph is None:
             self._capture()
@@ -214,15 +239,27 @@ class SampleLoop:
         if not isinstance(output, Tensor):
             output = output[0]
         variance = None
-        if self._table.learned_variance:
+        if self._learned:
             output, variance = output.chunk(2, dim=1)
         unconditional = None
         if self._guided:
             unconditional, output = output.chunk(2)
             variance = None if variance is None else variance.chunk(2)[1]
         seed = None
-        if self._table.stochastic:
+        if self._stochastic:
             seed = self._seed[0] if self._shared_seed else self._seed
+        threshold = None
+        if self._threshold is not None:
+            ratio, maximum = self._threshold
+            threshold = dynamic_threshold(
+                self._x,
+                output,
+                self._coefficients.index_select(0, self._step.view(1))[0],
+                unconditional=unconditional,
+                guidance=self._guidance,
+                ratio=ratio,
+                maximum=maximum,
+            )
         sampler_step(
             self._x,
             output,
@@ -233,6 +270,7 @@ class SampleLoop:
             history=self._history,
             seed=seed,
             variance=variance,
+            threshold=threshold,
             out=self._x,
             denoised=self.denoised,
             model_input=self._input,
@@ -255,20 +293,27 @@ class SampleLoop:
 
     def _capture(self) -> None:
         # Warm up on another stream, as libraries make their workspaces at the first call.
-        stream = torch.cuda.Stream(self._x.device)
-        stream.wait_stream(torch.cuda.current_stream(self._x.device))
-        self._x.zero_()
-        self._input.zero_()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._step.zero_()
+        with torch.cuda.device(self._x.device):
+            main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            self._x.zero_()
+            self._input.zero_()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._step.zero_()
+                    self._advance()
+            main.wait_stream(side)
+            self._step.zero_()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self._advance()
-        torch.cuda.current_stream(self._x.device).wait_stream(stream)
-        self._step.zero_()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._advance()
         self._graph = graph
+
+
+def _check_no_churn(table: SamplerTable) -> None:
+    """The table's predictions take no noise, else ValueError."""
+    if bool((table.coefficients[:, Layout.DENOISED + N] != 0).any()):
+        raise ValueError("not possible: dynamic_threshold with churn")
 
 
 def _guidance(scale: float | Tensor, batch: int, device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ def karras(num_steps: int, low: float, high: float, rho: float = 7.0) -> Tensor:
 
 
 def exponential(num_steps: int, low: float, high: float) -> Tensor:
-    """Evenly spaced in log sigma, which is lambda (Lu et al. 2022, arXiv 2206.00927, section 3.4)."""
+    """Evenly spaced in log sigma, or lambda (Lu et al. 2022, arXiv 2206.00927, section 3.4)."""
     return torch.linspace(math.log(high), math.log(low), num_steps, dtype=torch.float64).exp()
 
 
@@ -48,7 +48,7 @@ def make_sigmas(name: str, num_steps: int, low: float, high: float, rho: float =
 def shift(sigmas: Tensor, factor: float) -> Tensor:
     """s t / (1 + (s - 1) t): more steps at high noise, for more tokens.
 
-    Esser et al. 2024 (arXiv 2403.03206), equation 23. ``exp(mu)`` as the factor is the dynamic shift.
+    Esser et al. 2024 (arXiv 2403.03206), equation 23. The factor exp(mu) is the dynamic shift.
     """
     return factor * sigmas / (1 + (factor - 1) * sigmas)
 
@@ -69,7 +69,7 @@ def dynamic_mu(
 
 
 def stretch_to_terminal(sigmas: Tensor, terminal: float) -> Tensor:
-    """Scale 1 - sigma so that the last level is ``terminal`` (HaCohen et al. 2024, arXiv 2501.00103)."""
+    """Scale 1 - sigma so that the last is ``terminal`` (HaCohen et al. 2024, arXiv 2501.00103)."""
     return 1 - (1 - sigmas) * ((1 - terminal) / (1 - sigmas[-1]))
 
 

@@ -13,7 +13,7 @@ SPACINGS = ("linspace", "leading", "trailing")
 def linspace(
     total: int, num_steps: int, *, skip_last: bool = False, rounded: bool = True
 ) -> Tensor:
-    """Evenly from T - 1 to 0, both included; with ``skip_last`` one more is placed, and 0 left out."""
+    """Evenly from T - 1 to 0, both included; with ``skip_last`` one more placed, 0 left out."""
     points = torch.linspace(0, total - 1, num_steps + skip_last, dtype=torch.float64)
     if rounded:
         points = points.round()
@@ -21,7 +21,7 @@ def linspace(
 
 
 def leading(total: int, num_steps: int, *, skip_last: bool = False, offset: int = 0) -> Tensor:
-    """Multiples of a whole stride from 0, plus ``offset``; with ``skip_last`` without the lowest."""
+    """Multiples of a whole stride from 0, plus ``offset``; with ``skip_last`` not the lowest."""
     stride = total // (num_steps + skip_last)
     points = torch.arange(num_steps + skip_last, dtype=torch.float64) * stride
     return points.flip(0)[:num_steps] + offset
@@ -52,7 +52,8 @@ def consistency(
     distilled = torch.arange(int(original_steps * strength), 0, -1).double() * stride - 1
     if not 1 <= num_steps <= len(distilled):
         raise ValueError(
-            f"num_steps must be from 1 to original_steps * strength = {len(distilled)}, got {num_steps}"
+            f"num_steps must be from 1 to original_steps * strength = {len(distilled)}, "
+            f"got {num_steps}"
         )
     chosen = torch.arange(num_steps) * len(distilled) // num_steps
     return distilled[chosen]

@@ -1,16 +1,19 @@
 """Weights of the loss, and densities of the training times, all float64.
 
-A weight is a function of the signal-to-noise ratio SNR = (alpha / sigma)^2 and stands for the loss on
-the clean sample: :func:`mmfast.schedule.NoiseSchedule.noising_table` turns it into the one on what
-the model predicts.
+A weight is a function of the signal-to-noise ratio SNR = (alpha / sigma)^2 and stands for the loss
+on the clean sample: :meth:`mmfast.schedule.NoiseSchedule.noising_table` turns it into the one on
+what the model predicts.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from mmfast.checks import check_choice
 
 
 def snr(alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -33,14 +36,30 @@ def max_snr(snr: Tensor, gamma: float = 1.0) -> Tensor:
     return snr.clamp(min=gamma)
 
 
+NAMED = {"min_snr": min_snr, "soft_min_snr": soft_min_snr, "max_snr": max_snr}
+Weighting = Callable[[Tensor], Tensor] | str
+
+
+def weighting_of(weighting: Weighting) -> Callable[[Tensor], Tensor]:
+    """The function, or the one called so, with its own gamma: one of :data:`NAMED`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(weighting, str):
+        return weighting
+    check_choice("weighting", weighting, tuple(NAMED))
+    return NAMED[weighting]
+
+
 def edm(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, arXiv 2206.00364, table 1)."""
+    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, arXiv 2206.00364)."""
     sigma = sigma.double()
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 def logit_normal_density(t: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """The density of sigmoid(normal) at t in (0, 1) (Esser et al. 2024, arXiv 2403.03206, eq. 19)."""
+    """The density of sigmoid(normal) at t in (0, 1) (Esser et al. 2024, arXiv 2403.03206)."""
     t = t.double()
     normal = torch.exp(-((torch.logit(t) - mean) ** 2) / (2 * std**2)) / (
         std * math.sqrt(2 * math.pi)
@@ -54,7 +73,7 @@ def logit_normal_quantile(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Ten
 
 
 def mode_quantile(u: Tensor, scale: float = 1.29) -> Tensor:
-    """Times with heavy tails from uniform u in [0, 1] (Esser et al. 2024, arXiv 2403.03206, eq. 20).
+    """Times with heavy tails from uniform u in [0, 1] (Esser et al. 2024, arXiv 2403.03206).
 
     Raises:
         ValueError: ``scale`` is not from -1 to 2 / (pi - 2), where this is monotonic.
@@ -78,6 +97,6 @@ def mode_density(t: Tensor, scale: float = 1.29) -> Tensor:
 
 
 def cosmap_density(t: Tensor) -> Tensor:
-    """2 / (pi (1 - 2t + 2t^2)) (Esser et al. 2024, arXiv 2403.03206, eq. 21)."""
+    """2 / (pi (1 - 2t + 2t^2)) (Esser et al. 2024, arXiv 2403.03206)."""
     t = t.double()
     return 2 / (math.pi * (1 - 2 * t + 2 * t**2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from mmfast.schedule.grid import Grid
+from mmfast.schedule.samplers.euler import check_eta
 from mmfast.schedule.samplers.steps import Clip, Steps
 from mmfast.schedule.table import SamplerTable, denoised, noise, x
 
@@ -50,8 +51,8 @@ def tcd(
     A DDIM step to s = (1 - eta) of the next timestep, rounded down, and noise from there to it.
 
     Args:
-        grid: where it goes: timesteps of :func:`mmfast.schedule.spacings.consistency`. The last point
-            counts as timestep 0.
+        grid: where it goes: timesteps of :func:`mmfast.schedule.spacings.consistency`. The last
+            point counts as timestep 0.
         prediction: what the model predicts.
         clip: range of the clean sample.
         eta: gamma of the paper, from 0, without noise, to 1.
@@ -59,8 +60,7 @@ def tcd(
     Raises:
         ValueError: an unknown option, or eta out of range.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be from 0 to 1, got {eta}")
+    check_eta(eta)
     steps = Steps(grid, prediction, clip)
     for i in range(len(grid)):
         alpha, sigma = grid.point(i + 1)

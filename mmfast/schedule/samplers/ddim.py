@@ -24,8 +24,8 @@ def ddim(
         grid: where it goes.
         prediction: what the model predicts.
         clip: range of the clean sample.
-        clip_noise: the noise follows from the clamped sample (Dhariwal and Nichol 2021), not from the
-            model's output.
+        clip_noise: the noise follows from the clamped sample, not from the model's output
+            (Dhariwal and Nichol 2021, arXiv 2105.05233).
         eta: 0 adds no noise, 1 as much as DDPM.
 
     Raises:

@@ -26,7 +26,7 @@ def dpm_solver(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> SamplerTable:
-    """Multistep DPM-Solver (Lu et al. 2022, arXiv 2206.00927) and ++ (arXiv 2211.01095, algorithm 2).
+    """Multistep DPM-Solver (Lu et al. 2022, arXiv 2206.00927) and ++ (arXiv 2211.01095, algo. 2).
 
     One call of the model a step; the steps before give the slopes.
 
@@ -38,8 +38,9 @@ def dpm_solver(
         algorithm: "dpmsolver" integrates the noise, "dpmsolver++" the clean sample; with "sde-" the
             reverse SDE instead of the ODE.
         solver_type: what the slope adds in order 2: half a first-order term ("midpoint"), or its
-            integral ("heun"). Order 3 has in both the authors' coefficients, which count the second
-            derivative half; "adams" integrates the polynomial through the last values exactly.
+            integral ("heun"). In order 3 both have the authors' coefficients, which count the
+            second derivative half and so converge with order 2; "adams" integrates the polynomial
+            through the last values, and converges with order 3.
         lower_order_final: orders 2 and 1 for the last two steps if there are fewer than 15.
         euler_at_final: order 1 for the last step.
 
@@ -81,8 +82,8 @@ def dpm_solver_singlestep(
 ) -> SamplerTable:
     """Singlestep DPM-Solver (arXiv 2206.00927, algorithms 1 and 2) and ++ (arXiv 2211.01095).
 
-    Groups of ``order`` grid steps: the points within a group are its intermediate ones, each step of a
-    group starts from the group's first sample.
+    Groups of ``order`` grid steps: the points within a group are its intermediate ones, and each
+    step of a group starts from the group's first sample.
 
     Args:
         grid: where it goes.
@@ -90,8 +91,8 @@ def dpm_solver_singlestep(
         clip: range of the clean sample.
         order: 1 to 3.
         algorithm: as of :func:`dpm_solver`.
-        solver_type: as there in order 2. In order 3, "midpoint" has a straight line through the first
-            and last value of the group, "heun" and "adams" the parabola through all three.
+        solver_type: as there in order 2. In order 3, "midpoint" has a straight line through the
+            first and last value of the group, "heun" and "adams" the parabola through all three.
         lower_order_final: end with a step of order 1.
 
     Raises:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from mmfast.schedule.grid import Grid
-from mmfast.schedule.layout import M, X
+from mmfast.schedule.predictions import denoised_from
 from mmfast.schedule.samplers.steps import Clip, Steps
-from mmfast.schedule.table import Linear, SamplerTable, denoised, noise, x
+from mmfast.schedule.table import Linear, SamplerTable, denoised, model_output, noise, x
 
 
 def euler(
@@ -26,8 +26,8 @@ def euler(
         grid: where it goes.
         prediction: what the model predicts.
         clip: range of the clean sample.
-        churn: S_churn of algorithm 2: noise that is added and removed again, over all steps. It is
-            added after the call of the model, as in diffusers: the algorithm would call it once more.
+        churn: S_churn of algorithm 2: noise that is added and removed again, over all steps. As
+            in diffusers it is added after the call of the model; the algorithm adds it before.
         churn_min: S_tmin, the least sigma with churn.
         churn_max: S_tmax, the largest.
         churn_noise: S_noise, the scale of what is added.
@@ -51,24 +51,14 @@ def euler(
     return steps.table()
 
 
-def _at(grid: Grid, i: int, prediction: str, sample: Linear, sigma: float) -> Linear:
-    # The clean sample at a raised sigma. What is not derived from sigma in the output's meaning, as a
-    # v is, stays that of the point.
-    if prediction == "epsilon":
-        return sample + Linear({M: -sigma})
-    if prediction in ("edm", "edm_v"):
-        raised = Grid(
-            grid.timesteps[i : i + 1],
-            grid.alpha[i : i + 2],
-            grid.sigma.new_tensor([sigma, 0.0]),
-            grid.input_scale.new_tensor([grid.schedule.input_scale(sigma), 1.0]),
-            grid.schedule,
-            grid.sigma_data,
-        )
-        weights = raised.denoised(0, prediction).weights
-    else:
-        weights = grid.denoised(i, prediction).weights
-    return weights.get(X, 0.0) * sample + Linear({M: weights[M]})
+def _at(grid: Grid, i: int, prediction: str, sample: Linear, raised: float) -> Linear:
+    # The clean sample at a raised sigma; for v and flows with the coefficients of the point, as
+    # diffusers has it.
+    sigma, scale = grid.point(i)[1], grid.scale(i)
+    if prediction in ("epsilon", "edm", "edm_v"):
+        sigma, scale = raised, grid.schedule.input_scale(raised)
+    a, b = denoised_from(prediction, scale, sigma * scale, grid.sigma_data)
+    return a * scale * sample + b * model_output
 
 
 def euler_ancestral(
@@ -83,11 +73,12 @@ def euler_ancestral(
         grid: where it goes.
         prediction: what the model predicts.
         clip: range of the clean sample.
-        eta: scale of sigma_up: 0 is Euler.
+        eta: scale of sigma_up, from 0, which is Euler, to 1.
 
     Raises:
-        ValueError: an unknown option.
+        ValueError: an unknown option, or eta out of range.
     """
+    check_eta(eta)
     grid = grid.variance_exploding()
     steps = Steps(grid, prediction, clip)
     for i in range(len(grid)):
@@ -96,7 +87,13 @@ def euler_ancestral(
     return steps.table()
 
 
+def check_eta(eta: float) -> None:
+    """``eta`` is from 0 to 1, else ValueError."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be from 0 to 1, got {eta}")
+
+
 def ancestral(sigma: float, after: float, eta: float = 1.0) -> tuple[float, float]:
     """(sigma_up, sigma_down) of a step: their squares add up to that of ``after``."""
-    up = min(after, eta * after * math.sqrt(max(1 - (after / sigma) ** 2, 0.0)))
+    up = eta * after * math.sqrt(max(1 - (after / sigma) ** 2, 0.0))
     return up, math.sqrt(max(after**2 - up**2, 0.0))

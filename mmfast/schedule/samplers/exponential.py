@@ -18,8 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 from mmfast.schedule.grid import Grid
 from mmfast.schedule.table import Linear
 
@@ -58,12 +56,15 @@ def polynomial(nodes: Sequence[float], values: Sequence[Linear]) -> list[Linear]
     Nodes at infinity, whose values tell nothing of the slope, are left out.
     """
     finite = [(u, v) for u, v in zip(nodes, values, strict=True) if math.isfinite(u)]
-    u = torch.tensor([u for u, _ in finite], dtype=torch.float64)
-    inverse = torch.linalg.inv(torch.linalg.vander(u)) if len(finite) > 1 else torch.ones(1, 1)
-    return [
-        sum((float(c) * v for c, (_, v) in zip(row, finite, strict=True)), Linear({}))
-        for row in inverse
-    ]
+    total = [Linear({})] * len(finite)
+    for i, (u, value) in enumerate(finite):
+        basis = [1.0]  # Lagrange's: 1 at this node, 0 at the others
+        for k, (root, _) in enumerate(finite):
+            if k != i:
+                shifted = zip([0.0, *basis], [*basis, 0.0], strict=True)
+                basis = [(below - root * c) / (u - root) for below, c in shifted]
+        total = [t + c * value for t, c in zip(total, basis, strict=True)]
+    return total
 
 
 class Interval:

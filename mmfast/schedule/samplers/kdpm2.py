@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from mmfast.schedule.grid import Grid
-from mmfast.schedule.samplers.euler import ancestral
+from mmfast.schedule.samplers.euler import ancestral, check_eta
 from mmfast.schedule.samplers.steps import Clip, Steps
 from mmfast.schedule.table import SamplerTable, denoised, noise, x
 
@@ -36,20 +37,19 @@ def kdpm2_ancestral(
         grid: where it goes.
         prediction: what the model predicts.
         clip: range of the clean sample.
-        eta: scale of the noise.
+        eta: scale of the noise, from 0 to 1.
 
     Raises:
-        ValueError: an unknown option.
+        ValueError: an unknown option, or eta out of range.
     """
+    check_eta(eta)
     return _midpoint(grid, prediction, clip, eta)
 
 
 def _midpoint(grid: Grid, prediction: str, clip: Clip, eta: float) -> SamplerTable:
     grid = grid.variance_exploding()
     sigmas = grid.sigma.tolist()
-    ups, downs = zip(
-        *(ancestral(s, t, eta) for s, t in zip(sigmas, sigmas[1:], strict=False)), strict=True
-    )
+    ups, downs = zip(*(ancestral(s, t, eta) for s, t in itertools.pairwise(sigmas)), strict=True)
     pairs = [(s, down) for s, down in zip(sigmas, downs, strict=False) if down > 0]
     middles = [math.sqrt(s * down) for s, down in pairs]
     fine = grid.refined(

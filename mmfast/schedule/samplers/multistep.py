@@ -91,16 +91,16 @@ def pndm(
     """Pseudo numerical methods for diffusion models (Liu et al. 2022, arXiv 2202.09778).
 
     Algorithm 2 (PLMS): fixed Adams-Bashforth coefficients of order 4 on the noise, then DDIM's
-    transfer. It starts with a trapezoidal step of two calls (S + 1 rows), or as the paper with three
-    Runge-Kutta steps of four calls each (S + 9 rows), whose midpoints are whole timesteps.
+    transfer. It starts with a trapezoidal step of two calls (S + 1 rows), or as in the paper with
+    three Runge-Kutta steps of four calls each (S + 9 rows), whose midpoints are whole timesteps.
 
     Args:
         grid: where it goes.
         prediction: what the model predicts.
         clip: range of the clean sample.
         runge_kutta: start with three Runge-Kutta steps.
-        mix_outputs: weigh the model's outputs themselves, as diffusers does, not the noises in them:
-            for other predictions than epsilon this differs.
+        mix_outputs: weigh the model's outputs themselves, as diffusers does, not the noises in
+            them: for other predictions than epsilon this differs.
 
     Raises:
         ValueError: an unknown option, or too few steps to start with.

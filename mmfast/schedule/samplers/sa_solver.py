@@ -35,8 +35,8 @@ def sa_solver(
         predictor_order: 1 to 3.
         corrector_order: 1 to 4, or 0 for none.
         tau: how much noise is new, as a function of the timestep: 0 is the ODE, 1 the reverse SDE.
-        predict_x0: integrate the clean sample, else the noise. With the sample, the authors weigh the
-            slope in orders 2 by h / 2, as bh1 of UniPC, not by its integral.
+        predict_x0: integrate the clean sample, else the noise. With the sample, the authors weigh
+            the slope in order 2 by h / 2, as bh1 of UniPC, not by its integral.
         lower_order_final: no higher order than steps are left.
 
     Raises:

@@ -27,8 +27,8 @@ def unipc(
     """UniPC (Zhao et al. 2023, arXiv 2302.04867, algorithms 5 to 8): one call of the model a step.
 
     The model's output corrects the sample that it was evaluated at, without another call. Solving
-    the paper's equation 9 gives the integral of the polynomial through all values, whatever B(h); only
-    where the paper sets one coefficient to 1/2 does B(h) matter.
+    the paper's equation 9 gives the integral of the polynomial through all values, whatever B(h);
+    only where the paper sets one coefficient to 1/2 does B(h) matter.
 
     Args:
         grid: where it goes.
