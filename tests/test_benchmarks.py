@@ -22,6 +22,7 @@ from benchmarks import (
     peers,
     plots,
     report,
+    schedulers,
     subjects,
     tables,
     timing,
@@ -136,6 +137,9 @@ def modules_problem(op: str) -> tuple:
 
     if op == "fsq_step":
         return normal(40, 3), normal(41, 3)[1:], [8, 5, 5]
+    if op.startswith("scheduler"):
+        setting = schedulers.SETTINGS[1]  # without noise of its own
+        return schedulers.arguments(setting, (2, 3, 4, 5), CPU)
     if op == "lfq_step":
         return normal(40, 6), normal(41, 6)[1:]
     codes = normal(2, 9, 4) if op.startswith("residual") else normal(9, 4)
@@ -157,6 +161,8 @@ def test_modules_and_their_peers_do_the_same(op):
         if (op, subject.name) == ("lfq_step", goals.LIBRARY):
             result = (truth[0], result[1])
         assert subjects.judge(op, result, arguments, truth) == "", subject.name
+        if op == "scheduler_step":  # the next call is the next step
+            continue
         again = call()
         assert all(torch.equal(a, b) for a, b in zip(again[1:], result[1:], strict=True))
 

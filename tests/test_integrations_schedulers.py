@@ -71,6 +71,24 @@ def _predicting(name: str, *names: str) -> list[tuple[str, dict[str, Any]]]:
 # "step": options of step; "set": of set_timesteps; the rest is the scheduler's configuration.
 CASES = [
     *_with("DDPMScheduler", {}, {"clip_sample": False}, {"beta_schedule": "squaredcos_cap_v2"}),
+    *(
+        (name, {"thresholding": True, "sample_max_value": 1.5, **more})
+        for name, more in (
+            ("DDPMScheduler", {}),
+            ("DDIMScheduler", {"step": {"use_clipped_model_output": True}}),
+            ("DEISMultistepScheduler", {}),
+            ("DPMSolverMultistepScheduler", {}),
+            (
+                "DPMSolverMultistepScheduler",
+                {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+            ),
+            ("DPMSolverSinglestepScheduler", {}),
+            ("UniPCMultistepScheduler", {}),
+            ("SASolverScheduler", {}),
+            ("LCMScheduler", {}),
+            ("EDMDPMSolverMultistepScheduler", {}),
+        )
+    ),
     *_with("DDPMScheduler", {"variance_type": "fixed_large"}, {"variance_type": "fixed_small_log"}),
     *_with(
         "DDPMScheduler", {"set": {"timesteps": [900, 500, 20, 3]}}, {"timestep_spacing": "trailing"}
@@ -711,8 +729,11 @@ def test_gradients_are_refused() -> None:
     with torch.enable_grad():
         with pytest.raises(RuntimeError, match="no gradient passes through the steps"):
             scheduler.step(x, scheduler.timesteps[0], x)
-        with pytest.raises(RuntimeError, match="no gradient passes through add_noise"):
+        with pytest.raises(RuntimeError, match="no gradient passes to the noise in add_noise"):
             scheduler.add_noise(x, x, scheduler.timesteps[:2])
+        noisy = scheduler.add_noise(x, torch.zeros(2, 3), scheduler.timesteps[:2])
+        (gradient,) = torch.autograd.grad(noisy.sum(), x)
+        assert torch.equal(gradient, torch.ones_like(x))
 
 
 def test_last_steps_that_the_library_gets_wrong() -> None:
@@ -732,7 +753,11 @@ def test_last_steps_that_the_library_gets_wrong() -> None:
 
 
 REFUSED = [
-    ("DDPMScheduler", {"thresholding": True}, "thresholding=True"),
+    (
+        "UniPCMultistepScheduler",
+        {"thresholding": True, "predict_x0": False},
+        "thresholding=True is not supported",
+    ),
     ("DDPMScheduler", {"variance_type": "learned"}, "variance_type='learned'"),
     ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
     (

@@ -549,6 +549,7 @@ class TCD(_Set, Cumulative):
     _program = staticmethod(tables.tcd)
     _outputs = (scheduling_tcd.TCDSchedulerOutput, 2)
     _remembers = False
+    _thresholds = False  # it does not look at that option
 
     def step(
         self,
@@ -598,8 +599,9 @@ def objections(scheduler: Any) -> list[str]:
     def option(key: str) -> Any:
         return config.get(key)
 
-    if option("thresholding") and name != "TCDScheduler":
-        refuse("thresholding=True", "dynamic thresholding needs the whole prediction first")
+    noises = option("predict_x0") is False or option("algorithm_type") == "noise_prediction"
+    if option("thresholding") and noises:
+        refuse("thresholding=True", "there is no prediction of the sample to limit")
     if name == "DDPMScheduler" and option("variance_type") == "learned":
         refuse(
             "variance_type='learned'",

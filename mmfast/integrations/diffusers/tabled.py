@@ -7,13 +7,16 @@ sigmas stay the library's; a step is one :func:`mmfast.sampler_step` with the ro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mmfast import backends
+from mmfast import backends, philox
 from mmfast.integrations.diffusers.tables import Options, Program, host, noising
+from mmfast.ops.add_noise import add_noise
+from mmfast.ops.dynamic_threshold import dynamic_threshold
 from mmfast.ops.sampler_step import OP, sampler_step
 
 _PROGRAMS = 8  # that a scheduler remembers: of other numbers of steps, begins and options
@@ -72,6 +75,10 @@ class State:
         found = self.programs.get(key)
         if found is None:
             found = type(scheduler)._program(scheduler, begin, options)
+            if scheduler._thresholds and scheduler.config.get("thresholding"):
+                config = scheduler.config
+                limits = config.dynamic_thresholding_ratio, config.sample_max_value
+                found = replace(found, threshold=limits)
             if len(self.programs) >= _PROGRAMS:
                 self.programs.clear()
             self.programs[key] = found
@@ -182,6 +189,7 @@ class Tabled:
     _scaled: ClassVar[bool] = False  # scale_model_input does something
     _whole: ClassVar[bool] = True  # integers are timesteps
     _remembers: ClassVar[bool] = True  # steps depend on those before them
+    _thresholds: ClassVar[bool] = True  # where the configuration says so
     _philox: int | Tensor | None = None
 
     # Attributes of the library's own classes.
@@ -198,7 +206,7 @@ class Tabled:
         torch's global generator.
 
         Args:
-            seed: an int, or an int64 tensor on the samples' device, one per sample.
+            seed: an int, or an int64 tensor on the samples' device, with one per sample.
         """
         self._philox = seed
 
@@ -348,7 +356,7 @@ class Tabled:
         seed, given = None, noise is not None
         if draws and noise is None:
             if self._philox is not None and generator is None:
-                seed = self._philox
+                seed = self._seed(sample)
             else:
                 noise = self._noise(model_output, sample, generator)
         result = sample.dtype
@@ -364,9 +372,14 @@ class Tabled:
         if outputs > 1 and program.output is None and not (last and program.final):
             wide = self._wide and result.itemsize < 4
             second = torch.empty_like(sample, dtype=torch.float32 if wide else result)
+        threshold = None
+        if program.threshold is not None:
+            ratio, maximum = program.threshold
+            threshold = dynamic_threshold(
+                sample, model_output, table, step, ratio=ratio, maximum=maximum
+            )
         if (
-            seed is None
-            and not given
+            not given
             and model_output.shape == sample.shape
             and model_output.device == sample.device
             and model_output.is_floating_point()
@@ -375,13 +388,13 @@ class Tabled:
         ):
             # The public function's checks would find nothing: all else was made here.
             backends.call(
-                OP, sample, model_output, None, 1.0, None, table, step, noise, None, variance,
-                None, out, history, second, None,
+                OP, sample, model_output, None, 1.0, None, table, step, noise, seed, variance,
+                threshold, out, history, second, None,
             )  # fmt: skip
         else:
             sampler_step(
                 sample, model_output, table, step, noise=noise, seed=seed, variance=variance,
-                history=history, out=out, denoised=second,
+                threshold=threshold, history=history, out=out, denoised=second,
             )  # fmt: skip
         self._advance(index)
         state.next = index + 1 if isinstance(index, int) else vars(self).get("_step_index", -1)
@@ -412,6 +425,18 @@ class Tabled:
             )
         state.history = torch.empty(shape, dtype=wide, device=sample.device)
         return state.history
+
+    def _seed(self, sample: Tensor) -> Tensor:
+        seed = self._philox
+        if not isinstance(seed, Tensor) or seed.device != sample.device:
+            assert seed is not None
+            seed = self._philox = philox.as_stream(seed, sample.device, "seed")
+        if seed.dtype != torch.int64 or seed.shape not in ((), sample.shape[:1]):
+            raise ValueError(
+                f"the seed of use_philox must be int64, () or (B,) = ({sample.shape[0]},), got "
+                f"{tuple(seed.shape)} in {seed.dtype}"
+            )
+        return seed
 
     def _noise(self, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor:
         return self._draw(model_output, model_output.dtype, generator)
@@ -458,10 +483,10 @@ class Tabled:
 
     def _noised(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """As the library's: samples with the noise of their timesteps (B,)."""
-        if torch.is_grad_enabled() and (original_samples.requires_grad or noise.requires_grad):
+        if torch.is_grad_enabled() and noise.requires_grad:
             raise RuntimeError(
-                f"no gradient passes through add_noise of mmfast's {type(self).__name__}: call it "
-                "under torch.no_grad(), or take the patch back"
+                f"no gradient passes to the noise in add_noise of mmfast's {type(self).__name__}: "
+                "call it under torch.no_grad(), or take the patch back"
             )
         device, dtype = original_samples.device, original_samples.dtype
         state = self._state()
@@ -470,12 +495,13 @@ class Tabled:
             table = noising(list(self._noisy_points())).to(device)
             state.noisy[device] = table
         index = self._noisy_index(timesteps, device)
-        if isinstance(index, Tensor):
-            index = index.reshape(()) if index.numel() == 1 else index
-        out = None
+        if not isinstance(index, Tensor):
+            index = torch.full((), index, dtype=torch.int64, device=device)
+        elif index.numel() == 1:
+            index = index.reshape(())
         if noise.dtype != dtype:
-            out = torch.empty_like(original_samples, dtype=torch.promote_types(dtype, noise.dtype))
-        return sampler_step(original_samples, noise, table, index, noise=noise, out=out)
+            original_samples = original_samples.to(torch.promote_types(dtype, noise.dtype))
+        return add_noise(original_samples, index, table, noise=noise, target=None).noisy
 
 
 def _places(timesteps: Tensor, own: Tensor, missing_is_last: bool) -> Tensor:

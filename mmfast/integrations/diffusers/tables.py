@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmfast import schedule
+from mmfast.ops.add_noise import ALPHA, SIGMA, WEIGHT
 from mmfast.schedule import Grid, SamplerTable
 from mmfast.schedule.layout import Layout
 from mmfast.schedule.samplers.multistep import adams, transfer
@@ -35,6 +36,7 @@ class Program:
         ring: how many of the slots hold what the last steps pushed.
         output: the slot that is an output of the step, not a memory of it; None for none.
         final: whether the last row's second output is its first.
+        threshold: quantile and maximum of dynamic thresholding; None for none.
     """
 
     table: SamplerTable
@@ -42,6 +44,7 @@ class Program:
     ring: int = 0
     output: int | None = None
     final: bool = False
+    threshold: tuple[float, float] | None = None
 
 
 class Points:
@@ -143,6 +146,10 @@ def _clip(s: Any) -> Clip:
     if getattr(s.config, "thresholding", False):
         return math.inf
     return s.config.clip_sample_range if s.config.clip_sample else None
+
+
+def _unclipped(s: Any) -> Clip:
+    return math.inf if s.config.thresholding else None
 
 
 def _program(table: SamplerTable, draws: bool = False, **more: Any) -> Program:
@@ -297,7 +304,7 @@ def deis(s: Any, begin: int, options: Options) -> Program:
     table = schedule.deis(
         preserving(s, begin),
         prediction=_prediction(s),
-        clip=math.inf if s.config.thresholding else None,
+        clip=_unclipped(s),
         order=order,
         lower_order_final=s.config.lower_order_final,
     )
@@ -309,7 +316,7 @@ def dpm_multistep(s: Any, begin: int, options: Options) -> Program:
     table = schedule.dpm_solver(
         preserving(s, begin),
         prediction=_prediction(s),
-        clip=math.inf if s.config.thresholding else None,
+        clip=_unclipped(s),
         order=order,
         algorithm=s.config.algorithm_type,
         solver_type=s.config.solver_type,
@@ -324,7 +331,7 @@ def dpm_singlestep(s: Any, begin: int, options: Options) -> Program:
     table = schedule.dpm_solver_singlestep(
         preserving(s, begin),
         prediction=_prediction(s),
-        clip=math.inf if s.config.thresholding else None,
+        clip=_unclipped(s),
         order=order,
         algorithm=s.config.algorithm_type,
         solver_type=s.config.solver_type,
@@ -338,7 +345,7 @@ def edm_dpm(s: Any, begin: int, options: Options) -> Program:
     table = schedule.edm_dpm(
         _edm(s, begin),
         prediction=_edm_prediction(s),
-        clip=math.inf if s.config.thresholding else None,
+        clip=_unclipped(s),
         order=order,
         algorithm=s.config.algorithm_type,
         solver_type=s.config.solver_type,
@@ -376,7 +383,7 @@ def unipc(s: Any, begin: int, options: Options) -> Program:
     table = schedule.unipc(
         preserving(s, begin),
         prediction=_prediction(s),
-        clip=math.inf if s.config.thresholding else None,
+        clip=_unclipped(s),
         order=s.config.solver_order,
         variant=s.config.solver_type,
         predict_x0=s.predict_x0,
@@ -391,7 +398,7 @@ def sa_solver(s: Any, begin: int, options: Options) -> Program:
     table = schedule.sa_solver(
         preserving(s, begin),
         prediction=_prediction(s),
-        clip=math.inf if s.config.thresholding else None,
+        clip=_unclipped(s),
         predictor_order=predictor,
         corrector_order=corrector,
         tau=lambda t: float(s.tau_func(t)),
@@ -467,10 +474,8 @@ def flow_heun(s: Any, begin: int, options: Options) -> Program:
 
 
 def noising(points: Sequence[tuple[float, float]]) -> Tensor:
-    """A table whose rows add noise: alpha x + sigma n."""
-    layout = Layout(0)
-    rows = torch.zeros(len(points), layout.columns, dtype=torch.float64)
-    rows[:, Layout.LOW], rows[:, Layout.HIGH] = -math.inf, math.inf
-    rows[:, Layout.GUIDANCE] = rows[:, Layout.INPUT_SCALE] = 1.0
-    rows[:, [Layout.NEXT, Layout.NEXT + 2]] = torch.tensor(points, dtype=torch.float64).view(-1, 2)
+    """A table of :func:`mmfast.add_noise`, of alpha and sigma alone."""
+    rows = torch.zeros(len(points), 5, dtype=torch.float64)
+    rows[:, [ALPHA, SIGMA]] = torch.tensor(points, dtype=torch.float64).view(-1, 2)
+    rows[:, WEIGHT] = 1.0
     return rows
