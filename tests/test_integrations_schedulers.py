@@ -557,6 +557,11 @@ def test_runs_on_a_device_that_can_not_be_read(name: str) -> None:
         assert getattr(scheduler, "step_index", i + 1) == i + 1
     if hasattr(scheduler, "add_noise"):
         scheduler.add_noise(x, x, scheduler.timesteps[:1].expand(2).clone())
+    scheduler.set_timesteps(6)  # on the CPU, and asked for timesteps on the device
+    for t in scheduler.timesteps.to("meta"):
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, t)
+        x = scheduler.step(x, t, x, return_dict=False)[0]
 
 
 @pytest.mark.parametrize(

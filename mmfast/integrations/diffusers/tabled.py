@@ -290,7 +290,8 @@ class Tabled:
         raise IndexError(f"timestep {timestep} is none of the scheduler's timesteps")
 
     def _locate_on_device(self, timestep: Tensor) -> Tensor:
-        index = _places(timestep.reshape(1), self.timesteps, self._missing_is_last)[0]
+        own = self.timesteps.to(timestep.device)
+        index = _places(timestep.reshape(1), own, self._missing_is_last)[0]
         if self._remembers:
             # Which orders the first steps have depends on where they begin: here, at the first.
             return torch.where(index == 0, 0, -1 - len(self.timesteps))
