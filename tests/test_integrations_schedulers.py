@@ -847,11 +847,18 @@ def test_what_can_not_be_patched() -> None:
 
 
 @pytest.fixture(scope="module")
-def unet():
+def one_thread():
+    """For models of tiny layers."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny layers
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def unet(one_thread):
     torch.manual_seed(0)
-    yield diffusers.UNet2DModel(
+    return diffusers.UNet2DModel(
         sample_size=8,
         in_channels=3,
         out_channels=3,
@@ -861,7 +868,6 @@ def unet():
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", ["DDPM", "DDIM", "PNDM"])
@@ -902,3 +908,107 @@ def test_a_pipeline_made_with_one(unet, tmp_path) -> None:
     again = diffusers.DDIMPipeline.from_pretrained(tmp_path)
     assert type(again.scheduler) is diffusers.DDIMScheduler
     assert math.isclose(again.scheduler.config.beta_end, 0.02)
+
+
+def _before_and_after(pipeline: Any, **call: Any) -> tuple[Tensor, Tensor]:
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for patched in (False, True):
+        if patched:
+            mmfast.integrations.patch(pipeline)
+        generator = torch.Generator().manual_seed(3)
+        made = pipeline(**call, generator=generator, output_type="np").images
+        images.append(torch.from_numpy(made))
+    return images[0], images[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("EulerAncestralDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
+        ("PNDMScheduler", {"skip_prk_steps": True}),
+    ],
+)
+def test_pipelines_from_an_image(name: str, made: dict[str, Any], one_thread) -> None:
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 2}
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        **blocks,
+    )
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        **blocks,
+    )
+    pipeline = diffusers.StableDiffusionImg2ImgPipeline(
+        vae=vae,
+        unet=model,
+        scheduler=getattr(diffusers, name)(beta_schedule="scaled_linear", **made),
+        text_encoder=None,
+        tokenizer=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    before, after = _before_and_after(
+        pipeline,
+        image=torch.rand(1, 3, 16, 16),
+        strength=0.7,
+        prompt_embeds=torch.randn(1, 7, 16),
+        negative_prompt_embeds=torch.randn(1, 7, 16),
+        num_inference_steps=6,
+    )
+    assert torch.allclose(after, before, atol=1e-5)
+
+
+def test_pipelines_with_sigmas_of_their_own(one_thread) -> None:
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,),
+        latent_channels=1,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+    )
+    pipeline = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        transformer=model,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    before, after = _before_and_after(
+        pipeline,
+        prompt_embeds=torch.ones(1, 5, 32),
+        pooled_prompt_embeds=torch.ones(1, 32),
+        num_inference_steps=4,
+        height=8,
+        width=8,
+    )
+    assert torch.allclose(after, before, atol=1e-5)
