@@ -15,7 +15,7 @@ from mmfast import use_backend
 
 OPS = ("scheduler_step", "scheduler_add_noise")
 SHAPES = {"latents": (1, 16, 21, 60, 104), "tiny": (1, 4, 4, 4)}  # of a video; and what is overhead
-SHARE = 0.35  # of a case's time
+SHARE = 0.3  # of a case's time
 OVERHEAD = 20e-6  # seconds of a tiny step
 # Times faster than diffusers.
 RATIOS = {
@@ -30,7 +30,7 @@ RATIOS = {
 }
 
 _STEPS = 250
-_FIRST = 6  # the step that is judged; those before fill the history
+_FIRST = 5  # the step that is judged; those before fill the history
 _SEED = 3
 _TOLERANCE = 2e-4  # of the largest number; the library computes in float32, coefficients too
 
@@ -96,8 +96,8 @@ def arguments(setting: Setting, shape: tuple[int, ...], device: torch.device) ->
 
 
 def judged(tensor: Tensor) -> Tensor:
-    """The first frame of a video: steps treat every number alike."""
-    return tensor[:, :, :1]
+    """Part of the first frame of a video: steps treat every number alike."""
+    return tensor[:, :, :1, :8]
 
 
 def stepping(scheduler: Any, x: Tensor, output: Tensor) -> Callable[[], Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmfast import backends, philox
 from mmfast.integrations.diffusers.tables import Options, Program, host, noising
+from mmfast.ops.add_noise import OP as ADD_NOISE
 from mmfast.ops.add_noise import add_noise
 from mmfast.ops.dynamic_threshold import dynamic_threshold
 from mmfast.ops.sampler_step import OP, sampler_step
@@ -502,6 +503,21 @@ class Tabled:
             index = index.reshape(())
         if noise.dtype != dtype:
             original_samples = original_samples.to(torch.promote_types(dtype, noise.dtype))
+        if (
+            noise.shape == original_samples.shape
+            and noise.device == index.device == device
+            and noise.is_floating_point()
+            and original_samples.is_floating_point()
+            and index.dtype == torch.int64
+            and index.shape in ((), original_samples.shape[:1])
+            and original_samples.dim()
+        ):
+            # As in a step, the public function's checks would find nothing.
+            made = backends.call(
+                ADD_NOISE, original_samples, index, table, noise, None, None, False
+            )
+            noisy: Tensor = made[0]
+            return noisy
         return add_noise(original_samples, index, table, noise=noise, target=None).noisy
 
 
