@@ -50,14 +50,14 @@ class Program:
 class Points:
     """The schedule behind a grid: where to ask for what lies between its points."""
 
-    def __init__(self, sigma_data: float | None = None, alphas_cumprod: Tensor | None = None):
+    def __init__(self, sigma_data: float | None = None) -> None:
         self.sigma_data = sigma_data
-        self.alphas_cumprod = alphas_cumprod
 
     def at(self, timestep: float) -> tuple[float, float]:
-        """alpha and sigma at a whole timestep."""
-        assert self.alphas_cumprod is not None
-        return point(float(self.alphas_cumprod[int(timestep)]))
+        """Not known: there are only the scheduler's points."""
+        raise ValueError(
+            f"alpha and sigma are known at the scheduler's timesteps, not at {timestep}"
+        )
 
     def timestep_of(self, ratio: float) -> float:
         """Not needed: the scheduler has its timesteps."""
