@@ -90,7 +90,7 @@ def enter(
     call = subject.peer.make(*copies)
     match = None
     result = answer(case.op, call(), copies)
-    if subject.kind != "floor":
+    if subject.kind != "floor" and not subject.peer.random:
         match = judge(case.op, result, given, truth_of(case, truth, given, rows))
     del result
     return Entry(subject, call, rows, match, memory.peak(call, device))

@@ -4,12 +4,12 @@ Words and uniform numbers are those of the reference. Normals are those of ``csr
 operation for operation: every rounding is written down, so that neither ``enable_fp_fusion`` nor
 the device changes them (the interpreter, which has no fused multiply-add, does).
 
-Seeds and offsets are int64 scalars or blocks, which may be loaded from tensors. Elements are counted
-within a sample, in int32 or int64.
+Seeds and offsets are int64 scalars or blocks, which may be loaded from tensors. Elements are
+counted within a sample, in int32 or int64.
 
 - ``normals(seed, offset, element)``: of any elements, each with a block of Philox of its own.
-- ``normals_in_order(seed, offset, first, COUNT)``: of COUNT elements in a row, from a multiple of four
-  on, at a quarter of the cost.
+- ``normals_in_order(seed, offset, first, COUNT)``: of COUNT elements in a row, from a multiple of
+  four on, at a quarter of the cost.
 - ``uniforms`` and ``uniforms_in_order`` likewise.
 """
 
@@ -46,11 +46,8 @@ def uniform(word):
 
 
 @triton.jit
-def minus_two_log(u):
-    """-2 log u, u normal."""
-    bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F2AAAAB) >> 23  # the rest is from 2/3 to 4/3
-    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+def log_quotient(f):
+    """-2 log(1 + f) / f, f from -1/3 to 1/3."""
     p = tl.fma(f, 0.254839301, -0.268676668)
     p = tl.fma(p, f, 0.244531035)
     p = tl.fma(p, f, -0.282339364)
@@ -59,8 +56,23 @@ def minus_two_log(u):
     p = tl.fma(p, f, 0.499997914)
     p = tl.fma(p, f, -0.666666389)
     p = tl.fma(p, f, 1.0)
-    p = tl.fma(p, f, -2.0)
-    return tl.fma(exponent.to(tl.float32), -1.38629436, f * p)
+    return tl.fma(p, f, -2.0)
+
+
+@triton.jit
+def split(u):
+    """Exponent e and f from -1/3 to 1/3: u = 2^e (1 + f), u normal."""
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    return exponent.to(tl.float32), f
+
+
+@triton.jit
+def minus_two_log(u):
+    """-2 log u, u normal."""
+    exponent, f = split(u)
+    return tl.fma(exponent, -1.38629436, f * log_quotient(f))
 
 
 @triton.jit
@@ -104,9 +116,12 @@ def normals4(seed, offset, block):
 
 @triton.jit
 def in_order(x0, x1, x2, x3):
-    """Elements 4 i + j of [4 N] from x_j[i], [N] each."""
+    """Elements 4 i + j of [..., 4 N] from x_j[..., i], [N] or [M, N] each."""
     joined = tl.join(tl.join(x0, x2), tl.join(x1, x3))
-    return tl.reshape(joined, [4 * x0.shape[0]])
+    if len(x0.shape) == 1:
+        return tl.reshape(joined, [4 * x0.shape[0]])
+    else:
+        return tl.reshape(joined, [x0.shape[0], 4 * x0.shape[1]])
 
 
 @triton.jit

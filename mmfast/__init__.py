@@ -11,7 +11,9 @@ from mmfast.ops.kmeans import KMeansResult, kmeans
 from mmfast.ops.lookup_free_quantize import LookupFreeQuantized, lookup_free_quantize
 from mmfast.ops.nearest_code import nearest_code
 from mmfast.ops.pack_indices import pack_indices, unpack_indices
+from mmfast.ops.randn import randn
 from mmfast.ops.residual_quantize import ResidualQuantized, residual_quantize
+from mmfast.ops.sample_code import sample_code
 from mmfast.ops.sampler_step import sampler_step
 from mmfast.ops.vector_quantize import VectorQuantized, vector_quantize
 from mmfast.version import __version__
@@ -39,7 +41,9 @@ __all__ = [
     "nearest_code",
     "pack_indices",
     "projected_guidance_factors",
+    "randn",
     "residual_quantize",
+    "sample_code",
     "sampler_step",
     "unpack_indices",
     "use_backend",

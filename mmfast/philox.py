@@ -73,6 +73,16 @@ def box_muller(word: Tensor) -> Tensor:
     return torch.stack((radius * cosine, radius * sine), -1).flatten(-2)
 
 
+def gumbel(word: Tensor) -> Tensor:
+    """Gumbel noise in float64 of words: -log(-log(1 - u)), u at most 1 - 2^-24.
+
+    Not -log(-log u), which has the same distribution but gives its large values, which decide an
+    argmax, in the coarse steps of float32 below 1.
+    """
+    u = uniform(word).clamp_max(1 - 2.0**-24).double()
+    return -(-(-u).log1p()).log()
+
+
 def normals(seed: Tensor, offset: Tensor, count: int) -> Tensor:
     """The first ``count`` normals of each sample, float64.
 
@@ -92,28 +102,43 @@ def uniforms(seed: Tensor, offset: Tensor, count: int) -> Tensor:
     return uniform(words(seed[..., None], offset[..., None], block)).flatten(-2)[..., :count]
 
 
-def as_stream(value: int | Tensor, device: torch.device | None, name: str) -> Tensor:
-    """A seed or an offset as the int64 tensor that the ops take; no host synchronisation.
+def streams(
+    seed: int | Tensor, offset: int | Tensor, device: torch.device | str | None
+) -> tuple[Tensor, Tensor]:
+    """Seed and offset as the int64 tensors that ops take; no host synchronisation.
 
     Args:
-        value: an int from -2^63 to 2^64 - 1, of which the 64 bits count, or a tensor: int64, of
-            shape ``()`` or ``(B,)``.
+        seed, offset: an int from -2^63 to 2^64 - 1, of which the 64 bits count, or an int64
+            tensor of shape ``()`` or ``(B,)``.
+        device: where they must be; None: where a tensor among them is, else the CPU.
 
     Raises:
-        TypeError, ValueError: it is neither.
+        TypeError: one is neither an int nor an int64 tensor.
+        ValueError: an int has more bits, or shapes or devices do not fit.
     """
-    if isinstance(value, Tensor):
+    for name, value in (("seed", seed), ("offset", offset)):
+        if not isinstance(value, Tensor):
+            continue
         if value.dtype != torch.int64:
             got = str(value.dtype).removeprefix("torch.")
             raise TypeError(f"{name} must be an int or an int64 tensor, got {got}")
         if value.dim() > 1:
             raise ValueError(f"{name} must be of shape () or (B,), got {tuple(value.shape)}")
+        if device is None:
+            device = value.device
+        elif value.device != torch.device(device):
+            raise ValueError(f"{name} must be on {device}, got one on {value.device}")
+    return _stream("seed", seed, device), _stream("offset", offset, device)
+
+
+def _stream(name: str, value: int | Tensor, device: torch.device | str | None) -> Tensor:
+    if isinstance(value, Tensor):
         return value
     if not isinstance(value, int):
         raise TypeError(f"{name} must be an int or an int64 tensor, got {type(value).__name__}")
     if not -(1 << 63) <= value < 1 << 64:
         raise ValueError(f"{name} must have at most 64 bits, got {value}")
+    # A fill, not a copy from the host, which a graph could not capture.
     if value >= 1 << 63:
         value -= 1 << 64
-    # A fill, not a copy from the host, which a graph could not capture.
     return torch.full((), value, dtype=torch.int64, device=device)

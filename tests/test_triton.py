@@ -19,7 +19,9 @@ import pytest
 import test_add_noise
 import test_code_statistics
 import test_nearest_code
+import test_randn
 import test_residual_quantize
+import test_sample_code
 import test_sampler_step
 import test_vector_quantize
 import torch
@@ -66,12 +68,27 @@ REPEATED = {
         "no_loss_in_long_sums",
         "strides",
     ),
+    test_randn: (
+        "definition",
+        "kolmogorov_smirnov",
+        "one_stream_appends",
+        "samples_do_not_see_the_batch",
+    ),
     test_residual_quantize: (
         "dtypes",
         "gradients",
         "mask",
         "nan_rows",
         "one_stage_is_vector_quantize",
+    ),
+    test_sample_code: (
+        "definition",
+        "dtypes_and_strides",
+        "nan_and_infinity",
+        "no_vectors",
+        "samples_do_not_see_the_batch",
+        "temperatures",
+        "zero_vectors",
     ),
     test_sampler_step: (
         "a_counter_on_the_device_goes_on_by_itself",

@@ -34,6 +34,7 @@ class Peer:
         workspace: bytes it needs beside its inputs, so that rows can be cut before memory runs out.
         cut: whether it may be measured on fewer rows when it is slow.
         floor: it does less than the op (a bare matrix product) and returns nothing to compare.
+        random: it does the same with other random numbers: there is nothing to compare.
         note: what a reader must know about it.
     """
 
@@ -43,6 +44,7 @@ class Peer:
     workspace: Callable[..., int] = lambda *_: 0
     cut: bool = True
     floor: bool = False
+    random: bool = False
     note: str = ""
 
 

@@ -10,7 +10,9 @@
 #include "cpu/lookup_free_quantize.h"
 #include "cpu/nearest_code.h"
 #include "cpu/pack_indices.h"
+#include "cpu/randn.h"
 #include "cpu/residual_quantize.h"
+#include "cpu/sample_code.h"
 #include "cpu/sampler_step.h"
 #include "cpu/vector_quantize.h"
 
@@ -34,6 +36,8 @@ struct Kernels {
   void (*unpack_indices)(const PackIndicesArgs&, const Parallel&);
   int64_t (*dot_products)(int64_t rounds, bool bfloat16);
   int64_t (*matrix_products)(int64_t rounds);
+  void (*randn)(const RandnArgs&, const Parallel&);
+  bool (*sample_code)(const SampleCodeArgs&, const Parallel&);
   void (*sampler_step)(const SamplerStepArgs&, const Parallel&);
   void (*guidance_factors)(const GuidanceFactorsArgs&, const Parallel&);
 };

@@ -11,7 +11,9 @@
 #include "cpu/nearest_code_kernel.h"
 #include "cpu/pack_indices_kernel.h"
 #include "cpu/peak.h"
+#include "cpu/randn_kernel.h"
 #include "cpu/residual_quantize_kernel.h"
+#include "cpu/sample_code_kernel.h"
 #include "cpu/sampler_step_kernel.h"
 #include "cpu/vector_quantize_bwd_kernel.h"
 #include "cpu/vector_quantize_kernel.h"
@@ -39,6 +41,8 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::unpack_indices,
     &MMFAST_ISA::dot_products,
     &MMFAST_ISA::matrix_products,
+    &MMFAST_ISA::randn,
+    &MMFAST_ISA::sample_code,
     &MMFAST_ISA::sampler_step,
     &MMFAST_ISA::guidance_factors,
 };

@@ -202,7 +202,7 @@ def cost(
 def compare(
     result: tuple[Tensor, ...], arguments: Arguments, expected: tuple[Tensor, ...] | None = None
 ) -> list[str]:
-    """The average within its rounding; the factors, for that average, to 1e-9 of what makes them."""
+    """The average within its rounding; the factors, for that average, to 1e-9 of their terms."""
     conditional, unconditional, w, rescale, eta, threshold, momentum, project, average, _ = (
         arguments
     )
