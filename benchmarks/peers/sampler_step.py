@@ -47,11 +47,23 @@ def _plain(*arguments: Any) -> Callable[[], Any]:
 
 
 def _other_arguments(*arguments: Any) -> list[str]:
-    _, _, _, _, guidance, table, step, _, seed, variance, threshold, *_ = arguments
+    _, _, _, _, guidance, _, step, _, _, variance, threshold, *_ = arguments
     if step.dim() or any(a is not None for a in (guidance, variance, threshold)):
         return ["written for one step of all samples, without variances and thresholds"]
-    draws = seed is not None and bool((table[int(step), Layout.NEXT + N] != 0).any())
-    return ["draws other noise"] if draws else []
+    return []
+
+
+def _draws(*arguments: Any) -> bool:
+    table, step, seed = arguments[5], arguments[6], arguments[8]
+    return seed is not None and bool((table[int(step), Layout.NEXT + N] != 0).any())
+
+
+def _given(*arguments: Any) -> list[str]:
+    return _other_arguments(*arguments) or (["draws other noise"] if _draws(*arguments) else [])
+
+
+def _drawn(*arguments: Any) -> list[str]:
+    return _other_arguments(*arguments) or ([] if _draws(*arguments) else ["draws no noise"])
 
 
 def _traffic(*arguments: Any) -> Callable[[], Any]:
@@ -63,7 +75,8 @@ def _traffic(*arguments: Any) -> Callable[[], Any]:
 
 
 PEERS = {
-    "plain torch": Peer(_plain, unsupported=_other_arguments, cut=False),
+    "plain torch": Peer(_plain, unsupported=_given, cut=False),
+    "plain torch, torch.randn": Peer(_plain, unsupported=_drawn, cut=False, random=True),
     "torch.add(out=)": Peer(
         _traffic, cut=False, floor=True, note="the same bytes, read twice and written once"
     ),

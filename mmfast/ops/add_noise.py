@@ -110,11 +110,8 @@ def add_noise(
         tensors["noise"] = noise
     else:
         assert seed is not None
-        streams = (
-            philox.as_stream(seed, x0.device, "seed"),
-            philox.as_stream(offset, x0.device, "offset"),
-        )
-        tensors |= {"seed": streams[0], "offset": streams[1]}
+        streams = philox.streams(seed, offset, x0.device)
+        tensors |= dict(zip(("seed", "offset"), streams, strict=True))
     check_device(**tensors)
     for name in ("timesteps", "seed", "offset"):
         if name in tensors and tensors[name].shape not in ((), (batch,)):

@@ -115,10 +115,9 @@ def sampler_step(
     if seed is not None:
         if noise is not None:
             raise ValueError("not possible: noise and seed")
-        seed = philox.as_stream(seed, device, "seed")
+        seed, _ = philox.streams(seed, step, device)
         if seed.shape not in ((), (batch,)):
             raise ValueError(f"seed must be () or (B,) = ({batch},), got {tuple(seed.shape)}")
-        _check_device(device, seed=seed)
     _check_device(device, model_output=model_output, table=coefficients, step=step)
     _check("model_output", model_output, shape, device)
     if unconditional is not None:
