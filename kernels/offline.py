@@ -200,7 +200,6 @@ _LOADS = re.compile(
     r"|\bcp\.async\.c[ag]\.shared\.global[^,\n]*,[^,\n]*,\s*(?P<bytes>\w+)"
     r"|\b(?:global|buffer)_load_(?P<name>\w+)"
 )
-_FILES = re.compile(r'\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]+)"')
 _AMD_BITS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
 

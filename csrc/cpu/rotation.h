@@ -57,25 +57,24 @@ struct RotatedRows {
     const d8 square = per_x * per_x * xx + per_c * per_c * cc + 2 * per_x * per_c * xc;
     const d8 along_w = 2 * (per_x * xg + per_c * cg) / square;
     const d8 scale = norm_c * per_x;
-    alignas(64) double squares[most];
-    alignas(32) float weights[3][most];
+    alignas(64) double squares[most], weights[3][most];
     store(squares, square);
-    store(weights[0], narrow(scale));
-    store(weights[1], narrow(scale * per_x * (2 * per_c * cg - along_w) + to_x));
-    store(weights[2], narrow(-scale * per_c * along_w - to_x));
+    store(weights[0], scale);
+    store(weights[1], scale * per_x * (2 * per_c * cg - along_w) + to_x);
+    store(weights[2], -scale * per_c * along_w - to_x);
     uint32_t left = 0;
     for (int r = 0; r < n; ++r) {
       if (!(squares[r] > 1e-3 && squares[r] < 5)) {
         left |= 1u << r;
         continue;
       }
-      const vf a = vf{} + weights[0][r], b = vf{} + weights[1][r], e = vf{} + weights[2][r];
+      const double a = weights[0][r], b = weights[1][r], e = weights[2][r];
       int64_t d = 0;
-      for (; d + lanes <= width; d += lanes)
-        store(out[r] + d, fma(a, load<vf>(g[r] + d),
-                              fma(b, load<vf>(x[r] + d), e * load<vf>(c[r] + d))));
+      for (; d + 8 <= width; d += 8)
+        store(out[r] + d, narrow(a * load_wide(g[r] + d) + b * load_wide(x[r] + d) +
+                                 e * load_wide(c[r] + d)));
       for (; d < width; ++d)
-        out[r][d] = weights[0][r] * g[r][d] + (weights[1][r] * x[r][d] + weights[2][r] * c[r][d]);
+        out[r][d] = (float)(a * g[r][d] + b * x[r][d] + e * c[r][d]);
     }
     return left;
   }

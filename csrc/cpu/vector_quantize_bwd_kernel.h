@@ -64,7 +64,7 @@ struct VectorQuantizeBwd {
     std::free(buffers);
   }
 
-  // Whether rows are rotated eight at a time, in float32 but for the sums.
+  // Whether rows are rotated eight at a time: those that float32 holds.
   bool together() const {
     const auto narrow = [](const Rows& rows) { return rows.dtype != Dtype::float64; };
     return args.gradient == Gradient::rotation && args.quantized.data && narrow(args.x) &&
