@@ -14,6 +14,7 @@ from test_determinism import assert_same_bits
 import mmfast
 from mmfast import backends
 from mmfast.ops import add_noise
+from mmfast.schedule import FlowSchedule, NoiseSchedule
 
 BACKENDS = backends_here(add_noise.OP)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -24,6 +25,18 @@ def backend(request):
     """Run the test on this backend."""
     with mmfast.use_backend(request.param):
         yield request.param
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule.from_betas("linear"), FlowSchedule()])
+@pytest.mark.parametrize("target", add_noise.TARGETS)
+def test_schedules(schedule, target):
+    x0, noise = normal(2, 3, 5), normal(2, 3, 5, seed=1)
+    got = mmfast.add_noise(x0, torch.tensor([3, 700]), schedule, noise=noise, target=target)
+    table = schedule.noising_table(target)
+    assert schedule.noising_table(target) is table
+    a, s, with_x0, with_noise, _ = table[[3, 700]].float().T[:, :, None, None]
+    torch.testing.assert_close(got.noisy, a * x0 + s * noise)
+    torch.testing.assert_close(got.target, with_x0 * x0 + with_noise * noise)
 
 
 def rows(count: int = 7) -> torch.Tensor:
@@ -41,7 +54,7 @@ class CosineSchedule:
             "epsilon": (0 * alpha, 1 + 0 * alpha),
             "sample": (1 + 0 * alpha, 0 * alpha),
             "v_prediction": (-sigma, alpha),
-            "flow": (-1 + 0 * alpha, 1 + 0 * alpha),
+            "flow_prediction": (-1 + 0 * alpha, 1 + 0 * alpha),
         }
         weight = 1 + 0 * alpha if weighting is None else angle
         return torch.stack([alpha, sigma, *of[target], weight], 1)
@@ -61,11 +74,14 @@ def test_targets(backend, target):
         "epsilon": noise,
         "sample": x0,
         "v_prediction": a * noise - s * x0,
-        "flow": noise - x0,
+        "flow_prediction": noise - x0,
     }[target]
     torch.testing.assert_close(got.noisy, a * x0 + s * noise)
     torch.testing.assert_close(got.target, expected)
     torch.testing.assert_close(got.weight, angle)
+    if target == "flow_prediction":
+        short = mmfast.add_noise(x0, timesteps, CosineSchedule(), noise=noise, target="flow")
+        assert torch.equal(short.target, got.target)
     alone = mmfast.add_noise(x0, timesteps, CosineSchedule(), noise=noise, target=None)
     assert alone.target is None
     assert_same_bits([alone.noisy], [got.noisy])

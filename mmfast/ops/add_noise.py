@@ -8,13 +8,16 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmfast import backends, philox
 from mmfast.checks import FLOATING, check_choice, check_device, check_dtype, check_floating
 from mmfast.ops.per_sample import differences, drawn, rounding, rows_of
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
 
-TARGETS = ("epsilon", "sample", "v_prediction", "flow")
+TARGETS = ("epsilon", "sample", "v_prediction", "flow_prediction")
+
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of tables, by device
 
 ALPHA, SIGMA, TARGET_X0, TARGET_NOISE, WEIGHT = range(5)
 
@@ -65,14 +68,15 @@ def add_noise(
         timesteps: int64 on x0's device, ``()`` or ``(B,)``: rows of the table.
         schedule: has a method ``noising_table(target, weighting)``, or is such a table, ``(T, 5)``
             float64 on x0's device. A table is of one target: ``target`` then only says whether
-            it is wanted.
+            it is wanted. A compiled function is best given a table: making one cannot be traced.
         noise: standard normal numbers, x0's shape, any of the dtypes.
         seed: in their place, the noise is drawn: that of :func:`mmfast.randn` in float32. An int
             or an int64 tensor on the device, ``()`` or ``(B,)``; with one per sample the noise
             does not depend on the rest of the batch.
         offset: of the noise's stream, like ``seed``: the step of the training, say.
         target: ``"epsilon"`` (the noise), ``"sample"`` (x0), ``"v_prediction"``
-            (alpha noise - sigma x0), ``"flow"`` (noise - x0), or None for none.
+            (alpha noise - sigma x0), ``"flow_prediction"`` or ``"flow"`` (noise - x0), or None for
+            none.
         weighting: of the loss, as the schedule calls it.
 
     Raises:
@@ -89,12 +93,14 @@ def add_noise(
     if x0.dim() < 1:
         raise ValueError("x0 must be (B, ...), got a number")
     batch = x0.shape[0]
+    if target == "flow":
+        target = "flow_prediction"
     if target is not None:
         check_choice("target", target, TARGETS)
     if isinstance(schedule, Tensor):
         table = schedule
     else:
-        table = schedule.noising_table(target or TARGETS[0], weighting).to(x0.device)
+        table = _on(x0.device, schedule.noising_table(target or TARGETS[0], weighting))
     check_dtype("table", table, (torch.float64,))
     if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] != 5:
         raise ValueError(f"the table must be (T, 5), T at least 1, got {tuple(table.shape)}")
@@ -120,6 +126,16 @@ def add_noise(
     wanted = target is not None
     noisy, made, weight = backends.call(OP, x0, timesteps, table, noise, *streams, wanted)
     return AddedNoise(noisy, made if wanted else None, weight)
+
+
+def _on(device: torch.device, table: Tensor) -> Tensor:
+    """The table on ``device``. A copy from the host waits for the device: once is enough."""
+    if table.device == device:
+        return table
+    copies = _copies.setdefault(table, {})
+    if device not in copies:
+        copies[device] = table.to(device)
+    return copies[device]
 
 
 def _values(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmfast.checks import check_choice
 from mmfast.schedule.grid import Grid
-from mmfast.schedule.noising import noising_rows
+from mmfast.schedule.noising import noising_rows, remembered
 from mmfast.schedule.sigmas import SIGMAS, make_sigmas
 from mmfast.schedule.weights import Weighting
 
@@ -91,6 +91,7 @@ class EDMSchedule:
         )
         return grid.skip(start) if start else grid
 
+    @remembered
     def noising_table(
         self,
         target: str = "edm",

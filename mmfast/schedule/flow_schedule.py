@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfast.schedule.grid import Grid
-from mmfast.schedule.noising import noising_rows
+from mmfast.schedule.noising import noising_rows, remembered
 from mmfast.schedule.sigmas import make_sigmas, shift, stretch_to_terminal
 from mmfast.schedule.weights import Weighting
 
@@ -110,6 +110,7 @@ class FlowSchedule:
         grid = Grid(visited * self.num_steps, 1 - sigma, sigma, torch.ones_like(sigma), self)
         return grid.skip(start) if start else grid
 
+    @remembered
     def noising_table(
         self,
         target: str = "flow_prediction",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmfast.schedule.betas import make_betas, zero_terminal_snr
 from mmfast.schedule.grid import Grid
-from mmfast.schedule.noising import noising_rows
+from mmfast.schedule.noising import noising_rows, remembered
 from mmfast.schedule.sigmas import make_sigmas
 from mmfast.schedule.spacings import spaced
 from mmfast.schedule.weights import Weighting
@@ -188,6 +188,7 @@ class NoiseSchedule:
         )
         return grid.skip(start) if start else grid
 
+    @remembered
     def noising_table(self, target: str = "epsilon", weighting: Weighting | None = None) -> Tensor:
         """What training needs at each timestep: noisy samples, targets and weights of the loss.
 

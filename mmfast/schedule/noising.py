@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,4 +34,20 @@ def noising_rows(
     if not bool(table.isfinite().all()):
         bad = int((~table.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"target {target!r} has no finite coefficients and weight at row {bad}")
+    return table
+
+
+def remembered(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A schedule's ``noising_table``, which makes the table of a target and a weighting once."""
+
+    @functools.wraps(method)
+    def table(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs or len(args) > 2:
+            return method(self, *args, **kwargs)
+        tables = self.__dict__.setdefault("_tables", {})
+        if args not in tables:
+            tables[args] = method(self, *args)
+        found: Tensor = tables[args]
+        return found
+
     return table
