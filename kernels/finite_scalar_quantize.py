@@ -136,7 +136,6 @@ def finite_scalar_quantize_bwd_kernel(
         b_u = b_z + shift.to(dtype)
         b_e = tl.exp(-2 * tl.abs(b_u))
         slope = 4 * b_e / ((1 + b_e) * (1 + b_e)) * gain
-    slope = tl.where(b_z == b_z, slope, b_z)
     if NOISE:
         level = _levels(b_z, column, threshold_ptr, STEPS)
         b_value = tl.load(value_ptr + (column << STEPS) + level)
@@ -145,6 +144,7 @@ def finite_scalar_quantize_bwd_kernel(
             BLOCK,
         )  # fmt: skip
         slope = tl.where((b_value >= -1) & (b_value <= 1), slope, 0.0)
+    slope = tl.where(b_z == b_z, slope, b_z)
     store_numbers(result_ptr, start, total, b_grad * slope, BLOCK_N * D, BLOCK)
 
 

@@ -147,6 +147,17 @@ def test_nan_and_infinity(backend, value):
         assert gradient[rest].isfinite().all()
 
 
+def test_gradient_of_nan_with_noise(backend):
+    device = device_of(backend)
+    z = torch.tensor([[math.nan, math.nan, 0.1, 0.1]], device=device, requires_grad=True)
+    noise = torch.tensor([[-0.5, 0.5, math.nan, 0.0]], device=device)
+    got = mmfast.finite_scalar_quantize(z, (5, 5, 5, 5), variant="symmetric", noise=noise)
+    (gradient,) = torch.autograd.grad(got.quantized.sum(), z)
+    assert gradient[0, :2].isnan().all()
+    assert gradient[0, 2] == 0
+    assert gradient[0, 3] > 0
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_strides(backend, view):
     for dtype in (torch.float32, torch.float16):

@@ -104,6 +104,7 @@ REPEATED = {
     ),
     test_finite_scalar_quantize: (
         "every_level_is_reached",
+        "gradient_of_nan_with_noise",
         "few_vectors",
         "images",
         "levels_change_at_the_thresholds",

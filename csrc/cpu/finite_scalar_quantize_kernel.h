@@ -221,7 +221,8 @@ struct FiniteScalar {
       if (noise) {
         I level;
         const V v = quantize(x, phase, e, level) + load_some(noise + e, count - e);
-        factor = v > 1 ? V{} : v < -1 ? V{} : factor;
+        factor = v >= -1 ? (v <= 1 ? factor : V{}) : V{};
+        factor = x != x ? x : factor;
       }
       store_some(out + e, load_some(grad + e, count - e) * factor, count - e);
       if (++phase == phases) phase = 0;

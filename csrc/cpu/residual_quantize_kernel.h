@@ -161,9 +161,11 @@ struct ResidualQuantize {
 template <class T>
 struct ResidualQuantizeBwd {
   static constexpr int64_t slice = 16;  // columns, a cache line of float32
+  static constexpr int64_t least = 4;   // columns worth another look at the indices
   static constexpr int64_t ahead = 4;   // rows
   const ResidualQuantizeBwdArgs& args;
   const int64_t width;
+  int64_t share = slice;     // columns taken together: fewer where threads would have none
   double factor = 0;  // of the mean of squares
   std::atomic<bool> failed{false};
 
@@ -173,8 +175,10 @@ struct ResidualQuantizeBwd {
     int64_t number = 0;
     for (int64_t i = 0; i < args.x.count; ++i) number += args.indices[i * args.stages] >= 0;
     factor = 2 / ((double)(number ? number : 1) * (double)width);
+    const int64_t even = (width + parallel.threads - 1) / parallel.threads;
+    if (even < slice) share = even < least ? least : even;
     parallel.run(
-        (width + slice - 1) / slice,
+        (width + share - 1) / share,
         [](void* context, int64_t begin, int64_t end) {
           ((ResidualQuantizeBwd*)context)->work(begin, end);
         },
@@ -190,12 +194,12 @@ struct ResidualQuantizeBwd {
       return;
     }
     for (int64_t s = begin; s < end; ++s) {
-      const int64_t first = s * slice;
+      const int64_t first = s * share, left = width - first;
       if (totals) std::memset(totals, 0, size * sizeof(double));
-      if (width - first >= slice)
+      if (share == slice && left >= slice)
         columns_at<slice>(first, slice, totals);
       else
-        columns_at<0>(first, width - first, totals);
+        columns_at<0>(first, left < share ? left : share, totals);
     }
     std::free(totals);
   }

@@ -204,10 +204,11 @@ def reference_bwd(
     else:
         e = (-2 * u.abs()).exp()
         slope = 4 * e / (1 + e).square()  # 1 - tanh(u)^2, without its cancellation
-    slope = torch.where(u.isnan(), u, slope) * rows.new_tensor([d.gain for d in dims])
+    slope = slope * rows.new_tensor([d.gain for d in dims])
     if noise is not None:
         value = _values_of(_levels_of(rows, dims), dims) + noise.reshape(rows.shape).double()
         slope = torch.where((value >= -1) & (value <= 1), slope, 0)
+    slope = torch.where(u.isnan(), u, slope)
     result = fake_bwd(grad, z, levels, variant, hard_clamp, noise)
     return result.copy_(grad * slope.view(z.shape))
 
