@@ -62,11 +62,10 @@ def unsupported(
 def _eager(
     x: Tensor, codebook: Tensor, _: Tensor | None, temperature: float, *__: Any
 ) -> Callable[[], Any]:
-    def run() -> Tensor:
+    def run() -> tuple[Tensor, Tensor]:
         log = log_probabilities(x, codebook, temperature)
         p = log.exp()
-        means, _entropy = p.mean(0), -(p * log).sum(1).mean()
-        return means
+        return p.mean(0), -(p * log).sum(1).mean()
 
     return run
 

@@ -476,7 +476,8 @@ def compare(
     result: tuple[Tensor, ...], arguments: Arguments, expected: tuple[Tensor, ...] | None = None
 ) -> list[str]:
     """A logit's rounding error is relative to the norms of what is multiplied for it; that of a
-    probability to the probability and its logit's error, that of an entropy to both."""
+    probability to the probability and its logit's error, that of an entropy to both. The public
+    function returns the first two."""
     x, codebook, _, temperature, metric, batch_dims = arguments
     means, entropy, saved = expected or reference(*arguments)
     logit, _ = _logit_error(x, codebook, metric, batch_dims)
@@ -492,7 +493,7 @@ def compare(
     complaints = []
     names = ("mean probabilities", "entropies", "normalisers")
     for name, got, want, tolerance in zip(
-        names, result, (means, entropy, saved), tolerances, strict=True
+        names, result, (means, entropy, saved), tolerances, strict=len(result) != 2
     ):
         if (got.dtype, got.shape) != (want.dtype, want.shape):
             complaints.append(f"{name}: {_described(got, want)}")
