@@ -17,7 +17,7 @@ from mmfast.registry import OPS, Sample
 Make = Callable[[torch.device], tuple[Any, ...]]
 
 _SCALED = ("nearest_code", "kmeans", "vector_quantize_step", "vector_quantize_eval")
-# These are parts of modules that are measured; the larger of their samples are for --full.
+# Parts of modules that are measured: the larger of their samples are for --full.
 _INSIDE = (
     "vector_quantize",
     "vector_quantize_bwd",
@@ -27,6 +27,9 @@ _INSIDE = (
     "lookup_free_quantize_bwd",
     "finite_scalar_quantize",
     "finite_scalar_quantize_bwd",
+    # Peers take seconds.
+    "soft_assignment_statistics",
+    "soft_assignment_statistics_bwd",
 )
 _SHAPES = ((65536, 1024, 64), (65536, 8192, 32), (16384, 16384, 256))  # N, K, D of a quantiser
 _LEVELS = [8, 8, 8, 5, 5, 5]  # of FSQ

@@ -29,6 +29,7 @@ MODULE_RATIOS = {
     "fsq_step": {"n": 4.0},
     "lfq_step": {"n": 4.0},
 }
+SAMPLER_OF_FLOOR = 1.3  # times moving the bytes, and drawing the noise where it is drawn
 STEP_OF_FLOOR = 1.5  # times the lookup alone, or moving the bytes
 PART_OF_MEMORY = 20  # times less than vector-quantize-pytorch
 KMEANS_RATIO = 3.0  # than scikit-learn
@@ -50,7 +51,14 @@ class Goal:
 def goals(results: Results) -> list[Goal]:
     """Every goal whose cases were measured."""
     rows = [r for r in results.rows if r.seconds is not None]
-    return [*_ratios(rows), *_modules(rows), *_kmeans(rows), *_schedulers(rows), *_limits(rows)]
+    return [
+        *_ratios(rows),
+        *_modules(rows),
+        *_kmeans(rows),
+        *_samplers(rows),
+        *_schedulers(rows),
+        *_limits(rows),
+    ]
 
 
 def fastest(rows: list[Row], *kinds: str) -> Row | None:
@@ -175,6 +183,30 @@ def _schedulers(rows: list[Row]) -> Iterator[Goal]:
                     f"{ratio:.1f}x",
                     ratio >= wanted,
                 )
+
+
+def _samplers(rows: list[Row]) -> Iterator[Goal]:
+    drawn = {
+        r.threads: r.seconds or 0.0
+        for r in rows
+        if r.kind == "mmfast" and (r.op, r.case) == ("randn", "1x16x21x60x104")
+    }
+    for own in rows:
+        if own.kind != "mmfast" or own.op not in ("sampler_step", "add_noise"):
+            continue
+        noise = drawn.get(own.threads, 0.0) if "seed" in own.case else 0.0
+        for floor in rows:
+            same = (floor.op, floor.case, floor.threads) == (own.op, own.case, own.threads)
+            if not same or floor.subject != "torch.add(out=)":
+                continue
+            ratio = (own.seconds or 0.0) / ((floor.seconds or 1.0) + noise)
+            yield Goal(
+                f"{own.op}, {own.case}: of {floor.subject}{' and randn' * bool(noise)}, at most",
+                own.threads,
+                f"{SAMPLER_OF_FLOOR:g}x",
+                f"{ratio:.2f}x",
+                ratio <= SAMPLER_OF_FLOOR,
+            )
 
 
 def _limits(rows: list[Row]) -> Iterator[Goal]:

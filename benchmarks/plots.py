@@ -31,6 +31,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     if not rows and not results.curves:
         return []
     figures = {**(_of_rows(rows, results.facts) if rows else {}), "training": _training(results)}
+    figures["samplers"] = _samplers(rows)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures.items():
@@ -172,6 +173,32 @@ def _patches(rows: list[Row], subtitle: str) -> Any:
         f"nearest_code, {rows[0].shape['N']} image patches of 4 x 4 x 3, codes by k-means\n"
         f"({subtitle})"
     )
+    return figure
+
+
+def _samplers(rows: list[Row]) -> Any:
+    """Steps of schedulers, in units of the time that their bytes take."""
+    most = max((r.threads for r in rows), default=0)
+    rows = [r for r in rows if r.op == "scheduler_step" and r.threads == most]
+    floors = {r.case: r for r in rows if r.kind == "floor"}
+    if not floors:
+        return None
+    figure, axis = _figure(9, 1.5 + 0.34 * len(floors))
+    contenders = (("mmfast", _OWN), ("diffusers", _COLOURS["faiss flat"]))
+    height = _WIDTH / len(contenders)
+    for i, (subject, colour) in enumerate(contenders):
+        own = {r.case: r.seconds or 0.0 for r in rows if r.subject == subject}
+        values = [own.get(case, 0.0) / (floor.seconds or 1.0) for case, floor in floors.items()]
+        places = [place + (i - 0.5) * height for place in range(len(values))]
+        bars = axis.barh(places, values, height, color=colour, label=subject)
+        axis.bar_label(bars, [f"{v:.1f}" for v in values], fontsize=7, padding=2)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(floors)), [r.data for r in floors.values()], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.set_xlabel("time of a step / time of torch.add(out=) that moves as many bytes")
+    axis.set_title(f"Samplers against their floor, {most} thread{'s' if most > 1 else ''}")
+    axis.legend(loc="lower right")
     return figure
 
 
