@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -197,7 +198,13 @@ def _samplers(rows: list[Row]) -> Iterator[Goal]:
         noise = drawn.get(own.threads, 0.0) if "seed" in own.case else 0.0
         for floor in rows:
             same = (floor.op, floor.case, floor.threads) == (own.op, own.case, own.threads)
+            if same and floor.subject == "torch.compile":
+                goal = _faster(own, floor, 1.0)
+                what = f"{own.op}, {own.case}: against torch.compile"
+                yield dataclasses.replace(goal, what=what)
             if not same or floor.subject != "torch.add(out=)":
+                continue
+            if "seed" in own.case and not noise:
                 continue
             ratio = (own.seconds or 0.0) / ((floor.seconds or 1.0) + noise)
             yield Goal(

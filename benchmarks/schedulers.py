@@ -52,7 +52,11 @@ class Setting:
     @property
     def title(self) -> str:
         """For a reader."""
-        options = ", ".join(str(value) for value in self.config.values() if not callable(value))
+        options = ", ".join(
+            value if isinstance(value, str) else f"{name}={value}"
+            for name, value in self.config.items()
+            if not callable(value)
+        )
         name = self.name.removesuffix("Scheduler")
         return f"{name}, {options}" if options else name
 

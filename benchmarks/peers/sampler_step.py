@@ -15,6 +15,8 @@ from benchmarks.peers import Peer
 from mmfast.ops import sampler_step
 from mmfast.schedule.layout import HISTORY, Layout, N, slots_of
 
+_COMPILED_SLOTS = 2
+
 
 def _plain(*arguments: Any) -> Callable[[], Any]:
     """What a user writes who has the coefficients as numbers; only terms with a weight."""
@@ -74,8 +76,23 @@ def _traffic(*arguments: Any) -> Callable[[], Any]:
     return lambda: torch.add(a, b, out=out)
 
 
+def _compiled(*arguments: Any) -> Callable[[], Any]:
+    run: Callable[[], Any] = torch.compile(_plain(*arguments))
+    return run
+
+
+def _few(*arguments: Any) -> list[str]:
+    """Compiling takes seconds: two rows say enough."""
+    u, history = arguments[2], arguments[12]
+    many = u is not None or (history is not None and len(history) > _COMPILED_SLOTS)
+    return _given(*arguments) or (["other rows are compiled"] if many else [])
+
+
 PEERS = {
     "plain torch": Peer(_plain, unsupported=_given, cut=False),
+    "torch.compile": Peer(
+        _compiled, unsupported=_few, cut=False, note="of the same; compiling is not timed"
+    ),
     "plain torch, torch.randn": Peer(_plain, unsupported=_drawn, cut=False, random=True),
     "torch.add(out=)": Peer(
         _traffic, cut=False, floor=True, note="the same bytes, read twice and written once"
