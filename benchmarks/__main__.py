@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import contest, levels, machine, report, tables, timing, training
 from benchmarks.cases import Case, all_cases
-from benchmarks.results import FILE, Results
+from benchmarks.results import FILE, Results, letters_of
 from benchmarks.spent import ROUNDS, Spent
 
 _HERE = Path(__file__).parent
@@ -122,7 +122,8 @@ def _parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.list:
         for case in all_cases():
-            print(f"{case.key}: N x K x D = {case.title}, {case.data}")
+            of = letters_of(case.op)
+            print(f"{case.key}: {f'{of} = ' if of else ''}{case.title}, {case.data}")
         parser.exit()
     for name in ("only", "subjects"):
         try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import patches, schedulers
+from benchmarks.results import title_of
 from mmfast.registry import OPS, Sample
 
 Make = Callable[[torch.device], tuple[Any, ...]]
@@ -79,7 +80,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        return " x ".join(str(self.shape[letter]) for letter in "NKD")
+        return title_of(self.op, self.name, self.shape)
 
 
 def all_cases() -> list[Case]:

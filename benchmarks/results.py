@@ -5,11 +5,37 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 FILE = "results.json"
+
+
+# Their cases are known by name: there are no codes.
+_NAMED = (
+    "add_noise",
+    "add_noise_bwd",
+    "dynamic_threshold",
+    "guidance_factors",
+    "randn",
+    "sampler_step",
+    "scheduler_add_noise",
+    "scheduler_step",
+)
+
+
+def letters_of(op: str) -> str:
+    """What the titles of the op's cases are made of."""
+    return "" if op in _NAMED else "N x K x D"
+
+
+def title_of(op: str, case: str, shape: Mapping[str, int]) -> str:
+    """A case for a reader."""
+    if op in _NAMED:
+        return case.replace("_", " ")
+    return " x ".join(str(shape[letter]) for letter in "NKD")
 
 
 @dataclass(frozen=True)
@@ -48,7 +74,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        return " x ".join(str(self.shape[letter]) for letter in "NKD")
+        return title_of(self.op, self.case, self.shape)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import rich.table
 from rich.text import Text
 
 from benchmarks.goals import fastest, goals
-from benchmarks.results import Curve, Results, Row
+from benchmarks.results import Curve, Results, Row, letters_of
 
 
 @dataclass
@@ -117,7 +117,8 @@ def _op_table(op: str, rows: list[Row], results: Results) -> Table:
     most = counts[-1]
     columns = ["", *_thread_columns(results, counts), "spread", "mmfast is"]
     columns += ["GFLOP/s", "of peak", "GB/s", "memory", "Match"]
-    table = Table(f"{op} (N x K x D)", columns)
+    letters = letters_of(op)
+    table = Table(f"{op} ({letters})" if letters else op, columns)
     for case in dict.fromkeys(r.case for r in rows):
         here = [r for r in rows if r.case == case]
         section = []
