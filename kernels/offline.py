@@ -188,7 +188,8 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
     def value(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[-1])
 
-    spilled = 4 * value("vgpr_spill_count") + 4 * value("sgpr_spill_count")
+    # Scalar registers are kept in lanes of vector registers, not in memory.
+    spilled = 4 * value("vgpr_spill_count")
     return value("vgpr_count"), max(spilled, value("private_segment_fixed_size"))
 
 
