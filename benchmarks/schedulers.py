@@ -15,7 +15,7 @@ from mmfast import use_backend
 
 OPS = ("scheduler_step", "scheduler_add_noise")
 SHAPES = {"latents": (1, 16, 21, 60, 104), "tiny": (1, 4, 4, 4)}  # of a video; and what is overhead
-SHARE = 0.3  # of a case's time
+SHARE = 0.2  # of a case's time
 OVERHEAD = 20e-6  # seconds of a tiny step
 # Times faster than diffusers.
 RATIOS = {
