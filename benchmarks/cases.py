@@ -17,7 +17,7 @@ from mmfast.registry import OPS, Sample
 
 Make = Callable[[torch.device], tuple[Any, ...]]
 
-_SCALED = ("nearest_code", "kmeans", "vector_quantize_step", "vector_quantize_eval")
+_SCALED = ("nearest_code", "kmeans", "vector_quantize_step")
 # Parts of modules that are measured: the larger of their samples are for --full.
 _INSIDE = (
     "vector_quantize",

@@ -27,9 +27,10 @@ _SUBJECTS = r"mmfast \(cpp\)|faiss flat"
 
 
 def run(cases: int, truths: Path, tell: Callable[[str], None]) -> list[Row]:
-    """Rows of kind ``"level"``, the instruction set in their notes, of the first ``cases``.
+    """Rows of kind ``"level"``, the instruction set in their notes.
 
     Args:
+        cases: how many of ``CASES``.
         truths: see ``contest.run``.
 
     Raises:
