@@ -24,6 +24,7 @@ ISA_FLAGS = {
     "avx2": ["-march=x86-64-v3"],
     "avx512": AVX512,
     "avx512vnni": VNNI,
+    "avx512bf16": [*VNNI, "-mavx512bf16"],
     "amx": [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 

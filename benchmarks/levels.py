@@ -23,6 +23,7 @@ _PEERS = {
     "avx512": {"FAISS_SIMD_LEVEL": "AVX512", "OPENBLAS_CORETYPE": "SkylakeX"},
     "avx512vnni": {"FAISS_SIMD_LEVEL": "AVX512", "OPENBLAS_CORETYPE": "SkylakeX"},
 }
+_SAME = {"avx512bf16": "avx512vnni"}  # level: the one below that compiles to the same lookup
 _SUBJECTS = r"mmfast \(cpp\)|faiss flat"
 
 
@@ -41,6 +42,7 @@ def run(cases: int, truths: Path, tell: Callable[[str], None]) -> list[Row]:
     module = backends.extension()
     lower = module.supported_isas()
     lower = lower[: lower.index(module.isa())]
+    lower = [level for level in lower if level in _PEERS and level != _SAME.get(module.isa())]
     rows = []
     for level in lower:
         tell(level)

@@ -45,7 +45,7 @@ def test_unknown_level_is_an_error():
     code = "import torch, mmfast; mmfast.nearest_code(torch.zeros(1, 1), torch.zeros(1, 1))"
     ran = run(code, "fast")
     assert ran.returncode == 1
-    names = "baseline, avx2, avx512, avx512vnni, amx"
+    names = "baseline, avx2, avx512, avx512vnni, avx512bf16, amx"
     assert f"MMFAST_ISA must be one of {names}, got fast" in ran.stderr
 
 

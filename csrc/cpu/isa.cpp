@@ -30,13 +30,14 @@ std::vector<Level> levels() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  const bool amx = vnni && __builtin_cpu_supports("avx512bf16") &&
-                   __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                   tiles_granted();
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+  const bool amx = bf16 && __builtin_cpu_supports("amx-tile") &&
+                   __builtin_cpu_supports("amx-bf16") && tiles_granted();
   return {{&baseline_kernels, true},
           {&avx2_kernels, avx2},
           {&avx512_kernels, avx512},
           {&avx512vnni_kernels, vnni},
+          {&avx512bf16_kernels, bf16},
           {&amx_kernels, amx}};
 }
 

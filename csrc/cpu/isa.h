@@ -47,7 +47,7 @@ struct Kernels {
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.
 extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels, avx512vnni_kernels,
-    amx_kernels;
+    avx512bf16_kernels, amx_kernels;
 
 // What the processor has, lowered by the environment variable MMFAST_ISA, read at first use.
 const Kernels& kernels();

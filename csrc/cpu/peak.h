@@ -15,8 +15,7 @@ static int64_t dot_products(int64_t rounds, bool bfloat16) {
 #pragma GCC unroll 12
   for (int c = 0; c < chains; ++c) acc[c] = vset(0);
   if (bfloat16) {
-#if defined(__AVX512VNNI__)
-    if (!__builtin_cpu_supports("avx512bf16")) return 0;
+#if defined(__AVX512BF16__)
     for (int64_t r = 0; r < rounds; ++r)
 #pragma GCC unroll 12
       for (int c = 0; c < chains; ++c)
