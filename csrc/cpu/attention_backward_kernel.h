@@ -21,6 +21,7 @@
 namespace mmfast::MMFAST_ISA {
 
 constexpr int64_t smallest_part = 256, most_parts = 16;
+constexpr int64_t near_blocks = 4;  // of keys that stay in the second-level cache with their gradients
 
 static int64_t part_keys(int64_t keys) {
   const int64_t share = (keys + most_parts * key_block - 1) / (most_parts * key_block) * key_block;
@@ -351,11 +352,9 @@ struct AttentionBackward {
       pack_queries(workspace, all_queries, head);
       T* grad_query = share(g);
       std::memset(grad_query, 0, (size_t)(all_queries.count * padded_width) * sizeof(T));
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t first = begin + block * key_block;
-        one_block(workspace, b, head, grad_query, block, first,
-                  end - first < key_block ? end - first : key_block);
-      }
+      for (int64_t block = 0; block < blocks; block += near_blocks)
+        some_blocks(workspace, b, head, grad_query, begin, end, block,
+                    block + near_blocks < blocks ? block + near_blocks : blocks);
       take(g, (const T*)grad_query);
     }
     for (int64_t block = 0; block < blocks; ++block) {
@@ -413,22 +412,15 @@ struct AttentionBackward {
     }
   }
 
-  // All queries of a head against one block of keys.
-  void one_block(Workspace& workspace, int64_t b, int64_t head, T* grad_query, int64_t block,
-                 int64_t first_key, int64_t keys) const {
-    const int64_t rows = queries(b).count, all_keys = this->keys(b).count;
-    const int64_t width = args.width, value_width = args.value_width;
+  // All queries of a head against blocks [block, last_block) of the part of keys [begin, end).
+  void some_blocks(Workspace& workspace, int64_t b, int64_t head, T* grad_query, int64_t begin,
+                   int64_t end, int64_t block, int64_t last_block) const {
+    const int64_t rows = queries(b).count, all_keys = keys(b).count;
     Tile tile;
-    tile.width = width;
-    tile.value_width = value_width;
+    tile.width = args.width;
+    tile.value_width = args.value_width;
     tile.padded_width = padded_width;
     tile.scale = (T)args.scale;
-    tile.keys = keys;
-    tile.key = workspace.key + block * elements(width) * key_block;
-    tile.value = workspace.value + block * elements(value_width) * key_block;
-    tile.key_across = workspace.key_across + block * elements(key_block) * padded_width;
-    tile.grad_key = workspace.grad_key + block * width * key_block;
-    tile.grad_value = workspace.grad_value + block * value_width * key_block;
     tile.scores = workspace.scores;
     tile.products = workspace.products;
     tile.p = workspace.p;
@@ -436,43 +428,55 @@ struct AttentionBackward {
     tile.d_along = workspace.d_along;
     tile.grad_scores = args.grad_mask ? workspace.grad_scores : nullptr;
     tile.bias = nullptr;
-    tile.random = nullptr;
     const Random random(args.seed, args.offset);
-    if (args.dropout > 0) {
-      tile.random = &random;
-      tile.dropout = args.dropout;
-      tile.random_step = all_keys;
-    }
-    // Row i attends to keys up to i + shift.
-    const int64_t shift = args.causal == Causal::bottom_right ? all_keys - rows : 0;
-    int64_t first_row = 0;
-    if (args.causal != Causal::none && first_key > shift)
-      first_row = (first_key - shift) / numbers * numbers;
-    int64_t limits[Tile::query_block];
-    for (int64_t i = first_row; i < rows; i += Tile::query_block) {
-      tile.rows = rows - i < Tile::query_block ? rows - i : Tile::query_block;
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        int64_t limit = keys;
-        if (args.causal != Causal::none) {
-          const int64_t attended = i + r + shift + 1 - first_key;
-          limit = attended < 0 ? 0 : attended < keys ? attended : keys;
-        }
-        limits[r] = workspace.empty[i + r] ? 0 : limit;
+    tile.random = args.dropout > 0 ? &random : nullptr;
+    tile.dropout = args.dropout;
+    tile.random_step = all_keys;
+    for (int64_t i = 0; i < rows; i += Tile::query_block) {
+      const int64_t end_row = i + Tile::query_block < rows ? i + Tile::query_block : rows;
+      for (int64_t k = block; k < last_block; ++k) {
+        const int64_t first_key = begin + k * key_block;
+        tile.keys = end - first_key < key_block ? end - first_key : key_block;
+        tile.key = workspace.key + k * elements(args.width) * key_block;
+        tile.value = workspace.value + k * elements(args.value_width) * key_block;
+        tile.key_across = workspace.key_across + k * elements(key_block) * padded_width;
+        tile.grad_key = workspace.grad_key + k * args.width * key_block;
+        tile.grad_value = workspace.grad_value + k * args.value_width * key_block;
+        one_tile(workspace, tile, b, head, grad_query, i, end_row, first_key);
       }
-      tile.limits = limits;
-      if (args.mask.data && !read_mask(workspace, tile, b, head, i, first_key)) continue;
-      if (tile.random)
-        tile.random_element = ((b * args.heads + head) * rows + i) * all_keys + first_key;
-      tile.query = workspace.query + i * elements(width);
-      tile.grad_out = workspace.grad_out + i * elements(value_width);
-      tile.query_across = workspace.query_across + i / numbers * width;
-      tile.grad_out_across = workspace.grad_out_across + i / numbers * value_width;
-      tile.lse = workspace.lse + i;
-      tile.delta = workspace.delta + i;
-      tile.grad_query = grad_query + i * padded_width;
-      if (!tile.run()) continue;
-      if (args.grad_mask) add_to_mask(workspace, tile, b, head, i, first_key);
     }
+  }
+
+  // Queries [row, end_row) against the keys of a tile, the first of which is first_key.
+  void one_tile(Workspace& workspace, Tile& tile, int64_t b, int64_t head, T* grad_query, int64_t row,
+                int64_t end_row, int64_t first_key) const {
+    // Row i attends to keys up to i + shift.
+    const bool causal = args.causal != Causal::none;
+    const int64_t rows = queries(b).count, all_keys = keys(b).count;
+    const int64_t shift = args.causal == Causal::bottom_right ? all_keys - rows : 0;
+    if (causal && first_key - shift > row) row = (first_key - shift) / numbers * numbers;
+    if (row >= end_row) return;
+    tile.rows = end_row - row;
+    int64_t limits[Tile::query_block];
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      int64_t limit = tile.keys;
+      if (causal) {
+        const int64_t attended = row + r + shift + 1 - first_key;
+        limit = attended < 0 ? 0 : attended < limit ? attended : limit;
+      }
+      limits[r] = workspace.empty[row + r] ? 0 : limit;
+    }
+    tile.limits = limits;
+    if (args.mask.data && !read_mask(workspace, tile, b, head, row, first_key)) return;
+    tile.random_element = ((b * args.heads + head) * rows + row) * all_keys + first_key;
+    tile.query = workspace.query + row * elements(args.width);
+    tile.grad_out = workspace.grad_out + row * elements(args.value_width);
+    tile.query_across = workspace.query_across + row / numbers * args.width;
+    tile.grad_out_across = workspace.grad_out_across + row / numbers * args.value_width;
+    tile.lse = workspace.lse + row;
+    tile.delta = workspace.delta + row;
+    tile.grad_query = grad_query + row * padded_width;
+    if (tile.run() && args.grad_mask) add_to_mask(workspace, tile, b, head, row, first_key);
   }
 
   // The part of the mask that is a tile's; false if no key takes part.
