@@ -52,6 +52,15 @@ struct Pairs {
   }
 };
 using HalfProducts = Pairs;  // of bfloat16
+
+// Elements of which the lower number is from `low`, rounded.
+MMFAST_INLINE vi pairs_of(vf low, vf high) {
+  using halves = uint16_t __attribute__((vector_size(64)));
+  const halves both = (halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  const halves order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vi)__builtin_shuffle(both, order);
+}
 #else
 using HalfProducts = Singles;
 #endif
