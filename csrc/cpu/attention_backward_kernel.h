@@ -60,6 +60,7 @@ struct AttentionBackward {
   static int64_t elements(int64_t n) { return elements_of<Kind>(n); }
 
   const AttentionArgs& args;
+  const Random random;
   const int64_t group, padded_width = in_vectors(args.width),
                        padded_value_width = in_vectors(args.value_width);
   int64_t most_rows = 0, most_keys = 0;  // of a batch
@@ -67,7 +68,7 @@ struct AttentionBackward {
   std::atomic<bool> failed{false};
 
   explicit AttentionBackward(const AttentionArgs& a)
-      : args(a), group(a.key_heads ? a.heads / a.key_heads : 0) {
+      : args(a), random(a.seed, a.offset), group(a.key_heads ? a.heads / a.key_heads : 0) {
     for (int64_t b = 0; b < a.batches; ++b) {
       const int64_t rows = queries(b).count, keys = this->keys(b).count;
       most_rows = rows > most_rows ? rows : most_rows;
@@ -140,8 +141,7 @@ struct AttentionBackward {
         take(d, elements(Tile::query_block) * key_block);
         take(d_along, Tile::query_block * elements(key_block));
       }
-      const bool masked = args.mask.data != nullptr;
-      take(bias, masked ? Tile::query_block * key_block : 0);
+      take(bias, args.mask.data && args.mask.additive ? Tile::query_block * key_block : 0);
       take(grad_scores, args.grad_mask ? Tile::query_block * key_block : 0);
       const int64_t widest = args.width > args.value_width ? args.width : args.value_width;
       take(this->rows, key_block * in_vectors(widest));
@@ -303,6 +303,10 @@ struct AttentionBackward {
       mmfast::MMFAST_ISA::write_numbers(to, args.dtype, v);
       return;
     }
+    if (args.dtype == Native<T>::dtype) {
+      store_first(to, v, count);
+      return;
+    }
     char written[w * sizeof(double)];
     mmfast::MMFAST_ISA::write_numbers(written, args.dtype, v);
     std::memcpy(to, written, (size_t)(count * size_of(args.dtype)));
@@ -415,7 +419,7 @@ struct AttentionBackward {
   // All queries of a head against blocks [block, last_block) of the part of keys [begin, end).
   void some_blocks(Workspace& workspace, int64_t b, int64_t head, T* grad_query, int64_t begin,
                    int64_t end, int64_t block, int64_t last_block) const {
-    const int64_t rows = queries(b).count, all_keys = keys(b).count;
+    const int64_t rows = queries(b).count;
     Tile tile;
     tile.width = args.width;
     tile.value_width = args.value_width;
@@ -428,10 +432,7 @@ struct AttentionBackward {
     tile.d_along = workspace.d_along;
     tile.grad_scores = args.grad_mask ? workspace.grad_scores : nullptr;
     tile.bias = nullptr;
-    const Random random(args.seed, args.offset);
-    tile.random = args.dropout > 0 ? &random : nullptr;
-    tile.dropout = args.dropout;
-    tile.random_step = all_keys;
+    tile.kept_factor = args.dropout < 1 ? (T)(1 / (1 - (double)args.dropout)) : 0;
     for (int64_t i = 0; i < rows; i += Tile::query_block) {
       const int64_t end_row = i + Tile::query_block < rows ? i + Tile::query_block : rows;
       for (int64_t k = block; k < last_block; ++k) {
@@ -457,18 +458,19 @@ struct AttentionBackward {
     if (causal && first_key - shift > row) row = (first_key - shift) / numbers * numbers;
     if (row >= end_row) return;
     tile.rows = end_row - row;
-    int64_t limits[Tile::query_block];
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      int64_t limit = tile.keys;
-      if (causal) {
-        const int64_t attended = row + r + shift + 1 - first_key;
-        limit = attended < 0 ? 0 : attended < limit ? attended : limit;
-      }
-      limits[r] = workspace.empty[row + r] ? 0 : limit;
+    uint64_t attended[Tile::query_block], kept[Tile::query_block];
+    QueryRow query_rows[Tile::query_block];
+    for (int64_t r = 0; r < tile.rows; ++r) query_rows[r] = {head, row + r, 0};
+    attended_bits(args, b, query_rows, tile.rows, first_key, tile.keys, shift, attended);
+    for (int64_t r = 0; r < tile.rows; ++r)
+      if (workspace.empty[row + r]) attended[r] = 0;
+    tile.attended = attended;
+    tile.kept = nullptr;
+    if (args.dropout > 0) {
+      kept_bits(args, random, b, query_rows, tile.rows, first_key, tile.keys, kept);
+      tile.kept = kept;
     }
-    tile.limits = limits;
-    if (args.mask.data && !read_mask(workspace, tile, b, head, row, first_key)) return;
-    tile.random_element = ((b * args.heads + head) * rows + row) * all_keys + first_key;
+    if (args.mask.data && args.mask.additive) read_bias(workspace, tile, b, head, row, first_key);
     tile.query = workspace.query + row * elements(args.width);
     tile.grad_out = workspace.grad_out + row * elements(args.value_width);
     tile.query_across = workspace.query_across + row / numbers * args.width;
@@ -479,39 +481,23 @@ struct AttentionBackward {
     if (tile.run() && args.grad_mask) add_to_mask(workspace, tile, b, head, row, first_key);
   }
 
-  // The part of the mask that is a tile's; false if no key takes part.
-  bool read_mask(Workspace& workspace, Tile& tile, int64_t b, int64_t head, int64_t row,
+  // What a tile's scores get from the mask.
+  void read_bias(Workspace& workspace, Tile& tile, int64_t b, int64_t head, int64_t row,
                  int64_t key) const {
     const AttentionMask& mask = args.mask;
-    const T least = -(T)__builtin_inf();
     const int64_t rows = mask.row ? tile.rows : 1;
-    bool any = false, needed = mask.additive;
     for (int64_t i = 0; i < rows; ++i) {
       const char* from = mask.at(b, head, row + i, key);
       T* to = workspace.bias + i * key_block;
-      if (!mask.additive) {
-        int64_t taken = 0;
-        for (int64_t j = 0; j < tile.keys; ++j) {
-          const bool inside = from[j * mask.column] != 0;
-          to[j] = inside ? 0 : least;
-          taken += inside;
-        }
-        any |= taken > 0;
-        needed |= taken < tile.keys;
-      } else {
-        if (mask.column == size_of(mask.dtype))
-          for (int64_t j = 0; j < tile.keys; j += w)
-            store(to + j, read_some<V>(from + j * mask.column, mask.dtype, tile.keys - j));
-        else
-          for (int64_t j = 0; j < tile.keys; ++j)
-            to[j] = load_one<T>(from + j * mask.column, mask.dtype);
-        for (int64_t j = 0; j < tile.keys; ++j) any |= to[j] != least;
-      }
-      for (int64_t j = tile.keys; j < key_block; ++j) to[j] = 0;
+      if (mask.column == size_of(mask.dtype))
+        for (int64_t j = 0; j < tile.keys; j += w)
+          store(to + j, read_some<V>(from + j * mask.column, mask.dtype, tile.keys - j));
+      else
+        for (int64_t j = 0; j < tile.keys; ++j)
+          to[j] = load_one<T>(from + j * mask.column, mask.dtype);
     }
-    tile.bias = needed ? workspace.bias : nullptr;
+    tile.bias = workspace.bias;
     tile.bias_step = mask.row ? key_block : 0;
-    return any;
   }
 
   void add_to_mask(const Workspace& workspace, const Tile& tile, int64_t b, int64_t head, int64_t row,

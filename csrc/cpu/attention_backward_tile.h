@@ -6,42 +6,16 @@
 // Numbers along the head size are broadcast and keys fill the vectors, so that a head size costs what
 // it has; only dQ has vectors along the head size.
 #pragma once
-#include "cpu/attention_products.h"
-#include "cpu/philox.h"
+#include "cpu/attention_limits.h"
+#include "cpu/attention_softmax.h"
 
 namespace mmfast::MMFAST_ISA {
 
-constexpr int64_t key_block = 64;
+constexpr int64_t key_block = attention_block;
 constexpr int64_t most_queries = 128;  // of a block
 
-// e^x, x a score minus its row's logarithm of the sum: not above 0 but for rounding.
-MMFAST_INLINE vf probability(vf x) {
-#if defined(__AVX512F__)
-  // 2^n 2^r, r from -1/2 to 1/2. The bound keeps -inf from becoming NaN, and NaN as it is.
-  const vf bounded = (vf)_mm512_max_ps(_mm512_set1_ps(-128.f), (__m512)x);
-  const vf per_power = vf{} + 1.44269504f;
-  const vf n = (vf)_mm512_roundscale_ps((__m512)(bounded * per_power), _MM_FROUND_TO_NEAREST_INT);
-  const vf r = fma(bounded, per_power, -n);
-  vf p = fma(vf{} + 1.53789195e-4f, r, vf{} + 1.34050171e-3f);
-  p = fma(p, r, vf{} + 9.61837452e-3f);
-  p = fma(p, r, vf{} + 5.55031411e-2f);
-  p = fma(p, r, vf{} + 2.40226477e-1f);
-  p = fma(p, r, vf{} + 6.93147242e-1f);
-  p = fma(p, r, vf{} + 1.f);
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  return exponential(x);
-#endif
-}
-MMFAST_INLINE vd probability(vd x) { return exponential(x); }
-
 #if defined(__AVX512BF16__)
-// Elements of the lanes of two rows, and of two neighbouring vectors of one row.
-MMFAST_INLINE vi pair_rows(vf low, vf high) {
-  const vi order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23,
-                                    7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, (vi)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-}
+// Elements of two neighbouring vectors of a row.
 MMFAST_INLINE vi pair_lanes(vf first, vf second) {
   return (vi)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
@@ -52,7 +26,6 @@ struct BackwardTile {
   using T = typename Kind::Number;
   using Element = typename Kind::Element;
   using V = typename Kind::V;
-  using Mask = decltype(V{} < V{});  // of lanes, integers
   static constexpr int64_t w = native_width<T>, numbers = Kind::numbers;
   // P and D of a block of queries and the scores of score_rows fit the first-level cache.
   static constexpr int64_t query_block = numbers == 2 ? most_queries : 96;
@@ -67,7 +40,7 @@ struct BackwardTile {
   const Element *query, *grad_out;                // [rows][E], [rows][Ev]: along the head size
   const Element *query_across, *grad_out_across;  // [rows][E], [rows][Ev]: elements across rows
   const T *lse, *delta;                           // [rows]
-  const int64_t* limits;                          // [rows]: how many of the keys take part
+  const uint64_t* attended;                       // [rows]: bits of the keys that take part
   T* grad_query;                                  // [rows][padded_width]
 
   // The keys.
@@ -77,11 +50,10 @@ struct BackwardTile {
   T *grad_key, *grad_value;    // [E][key_block], [Ev][key_block]
 
   // What only some calls have.
-  const T* bias;  // [rows][bias_step], added to scores, -inf where a key takes no part; or null
+  const T* bias;  // [rows][bias_step], added to scores; or null
   int64_t bias_step;
-  const Random* random;                 // or null
-  int64_t random_element, random_step;  // of the first row's first key; between rows
-  float dropout;
+  const uint64_t* kept;  // [rows]: bits of the keys that dropout leaves; or null
+  T kept_factor;
   T* grad_scores;  // [rows][key_block]: D, where wanted; or null
 
   // Room for one block. Where an element is a number, p is scores and both d are products.
@@ -93,13 +65,13 @@ struct BackwardTile {
 
   // False if no key takes part.
   bool run() const {
-    int64_t least = keys, most = 0;
+    uint64_t any = 0, every = ~0ull;
     for (int64_t i = 0; i < rows; ++i) {
-      least = limits[i] < least ? limits[i] : least;
-      most = limits[i] > most ? limits[i] : most;
+      any |= attended[i];
+      every &= attended[i];
     }
-    if (most == 0) return false;
-    const bool limited = least < key_block, special = bias || random || grad_scores;
+    if (!any) return false;
+    const bool limited = every != ~0ull, special = bias || kept || grad_scores;
     const int64_t columns = vectors(keys);
     for (int64_t i = 0; i < rows; i += score_rows) {
       const int64_t n = rows - i < score_rows ? rows - i : score_rows;
@@ -139,27 +111,20 @@ struct BackwardTile {
 
   struct Row {
     T lse, delta;
-    int64_t limit;
+    uint64_t attended, kept;
     const T* bias;
     T* grad_scores;
-    bool kept;  // whether `factors` are
-    alignas(64) float factors[key_block];  // of dropout
   };
 
   template <bool special>
-  void start(Row& row, int64_t i) const {
-    row.lse = lse[i];
-    row.delta = delta[i];
-    row.limit = limits[i];
+  Row row(int64_t i) const {
+    Row row{lse[i], delta[i], attended[i], 0, nullptr, nullptr};
     if constexpr (special) {
-      row.bias = bias ? bias + i * bias_step : nullptr;
-      row.grad_scores = grad_scores ? grad_scores + i * key_block : nullptr;
-      if (random) {
-        fill_uniforms(*random, random_element + i * random_step, row.factors, keys);
-        const float factor = 1.f / (1.f - dropout);
-        for (int64_t j = 0; j < key_block; ++j) row.factors[j] = row.factors[j] < dropout ? 0 : factor;
-      }
+      if (bias) row.bias = bias + i * bias_step;
+      if (kept) row.kept = kept[i];
+      if (grad_scores) row.grad_scores = grad_scores + i * key_block;
     }
+    return row;
   }
 
   struct Pair {
@@ -169,39 +134,24 @@ struct BackwardTile {
   template <bool limited, bool special>
   inline __attribute__((always_inline)) Pair gradient(const Row& row, const T* score,
                                                       const T* product, int64_t column) const {
-    V x = load<V>(score + column);
-    V grad = load<V>(product + column);
-    if constexpr (special)
-      if (row.bias) {
-        const V b = load<V>(row.bias + column), least = V{} - (T)__builtin_inf();
-        x = fma(x, V{} + scale, b);
-        x = b == least ? least : x;
-        x = probability(x - row.lse);
-      } else {
-        x = probability(fma(x, V{} + scale, V{} - row.lse));
-      }
+    constexpr T log2e = (T)1.4426950408889634;
+    V x = load<V>(score + column), grad = load<V>(product + column);
+    if (special && row.bias)
+      x = fma(x, V{} + scale, load<V>(row.bias + column)) - row.lse;
     else
-      x = probability(fma(x, V{} + scale, V{} - row.lse));
-    V kept = x;
-    if constexpr (special)
-      if (random) {
-        V factor;
-        read_numbers((const char*)(row.factors + column), Dtype::float32, factor);
-        kept = x * factor;
-        grad = grad * factor;
-      }
-    V d = x * (grad - row.delta);
-    if constexpr (limited) {
-      Mask index;
-      for (int l = 0; l < w; ++l) index[l] = l;
-      const Mask inside = index < (decltype(index[0] + 0))(row.limit - column);
-      kept = inside ? kept : V{};
-      d = inside ? d : V{};
-      if constexpr (special) d = x == 0 ? V{} : d;  // whatever the rest is
+      x = fma(x, V{} + scale, V{} - row.lse);
+    V p = power_of_two(x * log2e), left = p;
+    if (special && kept) {
+      left = where_bits(row.kept >> column, p * kept_factor, V{});
+      grad = where_bits(row.kept >> column, grad * kept_factor, V{});
     }
-    if constexpr (special)
-      if (row.grad_scores) store(row.grad_scores + column, d);
-    return {kept, d};
+    V d = p * (grad - row.delta);
+    if constexpr (limited) {
+      left = where_bits(row.attended >> column, left, V{});
+      d = where_bits(row.attended >> column, d, V{});
+    }
+    if (special && row.grad_scores) store(row.grad_scores + column, d);
+    return {left, d};
   }
 
   // P and D of rows [first, first + count) from their scores and dO V^T.
@@ -209,9 +159,8 @@ struct BackwardTile {
   void score_gradients(int64_t first, int64_t count) const {
     const int64_t columns = vectors(keys) * w;
     if constexpr (numbers == 1) {
-      Row row;
       for (int64_t i = 0; i < count; ++i) {
-        start<special>(row, first + i);
+        const Row row = this->row<special>(first + i);
         T *score = scores + i * key_block, *product = products + i * key_block;
         for (int64_t j = 0; j < columns; j += w) {
           const Pair pair = gradient<limited, special>(row, score, product, j);
@@ -221,12 +170,10 @@ struct BackwardTile {
       }
     } else {
 #if defined(__AVX512BF16__)
-      Row low, high;
       for (int64_t i = 0; i < count; i += 2) {
         const T *score = scores + i * key_block, *product = products + i * key_block;
         const bool both = i + 1 < count;
-        start<special>(low, first + i);
-        start<special>(high, first + i + both);
+        const Row low = row<special>(first + i), high = row<special>(first + i + both);
         Element* to_p = p + (first + i) / 2 * key_block;
         Element* to_d = d + (first + i) / 2 * key_block;
         Element* along = d_along + (first + i) * (key_block / 2);
@@ -240,8 +187,8 @@ struct BackwardTile {
               b = gradient<limited, special>(high, score + key_block, product + key_block, column);
             d_low[v] = a.d;
             d_high[v] = b.d;
-            store(to_p + column, pair_rows(a.p, b.p));
-            store(to_d + column, pair_rows(a.d, b.d));
+            store(to_p + column, pairs_of(a.p, b.p));
+            store(to_d + column, pairs_of(a.d, b.d));
           }
           store(along + j / 2, pair_lanes(d_low[0], d_low[1]));
           if (both) store(along + (key_block + j) / 2, pair_lanes(d_high[0], d_high[1]));

@@ -231,10 +231,34 @@ MMFAST_INLINE V read_some(const char* at, Dtype dtype, int64_t count) {
     read_numbers(at, dtype, v);
     return v;
   }
+#if defined(__AVX512F__)
+  if (per == 16 && count > 0) {
+    const auto some = (__mmask16)((1u << count) - 1);
+    if (dtype == Dtype::float32) return (V)_mm512_maskz_loadu_ps(some, at);
+    if (dtype != Dtype::float64) {
+      char halves[32];
+      _mm256_storeu_si256((__m256i*)halves, _mm256_maskz_loadu_epi16(some, at));
+      read_numbers(halves, dtype, v);
+      return v;
+    }
+  }
+#endif
   char padded[per * sizeof(double)]{};
   if (count > 0) std::memcpy(padded, at, (size_t)(count * size_of(dtype)));
   read_numbers(padded, dtype, v);
   return v;
+}
+
+// The first count numbers of a vector, less than all.
+template <class V>
+MMFAST_INLINE void store_first(void* at, V v, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V{}[0]) == 4) {
+    _mm512_mask_storeu_ps(at, (__mmask16)((1u << count) - 1), (__m512)v);
+    return;
+  }
+#endif
+  std::memcpy(at, &v, (size_t)count * sizeof(V{}[0]));
 }
 
 // `rows` rows of `width` numbers, row(i) where the i-th starts, `step` elements apart. The elements of
@@ -255,8 +279,7 @@ static void pack_along(typename Kind::Element* out, int64_t step, const Row& row
       for (; d + per <= width; d += per)
         store(to + d, read_some<V>(from + d * size_of(dtype), dtype, per));
       if (d < width) {
-        const V rest = read_some<V>(from + d * size_of(dtype), dtype, width - d);
-        std::memcpy(to + d, &rest, (size_t)(width - d) * sizeof *to);
+        store_first(to + d, read_some<V>(from + d * size_of(dtype), dtype, width - d), width - d);
       }
     }
   }
