@@ -11,14 +11,17 @@ from mmfast.ops.kmeans import KMeansResult, kmeans
 from mmfast.ops.lookup_free_quantize import LookupFreeQuantized, lookup_free_quantize
 from mmfast.ops.nearest_code import nearest_code
 from mmfast.ops.pack_indices import pack_indices, unpack_indices
+from mmfast.ops.qk_norm_rope import qk_norm_rope
 from mmfast.ops.randn import randn
 from mmfast.ops.residual_quantize import ResidualQuantized, residual_quantize
+from mmfast.ops.rotary_tables import rotary_tables
 from mmfast.ops.sample_code import sample_code
 from mmfast.ops.sampler_step import sampler_step
 from mmfast.ops.soft_assignment_statistics import (
     SoftAssignmentStatistics,
     soft_assignment_statistics,
 )
+from mmfast.ops.timestep_embedding import timestep_embedding
 from mmfast.ops.vector_quantize import VectorQuantized, vector_quantize
 from mmfast.version import __version__
 
@@ -46,11 +49,14 @@ __all__ = [
     "nearest_code",
     "pack_indices",
     "projected_guidance_factors",
+    "qk_norm_rope",
     "randn",
     "residual_quantize",
+    "rotary_tables",
     "sample_code",
     "sampler_step",
     "soft_assignment_statistics",
+    "timestep_embedding",
     "unpack_indices",
     "use_backend",
     "vector_quantize",
