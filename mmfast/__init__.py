@@ -6,8 +6,11 @@ from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.dynamic_threshold import dynamic_threshold
 from mmfast.ops.ema_update import ema_update_, ema_update_from_statistics_
 from mmfast.ops.finite_scalar_quantize import FiniteScalarQuantized, finite_scalar_quantize
+from mmfast.ops.gated_residual import gated_residual
+from mmfast.ops.gated_residual_modulate import GatedResidualModulated, gated_residual_modulate
 from mmfast.ops.guidance_factors import guidance_factors, projected_guidance_factors
 from mmfast.ops.kmeans import KMeansResult, kmeans
+from mmfast.ops.layer_norm_modulate import layer_norm_modulate
 from mmfast.ops.lookup_free_quantize import LookupFreeQuantized, lookup_free_quantize
 from mmfast.ops.nearest_code import nearest_code
 from mmfast.ops.pack_indices import pack_indices, unpack_indices
@@ -31,6 +34,7 @@ __all__ = [
     "AddedNoise",
     "BackendError",
     "FiniteScalarQuantized",
+    "GatedResidualModulated",
     "KMeansResult",
     "LookupFreeQuantized",
     "ResidualQuantized",
@@ -43,8 +47,11 @@ __all__ = [
     "ema_update_",
     "ema_update_from_statistics_",
     "finite_scalar_quantize",
+    "gated_residual",
+    "gated_residual_modulate",
     "guidance_factors",
     "kmeans",
+    "layer_norm_modulate",
     "lookup_free_quantize",
     "nearest_code",
     "pack_indices",
