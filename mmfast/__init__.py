@@ -7,6 +7,7 @@ from mmfast.ops.dynamic_threshold import dynamic_threshold
 from mmfast.ops.ema_update import ema_update_, ema_update_from_statistics_
 from mmfast.ops.finite_scalar_quantize import FiniteScalarQuantized, finite_scalar_quantize
 from mmfast.ops.guidance_factors import guidance_factors, projected_guidance_factors
+from mmfast.ops.joint_attention import JointAttention, joint_attention
 from mmfast.ops.kmeans import KMeansResult, kmeans
 from mmfast.ops.lookup_free_quantize import LookupFreeQuantized, lookup_free_quantize
 from mmfast.ops.nearest_code import nearest_code
@@ -15,10 +16,12 @@ from mmfast.ops.randn import randn
 from mmfast.ops.residual_quantize import ResidualQuantized, residual_quantize
 from mmfast.ops.sample_code import sample_code
 from mmfast.ops.sampler_step import sampler_step
+from mmfast.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from mmfast.ops.soft_assignment_statistics import (
     SoftAssignmentStatistics,
     soft_assignment_statistics,
 )
+from mmfast.ops.varlen_attention import varlen_attention
 from mmfast.ops.vector_quantize import VectorQuantized, vector_quantize
 from mmfast.version import __version__
 
@@ -28,6 +31,7 @@ __all__ = [
     "AddedNoise",
     "BackendError",
     "FiniteScalarQuantized",
+    "JointAttention",
     "KMeansResult",
     "LookupFreeQuantized",
     "ResidualQuantized",
@@ -41,6 +45,7 @@ __all__ = [
     "ema_update_from_statistics_",
     "finite_scalar_quantize",
     "guidance_factors",
+    "joint_attention",
     "kmeans",
     "lookup_free_quantize",
     "nearest_code",
@@ -50,8 +55,10 @@ __all__ = [
     "residual_quantize",
     "sample_code",
     "sampler_step",
+    "scaled_dot_product_attention",
     "soft_assignment_statistics",
     "unpack_indices",
     "use_backend",
+    "varlen_attention",
     "vector_quantize",
 ]
