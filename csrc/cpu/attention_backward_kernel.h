@@ -376,12 +376,22 @@ struct AttentionBackward {
     const int64_t count = left < key_block ? left : key_block, columns = in_vectors(count);
     const auto key = [&](int64_t i) { return all.at(&KeyStream::key, head, first + i); };
     const auto value = [&](int64_t i) { return all.at(&KeyStream::value, head, first + i); };
+    // Or they would be read sixteen rows at a time, which no processor foresees.
+    for (int64_t i = 0; i < count; ++i) {
+      prefetch(key(i), args.width);
+      prefetch(value(i), args.value_width);
+    }
     pack_transposed<Kind>(workspace.key + block * elements(args.width) * key_block, key_block, key,
                           count, args.width, columns, args.dtype);
     pack_transposed<Kind>(workspace.value + block * elements(args.value_width) * key_block, key_block,
                           value, count, args.value_width, columns, args.dtype);
     pack_across<Kind>(workspace.key_across + block * elements(key_block) * padded_width, padded_width,
                       key, count, args.width, padded_width, args.dtype);
+  }
+
+  void prefetch(const char* row, int64_t width) const {
+    for (int64_t byte = 0; byte < width * size_of(args.dtype); byte += 64)
+      __builtin_prefetch(row + byte);
   }
 
   void pack_queries(Workspace& workspace, const Queries& all, int64_t head) const {

@@ -150,8 +150,13 @@ MMFAST_INLINE void products(Broadcasts<Kind> a, int64_t rows, Panel<Kind> b, int
     if (rows > m) tile.template operator()<1, N>(m, n);
   };
   int64_t v = 0;
-  for (; v + tile_vectors <= vectors; v += tile_vectors)
+  // Five as three and two: one alone would wait for what is broadcast.
+  for (; v + tile_vectors <= vectors && (tile_vectors < 4 || vectors - v != 5); v += tile_vectors)
     columns.template operator()<tile_vectors>(v * per);
+  if constexpr (tile_vectors > 3)
+    for (; v + 3 <= vectors; v += 3) columns.template operator()<3>(v * per);
+  if constexpr (tile_vectors > 2)
+    for (; v + 2 <= vectors; v += 2) columns.template operator()<2>(v * per);
   for (; v < vectors; ++v) columns.template operator()<1>(v * per);
 }
 
