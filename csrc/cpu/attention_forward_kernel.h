@@ -8,7 +8,7 @@
 // it, nor on how many threads there are.
 //
 // A task is up to 256 queries, of all heads that share a key head, and packs each chunk of keys and
-// values once for them. Memory: (E + Ev) (256 + 192) numbers and some 100 KB for each thread,
+// values once for them. Memory: (E + Ev) (256 + 256) numbers and some 100 KB for each thread,
 // whatever the lengths.
 #pragma once
 #include <atomic>
@@ -26,7 +26,7 @@ struct AttentionForward {
   using V = typename Kind::V;
   using Element = typename Kind::Element;
   static constexpr int64_t block = attention_block, most_blocks = 4;
-  static constexpr int64_t chunk = 3 * block;  // keys
+  static constexpr int64_t chunk = 4 * block;  // keys
   static constexpr int64_t per = sizeof(V) / sizeof(T);
   static constexpr T infinity = __builtin_inf();
 
@@ -377,7 +377,7 @@ struct AttentionForward {
 
   // Outputs of block t.
   void finish(Memory& memory, int64_t batch, int64_t t, int64_t count) const {
-    const int64_t width = args.value_width, size = size_of(args.dtype);
+    const int64_t width = args.value_width;
     const T kept = drops ? args.dropout < 1 ? (T)(1 / (1 - (double)args.dropout)) : 0 : 1;
     alignas(64) T inverse[block];
     const QueryRow* rows = memory.rows + t * block;
@@ -393,25 +393,51 @@ struct AttentionForward {
     }
     for (int64_t i = count; i < block; ++i) inverse[i] = 0;
     const T* sums = memory.sums + t * block * width;
-    for (int64_t first = 0; first < count; first += per) {
-      const V by = load<V>(inverse + first);
-      for (int64_t e = 0; e < width; e += per) {
-        const int64_t n = width - e < per ? width - e : per;
-        V v[per];
-        for (int64_t i = 0; i < n; ++i) v[i] = load<V>(sums + (e + i) * block + first) * by;
-        for (int64_t i = n; i < per; ++i) v[i] = V{};
-        transpose(v);
-        for (int64_t i = 0; i < per && first + i < count; ++i) {
-          char* at = outs[first + i] + e * size;
-          if (n == per) {
-            write_numbers(at, args.dtype, v[i]);
-          } else {
-            char written[per * sizeof(double)];
-            write_numbers(written, args.dtype, v[i]);
-            std::memcpy(at, written, (size_t)(n * size));
-          }
-        }
+    with_dtype<Kind>(args.dtype, [&]<Dtype D>() {
+      for (int64_t first = 0; first < count; first += per)
+        write<D>(sums + first, load<V>(inverse + first), outs + first, count - first);
+    });
+  }
+
+  // Columns of sums, times `by`, to the first `count` rows.
+  template <Dtype D>
+  void write(const T* sums, V by, char* const* outs, int64_t count) const {
+    const int64_t width = args.value_width;
+    constexpr int64_t step = per * Kind::numbers;  // numbers in a vector
+    const auto number = [&](int64_t e) __attribute__((always_inline)) {
+      return load<V>(sums + e * block) * by;
+    };
+    const auto element = [&](int64_t e) __attribute__((always_inline)) {
+      if constexpr (Kind::numbers == 2)
+        return (V)pairs_of(number(e), number(e + 1));
+      else
+        return number(e);
+    };
+    const auto put = [&](int64_t i, int64_t e, V v) __attribute__((always_inline)) {
+      char* at = outs[i] + e * size_of(D);
+      if constexpr (Kind::numbers == 2)
+        store_first(at, v, (width - e) * 2);
+      else
+        write_first(at, D, v, width - e);
+    };
+    V v[per];
+    int64_t e = 0;
+    for (; e + step <= width && count >= per; e += step) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < per; ++i) v[i] = element(e + i * Kind::numbers);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < per; ++i) put(i, e, v[i]);
+    }
+    for (; e < width; e += step) {
+      for (int64_t i = 0; i < per; ++i) {
+        const int64_t at = e + i * Kind::numbers;
+        v[i] = at + Kind::numbers <= width ? element(at) : V{};
+        if constexpr (Kind::numbers == 2)
+          if (at + 1 == width) v[i] = (V)pairs_of(number(at), V{});
       }
+      transpose(v);
+      for (int64_t i = 0; i < per && i < count; ++i) put(i, e, v[i]);
     }
   }
 

@@ -130,7 +130,7 @@ static void added_numbers(const AttentionArgs& args, int64_t batch, const QueryR
       for (int64_t r = 0; r < per; ++r) {
         const QueryRow& row = rows[i + r < queries ? i + r : queries - 1];
         const char* at = mask.at(batch, row.head, row.index, first + j);
-        v[r] = read_some<V>(at, mask.dtype, count - j);
+        v[r] = read_first<V>(at, mask.dtype, count - j);
       }
       transpose(v);
       for (int64_t r = 0; r < per && j + r < count; ++r)
