@@ -293,23 +293,9 @@ struct AttentionBackward {
         V sum = load<V>(shares[0] + i * padded_width + d);
         for (int64_t part = 1; part < parts; ++part)
           sum += load<V>(shares[part] + i * padded_width + d);
-        write_some(to + d * size_of(args.dtype), sum * (T)args.scale, args.width - d);
+        write_first(to + d * size_of(args.dtype), args.dtype, sum * (T)args.scale, args.width - d);
       }
     }
-  }
-
-  void write_some(char* to, V v, int64_t count) const {
-    if (count >= w) {
-      mmfast::MMFAST_ISA::write_numbers(to, args.dtype, v);
-      return;
-    }
-    if (args.dtype == Native<T>::dtype) {
-      store_first(to, v, count);
-      return;
-    }
-    char written[w * sizeof(double)];
-    mmfast::MMFAST_ISA::write_numbers(written, args.dtype, v);
-    std::memcpy(to, written, (size_t)(count * size_of(args.dtype)));
   }
 
   // Gradients of rows that take no part: padding behind a sequence, and queries without keys.
@@ -417,7 +403,7 @@ struct AttentionBackward {
       V sum{};
       for (int64_t d = 0; d < value_width; d += w) {
         const int64_t at = d * size_of(args.dtype), left = value_width - d;
-        sum = fma(read_some<V>(grad + at, args.dtype, left), read_some<V>(out + at, args.dtype, left),
+        sum = fma(read_first<V>(grad + at, args.dtype, left), read_first<V>(out + at, args.dtype, left),
                   sum);
       }
       T delta = 0;
@@ -501,7 +487,7 @@ struct AttentionBackward {
       T* to = workspace.bias + i * key_block;
       if (mask.column == size_of(mask.dtype))
         for (int64_t j = 0; j < tile.keys; j += w)
-          store(to + j, read_some<V>(from + j * mask.column, mask.dtype, tile.keys - j));
+          store(to + j, read_first<V>(from + j * mask.column, mask.dtype, tile.keys - j));
       else
         for (int64_t j = 0; j < tile.keys; ++j)
           to[j] = load_one<T>(from + j * mask.column, mask.dtype);
@@ -538,8 +524,8 @@ struct AttentionBackward {
     for (int64_t j = 0; j < count; ++j) {
       char* to = all.at(rows, head, first + j);
       for (int64_t d = 0; d < width; d += w)
-        write_some(to + d * size_of(args.dtype), load<V>(workspace.rows + j * step + d) * factor,
-                   width - d);
+        write_first(to + d * size_of(args.dtype), args.dtype,
+                    load<V>(workspace.rows + j * step + d) * factor, width - d);
     }
   }
 };
