@@ -236,7 +236,8 @@ struct AttentionBackward {
           for (int64_t i = 0; i < size; i += w) store(total + i, load<V>(total + i) + load<V>(share + i));
         if (part == parts - 1) write_queries(b, head, 0, queries(b).count, &total, 1);
       };
-      one_part(workspace, b, key_head, part, [&](int64_t) { return workspace.grad_query; }, take);
+      one_part(workspace, b, key_head, part, part > 0,
+               [&](int64_t) { return workspace.grad_query; }, take);
     }
     zero_rest(b, key_head, parts == 0);
   }
@@ -251,7 +252,7 @@ struct AttentionBackward {
       const int64_t i = task / parts, part = task % parts;
       const int64_t b = (pair + i) / args.key_heads, key_head = (pair + i) % args.key_heads;
       if (part < parts_of(keys(b).count))
-        one_part(workspace, b, key_head, part, [&](int64_t g) { return share(i, g, part); },
+        one_part(workspace, b, key_head, part, false, [&](int64_t g) { return share(i, g, part); },
                  [](int64_t, const T*) {});
       if (part == 0) zero_rest(b, key_head, keys(b).count == 0);
     };
@@ -321,10 +322,10 @@ struct AttentionBackward {
   }
 
   // Gradients of one part's keys and values, and for each head of the group its share of the
-  // queries': in share(g), handed to take(g, share).
+  // queries': in share(g), handed to take(g, share). `packed`: the part before was packed here.
   template <class Share, class Take>
-  void one_part(Workspace& workspace, int64_t b, int64_t key_head, int64_t part, const Share& share,
-                const Take& take) const {
+  void one_part(Workspace& workspace, int64_t b, int64_t key_head, int64_t part, bool packed,
+                const Share& share, const Take& take) const {
     const Keys all_keys = keys(b);
     const Queries all_queries = queries(b);
     const int64_t size = part_keys(all_keys.count), begin = part * size;
@@ -339,7 +340,7 @@ struct AttentionBackward {
                 (size_t)(blocks * args.value_width * key_block) * sizeof(T));
     for (int64_t g = 0; g < group; ++g) {
       const int64_t head = key_head * group + g;
-      pack_queries(workspace, all_queries, head);
+      if (!(packed && group == 1)) pack_queries(workspace, all_queries, head);
       T* grad_query = share(g);
       std::memset(grad_query, 0, (size_t)(all_queries.count * padded_width) * sizeof(T));
       for (int64_t block = 0; block < blocks; block += near_blocks)

@@ -8,8 +8,8 @@
 namespace mmfast::MMFAST_ISA {
 
 // Sums that fill the registers and leave room for the factors.
-constexpr int tile_rows = 6;
-constexpr int tile_vectors = lanes == 16 ? 4 : 2;
+constexpr int product_rows = 6;
+constexpr int product_vectors = lanes == 16 ? 4 : 2;
 
 template <class V, int M, int N>
 struct SumTile {
@@ -85,7 +85,7 @@ MMFAST_INLINE void products(Broadcasts<Kind> a, int64_t rows, Panel<Kind> b, int
   };
   const auto columns = [&]<int N>(int64_t n) __attribute__((always_inline)) {
     int64_t m = 0;
-    for (; m + tile_rows <= rows; m += tile_rows) tile.template operator()<tile_rows, N>(m, n);
+    for (; m + product_rows <= rows; m += product_rows) tile.template operator()<product_rows, N>(m, n);
     if (rows - m >= 4) {
       tile.template operator()<4, N>(m, n);
       m += 4;
@@ -98,11 +98,11 @@ MMFAST_INLINE void products(Broadcasts<Kind> a, int64_t rows, Panel<Kind> b, int
   };
   int64_t v = 0;
   // Five as three and two: one alone would wait for what is broadcast.
-  for (; v + tile_vectors <= vectors && (tile_vectors < 4 || vectors - v != 5); v += tile_vectors)
-    columns.template operator()<tile_vectors>(v * per);
-  if constexpr (tile_vectors > 3)
+  for (; v + product_vectors <= vectors && (product_vectors < 4 || vectors - v != 5); v += product_vectors)
+    columns.template operator()<product_vectors>(v * per);
+  if constexpr (product_vectors > 3)
     for (; v + 3 <= vectors; v += 3) columns.template operator()<3>(v * per);
-  if constexpr (tile_vectors > 2)
+  if constexpr (product_vectors > 2)
     for (; v + 2 <= vectors; v += 2) columns.template operator()<2>(v * per);
   for (; v < vectors; ++v) columns.template operator()<1>(v * per);
 }
