@@ -74,14 +74,14 @@ class AttentionViews {
     return {rows, nullptr, list.data()};
   }
 
-  // From where each batch begins in `tokens` rows, and the end of the last, (B + 1,). Batches that
-  // are out of order or out of range have what is left of them.
-  Sequences sequences_from(const Tensor& bounds, int64_t tokens) {
+  // From where each batch begins in `tokens` rows, and the end of the last, (B + 1,). What is out of
+  // order, out of range or beyond the longest is not there.
+  Sequences sequences_from(const Tensor& bounds, int64_t tokens, int64_t longest) {
     std::vector<int64_t>& begins = integers(bounds);
     std::vector<int64_t>& lengths = lists_.emplace_back();
     for (int64_t& bound : begins) bound = std::clamp<int64_t>(bound, 0, tokens);
     for (size_t b = 0; b + 1 < begins.size(); ++b)
-      lengths.push_back(std::max<int64_t>(begins[b + 1] - begins[b], 0));
+      lengths.push_back(std::clamp<int64_t>(begins[b + 1] - begins[b], 0, longest));
     return {0, begins.data(), lengths.data()};
   }
 
@@ -106,6 +106,25 @@ class AttentionViews {
   std::deque<std::vector<int64_t>> lists_;
 };
 
+// For query (B, H, L, E), or (N, H, E) of which the caller sets the batches; nothing else is set.
+inline AttentionArgs attention_args(const Tensor& query, int64_t key_heads, int64_t value_width,
+                                    double scale) {
+  AttentionArgs args{};
+  args.dtype = dtype_of(query);
+  args.batches = query.size(0);
+  args.heads = query.size(1);
+  args.key_heads = key_heads;
+  args.width = query.size(query.dim() - 1);
+  args.value_width = value_width;
+  args.scale = scale;
+  return args;
+}
+
+inline void check_memory(bool made) {
+  STD_TORCH_CHECK(made, "mmfast: attention ran out of memory for its workspace");
+}
+
+// Of a tensor (), or 0.
 inline int64_t integer_of(const Optional& tensor) {
   return tensor ? *(const int64_t*)tensor->data_ptr() : 0;
 }

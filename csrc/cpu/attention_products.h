@@ -8,8 +8,8 @@
 namespace mmfast::MMFAST_ISA {
 
 // Sums that fill the registers and leave room for the factors.
-constexpr int tile_rows = 6;
-constexpr int tile_vectors = lanes == 16 ? 4 : 2;
+constexpr int product_rows = 6;
+constexpr int product_vectors = lanes == 16 ? 4 : 2;
 
 template <class V, int M, int N>
 struct SumTile {
@@ -85,7 +85,7 @@ MMFAST_INLINE void products(Broadcasts<Kind> a, int64_t rows, Panel<Kind> b, int
   };
   const auto columns = [&]<int N>(int64_t n) __attribute__((always_inline)) {
     int64_t m = 0;
-    for (; m + tile_rows <= rows; m += tile_rows) tile.template operator()<tile_rows, N>(m, n);
+    for (; m + product_rows <= rows; m += product_rows) tile.template operator()<product_rows, N>(m, n);
     if (rows - m >= 4) {
       tile.template operator()<4, N>(m, n);
       m += 4;
@@ -97,8 +97,8 @@ MMFAST_INLINE void products(Broadcasts<Kind> a, int64_t rows, Panel<Kind> b, int
     if (rows > m) tile.template operator()<1, N>(m, n);
   };
   int64_t v = 0;
-  for (; v + tile_vectors <= vectors; v += tile_vectors)
-    columns.template operator()<tile_vectors>(v * per);
+  for (; v + product_vectors <= vectors; v += product_vectors)
+    columns.template operator()<product_vectors>(v * per);
   for (; v < vectors; ++v) columns.template operator()<1>(v * per);
 }
 

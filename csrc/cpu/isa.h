@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/code_statistics.h"
 #include "cpu/ema_update.h"
 #include "cpu/finite_scalar_quantize.h"
@@ -43,6 +44,7 @@ struct Kernels {
   bool (*soft_assignment_statistics_bwd)(const SoftAssignmentBwdArgs&, const Parallel&);
   void (*sampler_step)(const SamplerStepArgs&, const Parallel&);
   void (*guidance_factors)(const GuidanceFactorsArgs&, const Parallel&);
+  bool (*attention_forward)(const AttentionArgs&, const Parallel&);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -3,6 +3,7 @@
 #include "cpu/isa.h"
 // After isa.h and the standard headers: nothing in these may instantiate library templates, whose
 // code the linker would share with processors that lack these instructions.
+#include "cpu/attention_forward_kernel.h"
 #include "cpu/code_statistics_kernel.h"
 #include "cpu/ema_update_kernel.h"
 #include "cpu/finite_scalar_quantize_kernel.h"
@@ -48,5 +49,6 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::soft_assignment_statistics_bwd,
     &MMFAST_ISA::sampler_step,
     &MMFAST_ISA::guidance_factors,
+    &MMFAST_ISA::attention_forward,
 };
 }
