@@ -69,8 +69,8 @@ struct AttentionArgs {
   Causal causal;
   AttentionMask mask;
   // Probability (b, h, i, j) is dropped where the uniform number of element
-  // ((b heads + h) rows + i) keys + j is below this, rows and keys those of the streams.
-  float dropout;
+  // ((b heads + h) rows + i) keys + j is below this in float32, rows and keys those of the streams.
+  double dropout;
   int64_t seed, offset;
   char* grad_mask;  // null: not wanted; [batch][head][row][column] of double, 1 where mask broadcasts
   // Batches may be without rows or keys; E or Ev may be 0.

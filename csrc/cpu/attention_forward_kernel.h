@@ -378,7 +378,7 @@ struct AttentionForward {
   // Outputs of block t.
   void finish(Memory& memory, int64_t batch, int64_t t, int64_t count) const {
     const int64_t width = args.value_width;
-    const T kept = drops ? args.dropout < 1 ? (T)(1 / (1 - (double)args.dropout)) : 0 : 1;
+    const T kept = drops ? args.dropout < 1 ? (T)(1 / (1 - args.dropout)) : 0 : 1;
     alignas(64) T inverse[block], lse[block];
     for (int64_t i = 0; i < block; i += per) {
       const V total = load<V>(memory.total[t] + i), most = load<V>(memory.largest[t] + i);
