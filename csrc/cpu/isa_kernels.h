@@ -11,11 +11,13 @@
 #include "cpu/nearest_code_kernel.h"
 #include "cpu/pack_indices_kernel.h"
 #include "cpu/peak.h"
+#include "cpu/qk_norm_rope_kernel.h"
 #include "cpu/randn_kernel.h"
 #include "cpu/residual_quantize_kernel.h"
 #include "cpu/sample_code_kernel.h"
 #include "cpu/soft_assignment_statistics_kernel.h"
 #include "cpu/sampler_step_kernel.h"
+#include "cpu/timestep_embedding_kernel.h"
 #include "cpu/vector_quantize_bwd_kernel.h"
 #include "cpu/vector_quantize_kernel.h"
 
@@ -48,5 +50,8 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::soft_assignment_statistics_bwd,
     &MMFAST_ISA::sampler_step,
     &MMFAST_ISA::guidance_factors,
+    &MMFAST_ISA::qk_norm_rope,
+    &MMFAST_ISA::qk_norm_rope_bwd,
+    &MMFAST_ISA::timestep_embedding,
 };
 }

@@ -112,6 +112,47 @@ MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vd v) {
   std::memcpy(at, written, (size_t)(native_width<double> * size_of(dtype)));
 }
 
+// Neighbours exchanged: b a d c ...
+MMFAST_INLINE vf swap_pairs(vf v) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_permute_ps((__m512)v, 0xB1);
+#elif defined(__AVX2__)
+  return (vf)_mm256_permute_ps((__m256)v, 0xB1);
+#else
+  return (vf)_mm_shuffle_ps((__m128)v, (__m128)v, 0xB1);
+#endif
+}
+MMFAST_INLINE vd swap_pairs(vd v) {
+#if defined(__AVX512F__)
+  return (vd)_mm512_permute_pd((__m512d)v, 0x55);
+#elif defined(__AVX2__)
+  return (vd)_mm256_permute_pd((__m256d)v, 0x5);
+#else
+  return (vd)_mm_shuffle_pd((__m128d)v, (__m128d)v, 1);
+#endif
+}
+
+MMFAST_INLINE float sum_lanes(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  const __m128 a = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 b = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return b[0] + b[1];
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+MMFAST_INLINE double sum_lanes(vd v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)v);
+#else
+  double total = v[0];
+  for (int i = 1; i < native_width<double>; ++i) total += v[i];
+  return total;
+#endif
+}
+
 // e^x for any x. Polynomial of Cephes' expf; the power of two is applied in halves, so that
 // neither overflows before the result does.
 MMFAST_INLINE vf exponential(vf x) {
