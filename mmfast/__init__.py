@@ -6,11 +6,13 @@ from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.dynamic_threshold import dynamic_threshold
 from mmfast.ops.ema_update import ema_update_, ema_update_from_statistics_
 from mmfast.ops.finite_scalar_quantize import FiniteScalarQuantized, finite_scalar_quantize
+from mmfast.ops.gated_activation import gated_activation, geglu, swiglu
 from mmfast.ops.guidance_factors import guidance_factors, projected_guidance_factors
 from mmfast.ops.kmeans import KMeansResult, kmeans
 from mmfast.ops.lookup_free_quantize import LookupFreeQuantized, lookup_free_quantize
 from mmfast.ops.nearest_code import nearest_code
 from mmfast.ops.pack_indices import pack_indices, unpack_indices
+from mmfast.ops.patchify import patchify, unpatchify
 from mmfast.ops.randn import randn
 from mmfast.ops.residual_quantize import ResidualQuantized, residual_quantize
 from mmfast.ops.sample_code import sample_code
@@ -40,18 +42,23 @@ __all__ = [
     "ema_update_",
     "ema_update_from_statistics_",
     "finite_scalar_quantize",
+    "gated_activation",
+    "geglu",
     "guidance_factors",
     "kmeans",
     "lookup_free_quantize",
     "nearest_code",
     "pack_indices",
+    "patchify",
     "projected_guidance_factors",
     "randn",
     "residual_quantize",
     "sample_code",
     "sampler_step",
     "soft_assignment_statistics",
+    "swiglu",
     "unpack_indices",
+    "unpatchify",
     "use_backend",
     "vector_quantize",
 ]
