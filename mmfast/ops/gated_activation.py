@@ -312,8 +312,8 @@ def _sample(
 
 def samples() -> Iterable[Sample]:
     """MLPs of diffusion transformers (``bench``) and odd shapes."""
-    yield _sample((2, 256, 4608), "gelu_tanh", bench=True)
-    yield _sample((2, 256, 4608), "silu", "value_gate", bench=True)
+    yield _sample((4, 256, 4608), "gelu_tanh", bench=True)
+    yield _sample((4, 256, 4608), "silu", "value_gate", bench=True)
     for activation in ACTIVATIONS:
         yield _sample((3, 37), activation)
         yield _sample((2, 5, 67), activation, gated=True)
@@ -342,8 +342,8 @@ def _sample_bwd(
 
 def samples_bwd() -> Iterable[Sample]:
     """As above."""
-    yield _sample_bwd((2, 256, 4608), "gelu_tanh", bench=True)
-    yield _sample_bwd((2, 256, 4608), "silu", "value_gate", bench=True)
+    yield _sample_bwd((4, 256, 4608), "gelu_tanh", bench=True)
+    yield _sample_bwd((4, 256, 4608), "silu", "value_gate", bench=True)
     for activation in ACTIVATIONS:
         yield _sample_bwd((3, 37), activation)
         yield _sample_bwd((2, 5, 67), activation, gated=True)
