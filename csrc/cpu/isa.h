@@ -6,6 +6,7 @@
 #include "cpu/code_statistics.h"
 #include "cpu/ema_update.h"
 #include "cpu/finite_scalar_quantize.h"
+#include "cpu/gated_activation.h"
 #include "cpu/guidance_factors.h"
 #include "cpu/lookup_free_quantize.h"
 #include "cpu/nearest_code.h"
@@ -48,6 +49,7 @@ struct Kernels {
   bool (*qk_norm_rope)(const QkNormRopeArgs&, const Parallel&);
   bool (*qk_norm_rope_bwd)(const QkNormRopeArgs&, const Parallel&);
   void (*timestep_embedding)(const TimestepEmbeddingArgs&, const Parallel&);
+  void (*gated_activation)(const GatedActivationArgs&, const Parallel&);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -6,6 +6,7 @@
 #include "cpu/code_statistics_kernel.h"
 #include "cpu/ema_update_kernel.h"
 #include "cpu/finite_scalar_quantize_kernel.h"
+#include "cpu/gated_activation_kernel.h"
 #include "cpu/guidance_factors_kernel.h"
 #include "cpu/lookup_free_quantize_kernel.h"
 #include "cpu/nearest_code_kernel.h"
@@ -53,5 +54,6 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::qk_norm_rope,
     &MMFAST_ISA::qk_norm_rope_bwd,
     &MMFAST_ISA::timestep_embedding,
+    &MMFAST_ISA::gated_activation,
 };
 }

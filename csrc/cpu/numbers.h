@@ -156,8 +156,13 @@ MMFAST_INLINE double sum_lanes(vd v) {
 // e^x for any x. Polynomial of Cephes' expf; the power of two is applied in halves, so that
 // neither overflows before the result does.
 MMFAST_INLINE vf exponential(vf x) {
-  using vw = int32_t __attribute__((vector_size(4 * lanes)));
+#if defined(__AVX512F__)
+  // Either returns the second of two operands where one is NaN, which then stays.
+  const vf bounded = (vf)_mm512_max_ps(_mm512_set1_ps(-104.f),
+                                       _mm512_min_ps(_mm512_set1_ps(89.f), (__m512)x));
+#else
   const vf bounded = x > 89.f ? vf{} + 89.f : x < -104.f ? vf{} - 104.f : x;
+#endif
   const vf magic = vf{} + 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   const vf shifted = fma(bounded, vf{} + 1.44269504f, magic);
   const vf n = shifted - magic;
@@ -169,10 +174,15 @@ MMFAST_INLINE vf exponential(vf x) {
   p = fma(p, r, vf{} + 1.6666665459e-1f);
   p = fma(p, r, vf{} + 5.0000001201e-1f);
   p = fma(p * r, r, r + 1.f);
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  using vw = int32_t __attribute__((vector_size(4 * lanes)));
   const vw power = (vw)shifted - (vw)magic, half = power >> 1;
   const vf first = (vf)((half + 127) << 23), second = (vf)((power - half + 127) << 23);
   const vf result = p * first * second;
   return x != x ? x : result;
+#endif
 }
 MMFAST_INLINE vd exponential(vd x) {
   for (int i = 0; i < native_width<double>; ++i) x[i] = __builtin_exp(x[i]);
