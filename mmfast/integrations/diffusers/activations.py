@@ -1,0 +1,3 @@
+"""diffusers: the activations of its feed-forwards, which split and gate in one pass."""
+
+from __future__ import annotations
