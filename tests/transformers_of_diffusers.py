@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from cases import normal
+from torch import Tensor, nn
 
 
 def randomised(model: nn.Module) -> nn.Module:

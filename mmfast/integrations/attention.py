@@ -193,4 +193,3 @@ def patch_attention() -> Iterator[AttentionReport]:
         yield report
     finally:
         F.scaled_dot_product_attention = before
-

@@ -14,6 +14,7 @@ import mmfast
 from mmfast.integrations.attention import scaled_dot_product_attention
 from mmfast.integrations.binding import Library, Method, Swap
 from mmfast.integrations.rehearsal import block_difference
+from mmfast.integrations.residuals import add, add_and_modulate
 
 
 class DiTBlock:
@@ -23,13 +24,13 @@ class DiTBlock:
 
     def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
         """Tokens (B, L, C) from tokens and the condition (B, C)."""
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
+            6, dim=1
+        )
         normed = mmfast.layer_norm_modulate(x, shift, scale, eps=self.norm1.eps)
         y = _attended(self.attn, normed)
-        x, normed = mmfast.gated_residual_modulate(
-            *promoted(x, gate, y), shift_mlp, scale_mlp, eps=self.norm2.eps
-        )
-        return mmfast.gated_residual(x, gate_mlp, self.mlp(normed))
+        x, normed = add_and_modulate(x, gate, y, shift_mlp, scale_mlp, eps=self.norm2.eps)
+        return add(x, gate_mlp, self.mlp(normed))
 
 
 class FinalLayer:
@@ -64,7 +65,9 @@ _OURS: tuple[Any, ...] = (DiTBlock, FinalLayer)
 
 def _match(module: nn.Module) -> Any:
     for ours in _OURS:
-        if type(module).__name__ == ours.__name__ and all(hasattr(module, n) for n in ours.attributes):
+        if type(module).__name__ == ours.__name__ and all(
+            hasattr(module, n) for n in ours.attributes
+        ):
             return ours
     return None
 

@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from mmfast.integrations import diffusers, dit, taming, torch_attention, transformers, vector_quantize
+from mmfast.integrations import (
+    diffusers,
+    dit,
+    taming,
+    torch_attention,
+    transformers,
+    vector_quantize,
+)
 from mmfast.integrations.binding import Exchange, Library, Method, Swap, bound_names, is_bound
 from mmfast.integrations.diffusers.attention import restored_processor
 from mmfast.integrations.diffusers.swapping import restored, schedulers_in, swapped

@@ -26,7 +26,9 @@ def _altered(module: ModuleType, **members: Any) -> ModuleType:
     return copy
 
 
-_functional = _altered(torch.nn.functional, scaled_dot_product_attention=scaled_dot_product_attention)
+_functional = _altered(
+    torch.nn.functional, scaled_dot_product_attention=scaled_dot_product_attention
+)
 _nn = _altered(torch.nn, functional=_functional)
 _OURS: dict[Any, Any] = {
     torch: _altered(torch, nn=_nn),

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import mmfast
 from mmfast.integrations.binding import Library, Method, Swap, loaded_class
-from mmfast.integrations.diffusers.norms import kind_of, modulated, options, promoted
+from mmfast.integrations.diffusers.norms import kind_of, modulated, options
+from mmfast.integrations.residuals import add, add_and_modulate
 
 _HALF = 65504.0  # the largest number of float16
 
@@ -24,14 +24,7 @@ def _join(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``r = x + gate y`` and ``norm(r) (1 + scale) + shift``."""
-    x, y = promoted(x, y)
-    return mmfast.gated_residual_modulate(x, gate, y, shift, scale, **options(norm))
-
-
-def _add(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """``x + gate y``."""
-    x, y = promoted(x, y)
-    return mmfast.gated_residual(x, gate, y)
+    return add_and_modulate(x, gate, y, shift, scale, **options(norm))
 
 
 def _fed(block: Any, feed_forward: nn.Module, x: Tensor) -> Tensor:
@@ -102,7 +95,7 @@ class BasicTransformerBlock:
         if self.attn2 is None:
             x, normed = _join(last, x, gate, y, shift_mlp, scale_mlp)
         else:
-            x = _add(x, gate, y)
+            x = add(x, gate, y)
             query = x if self.norm_type == "ada_norm_single" else self.norm2(x)
             if self.pos_embed is not None and self.norm_type != "ada_norm_single":
                 query = self.pos_embed(query)
@@ -113,7 +106,7 @@ class BasicTransformerBlock:
                 **given,
             )
             normed = modulated(last, x, shift_mlp, scale_mlp)
-        return _add(x, gate_mlp, _fed(self, self.ff, normed))
+        return add(x, gate_mlp, _fed(self, self.ff, normed))
 
 
 class JointTransformerBlock:
@@ -137,15 +130,15 @@ class JointTransformerBlock:
         y, text_y = self.attn(hidden_states=normed, encoder_hidden_states=normed_text, **given)
         if self.use_dual_attention:
             normed2, gate2 = second
-            x = _add(x, gate, y)
+            x = add(x, gate, y)
             gate, y = gate2, self.attn2(hidden_states=normed2, **given)
         x, normed = _join(self.norm2, x, gate, y, shift_mlp, scale_mlp)
-        x = _add(x, gate_mlp, _fed(self, self.ff, normed))
+        x = add(x, gate_mlp, _fed(self, self.ff, normed))
         if self.context_pre_only:
             return None, x
         gate, shift_mlp, scale_mlp, gate_mlp = of_text
         text, normed = _join(self.norm2_context, text, gate, text_y, shift_mlp, scale_mlp)
-        return _add(text, gate_mlp, _fed(self, self.ff_context, normed)), x
+        return add(text, gate_mlp, _fed(self, self.ff_context, normed)), x
 
 
 class FluxTransformerBlock:
@@ -171,12 +164,12 @@ class FluxTransformerBlock:
         )
         gate, shift_mlp, scale_mlp, gate_mlp = of_image
         x, normed = _join(self.norm2, x, gate, y, shift_mlp, scale_mlp)
-        x = _add(x, gate_mlp, self.ff(normed))
+        x = add(x, gate_mlp, self.ff(normed))
         if adapter:
             x = x + adapter[0]
         gate, shift_mlp, scale_mlp, gate_mlp = of_text
         text, normed = _join(self.norm2_context, text, gate, text_y, shift_mlp, scale_mlp)
-        text = _add(text, gate_mlp, self.ff_context(normed))
+        text = add(text, gate_mlp, self.ff_context(normed))
         return _clipped(text), x
 
 
@@ -201,7 +194,7 @@ class FluxSingleTransformerBlock:
             image_rotary_emb=image_rotary_emb,
             **(joint_attention_kwargs or {}),
         )
-        x = _add(x, gate, self.proj_out(torch.cat([y, hidden], dim=2)))
+        x = add(x, gate, self.proj_out(torch.cat([y, hidden], dim=2)))
         x = _clipped(x)
         return x[:, :length], x[:, length:]
 
@@ -226,12 +219,12 @@ class WanTransformerBlock:
         )
         y = self.attn1(modulated(self.norm1, x, shift, scale), None, None, rotary_emb)
         if isinstance(self.norm2, nn.Identity):
-            x = normed = _add(x, gate, y)
+            x = normed = add(x, gate, y)
         else:
             x, normed = _join(self.norm2, x, gate, y)
         x = x + self.attn2(normed, encoder_hidden_states, None, None)
         normed = modulated(self.norm3, x, shift_mlp, scale_mlp)
-        return _add(x, gate_mlp, self.ffn(normed))
+        return add(x, gate_mlp, self.ffn(normed))
 
 
 # Class: the library's file, what takes the place of its forward, and the norms that this computes.

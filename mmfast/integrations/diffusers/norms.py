@@ -17,12 +17,6 @@ def modulated(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | 
     return mmfast.layer_norm_modulate(x, shift, scale, **options(norm))
 
 
-def promoted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype that their sum has: under autocast a branch comes in a lower one."""
-    dtype = torch.promote_types(x.dtype, y.dtype)
-    return x.to(dtype), y.to(dtype)
-
-
 def kind_of(norm: Any) -> str | None:
     """``"layer"``, ``"rms"``, or None for a norm of another kind."""
     if isinstance(norm, nn.LayerNorm):
