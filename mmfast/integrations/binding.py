@@ -107,15 +107,15 @@ class Swap:
 
     Attributes:
         methods: to bind; none where the module stays as it is.
-        exchanges: other changes to make.
         done: what then runs on mmfast, for the report.
         left: what keeps its own code and why, for the report.
+        exchanges: other changes to make.
     """
 
     methods: tuple[Method, ...] = ()
-    exchanges: tuple[Exchange, ...] = ()
     done: str = ""
     left: str = ""
+    exchanges: tuple[Exchange, ...] = ()
 
 
 @dataclass(frozen=True)

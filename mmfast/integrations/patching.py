@@ -35,13 +35,14 @@ LIBRARIES: dict[str, Library] = {
 
 
 def patch(model: Any, *, libraries: Iterable[str] | None = None) -> PatchReport:
-    """Make other libraries' quantisers, attention and transformer blocks in ``model`` run on mmfast.
+    """Make other libraries' quantisers, attention and blocks inside ``model`` run on mmfast.
 
     Modules stay where they are, with their class, parameters, buffers, hooks and state-dict
-    keys; the methods that mmfast has something faster for are replaced on each instance. Outputs keep their types
-    and shapes, in training and evaluation. Values and gradients are the same to rounding, and the
-    indices too, except where the library's arithmetic did not find the nearest code: mmfast's
-    indices are exact. ``docs/integrations.md`` lists what each library's modules gain.
+    keys; the methods that mmfast has something faster for are replaced on each instance. Outputs
+    keep their types and shapes, in training and evaluation. Values and gradients are the same to
+    rounding, and the indices too, except where the library's arithmetic did not find the nearest
+    code: mmfast's indices are exact. ``docs/integrations.md`` lists what each library's modules
+    gain.
 
     The patch moves with ``model.to(...)`` and ``copy.deepcopy(model)``, and works under
     ``torch.compile``. Patching twice changes nothing more.

@@ -99,8 +99,8 @@ def _block_results(block: Any, forward: Callable[..., Any], training: bool) -> l
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         leaves, structure = tree_flatten(forward(block, x, c))
-        total = sum(leaf.square().sum() for leaf in leaves if isinstance(leaf, Tensor))
-        return [structure, *leaves, *torch.autograd.grad(total, (x, c), allow_unused=True)]
+        total = torch.stack([leaf.square().sum() for leaf in leaves if isinstance(leaf, Tensor)])
+        return [structure, *leaves, *torch.autograd.grad(total.sum(), (x, c), allow_unused=True)]
 
 
 def _results(module: nn.Module, forward: Callable[..., Any], training: bool) -> list[Any]:

@@ -139,7 +139,7 @@ def _swap_attention(model: Any) -> Swap:
     return Swap(exchanges=(Implementation(model, before),), done=done)
 
 
-def restored(module: nn.Module) -> bool:
+def restored(module: Any) -> bool:
     """Give a model PyTorch's attention back; whether it had ours."""
     if not _is_model(module) or module.config._attn_implementation != NAME:
         return False

@@ -34,7 +34,7 @@ def _pickled(processor: Any, _: Any) -> tuple[Any, ...]:
 
 def _copied(processor: Any, memo: dict[int, Any]) -> Any:
     """A deep copy, which keeps the patch."""
-    twin = type(processor).__new__(type(processor))
+    twin = object.__new__(type(processor))
     memo[id(processor)] = twin
     vars(twin).update(copy.deepcopy(vars(processor), memo))
     return twin

@@ -51,21 +51,24 @@ def _normed(
     if norm_q is None or norm_k is None:
         if rotary is None:
             return q, k
-        return mmfast.qk_norm_rope(q, k, cos=cos, sin=sin, norm="none")
-    of_q, of_k = options(norm_q), options(norm_k)
-    return mmfast.qk_norm_rope(
-        q,
-        k,
-        of_q["weight"],
-        of_k["weight"],
-        cos,
-        sin,
-        norm=of_q["norm"],
-        bias_q=of_q["bias"],
-        bias_k=of_k["bias"],
-        eps=of_q["eps"],
-        across_heads=across_heads,
-    )
+        out_q, out_k = mmfast.qk_norm_rope(q, k, cos=cos, sin=sin, norm="none")
+    else:
+        of_q, of_k = options(norm_q), options(norm_k)
+        out_q, out_k = mmfast.qk_norm_rope(
+            q,
+            k,
+            of_q["weight"],
+            of_k["weight"],
+            cos,
+            sin,
+            norm=of_q["norm"],
+            bias_q=of_q["bias"],
+            bias_k=of_k["bias"],
+            eps=of_q["eps"],
+            across_heads=across_heads,
+        )
+    assert out_k is not None  # k was given
+    return out_q, out_k
 
 
 def _alike(*norms: Any) -> bool:
@@ -74,6 +77,12 @@ def _alike(*norms: Any) -> bool:
     if any(norm is None for norm in norms):
         return all(norm is None for norm in norms)
     return all((kind_of(n), n.eps) == (kind_of(first), first.eps) for n in norms)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Attention of (B, L, H, E) tokens: (B, L, H E)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask).transpose(1, 2).flatten(2, 3)
 
 
 def _joined(
@@ -113,8 +122,7 @@ def flux(call: Call) -> Call:
         q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
         if text is None:
             q, k = _normed(q, k, attn.norm_q, attn.norm_k, image_rotary_emb)
-            heads = (t.transpose(1, 2) for t in (q, k, v))
-            return scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2, 3)
+            return _attended(q, k, v)
         if attn.fused_projections:
             parts = list(attn.to_added_qkv(text).chunk(3, dim=-1))
         else:
@@ -156,9 +164,7 @@ def joint(call: Call) -> Call:
         )
         q, k = _normed(q, k, attn.norm_q, attn.norm_k, None)
         if text is None:
-            heads = (t.transpose(1, 2) for t in (q, k, v))
-            out = scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2, 3)
-            return attn.to_out[1](attn.to_out[0](out))
+            return attn.to_out[1](attn.to_out[0](_attended(q, k, v)))
         text_q, text_k, text_v = (
             to(text).unflatten(-1, (attn.heads, -1))
             for to in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
@@ -203,9 +209,6 @@ def wan(call: Call) -> Call:
         )
         cos, sin = (table.flatten(0, -2) for table in rotary_emb)  # (1, L, 1, E) there
         q, k = _normed(q, k, attn.norm_q, attn.norm_k, (cos, sin), across_heads=True)
-        heads = (t.transpose(1, 2) for t in (q, k, v))
-        out = scaled_dot_product_attention(*heads, attn_mask=attention_mask)
-        out = out.transpose(1, 2).flatten(2, 3)
-        return attn.to_out[1](attn.to_out[0](out))
+        return attn.to_out[1](attn.to_out[0](_attended(q, k, v, attention_mask)))
 
     return __call__
