@@ -9,6 +9,7 @@ from mmfast.ops.finite_scalar_quantize import FiniteScalarQuantized, finite_scal
 from mmfast.ops.gated_residual import gated_residual
 from mmfast.ops.gated_residual_modulate import GatedResidualModulated, gated_residual_modulate
 from mmfast.ops.guidance_factors import guidance_factors, projected_guidance_factors
+from mmfast.ops.joint_attention import JointAttention, joint_attention
 from mmfast.ops.kmeans import KMeansResult, kmeans
 from mmfast.ops.layer_norm_modulate import layer_norm_modulate
 from mmfast.ops.lookup_free_quantize import LookupFreeQuantized, lookup_free_quantize
@@ -20,11 +21,13 @@ from mmfast.ops.residual_quantize import ResidualQuantized, residual_quantize
 from mmfast.ops.rotary_tables import rotary_tables
 from mmfast.ops.sample_code import sample_code
 from mmfast.ops.sampler_step import sampler_step
+from mmfast.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from mmfast.ops.soft_assignment_statistics import (
     SoftAssignmentStatistics,
     soft_assignment_statistics,
 )
 from mmfast.ops.timestep_embedding import timestep_embedding
+from mmfast.ops.varlen_attention import varlen_attention
 from mmfast.ops.vector_quantize import VectorQuantized, vector_quantize
 from mmfast.version import __version__
 
@@ -35,6 +38,7 @@ __all__ = [
     "BackendError",
     "FiniteScalarQuantized",
     "GatedResidualModulated",
+    "JointAttention",
     "KMeansResult",
     "LookupFreeQuantized",
     "ResidualQuantized",
@@ -50,6 +54,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_modulate",
     "guidance_factors",
+    "joint_attention",
     "kmeans",
     "layer_norm_modulate",
     "lookup_free_quantize",
@@ -62,9 +67,11 @@ __all__ = [
     "rotary_tables",
     "sample_code",
     "sampler_step",
+    "scaled_dot_product_attention",
     "soft_assignment_statistics",
     "timestep_embedding",
     "unpack_indices",
     "use_backend",
+    "varlen_attention",
     "vector_quantize",
 ]
