@@ -31,9 +31,19 @@ def build(name):
 def gradients(model, inputs):
     """Of the output's mean square, for every parameter and the hidden states."""
     inputs = {**inputs, "hidden_states": inputs["hidden_states"].clone().requires_grad_()}
+    torch.manual_seed(0)  # labels are dropped at random in training
     loss = output(model, inputs).square().mean()
     wanted = [inputs["hidden_states"], *model.parameters()]
     return torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+def assert_alike(got, want):
+    """To rounding; some gradients, such as a key's bias, are nothing but that."""
+    largest = max(t.abs().max().item() for t in want if t is not None)
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -42,11 +52,7 @@ def test_same(name):
     twin = copy.deepcopy(model)
     report = patch(twin)
     torch.testing.assert_close(output(twin, inputs), output(model, inputs), rtol=1e-4, atol=1e-5)
-    for got, want in zip(gradients(twin, inputs), gradients(model, inputs), strict=True):
-        assert (got is None) == (want is None)
-        if got is not None:
-            scale = want.abs().max().clamp(min=1e-6)
-            torch.testing.assert_close(got / scale, want / scale, rtol=1e-3, atol=2e-5)
+    assert_alike(gradients(twin, inputs), gradients(model, inputs))
     assert list(twin.state_dict()) == list(model.state_dict())
     report.undo()
     assert_same(output(twin, inputs), output(model, inputs), exact=True)
@@ -120,11 +126,7 @@ def test_gradient_checkpointing():
     twin = copy.deepcopy(model)
     patch(twin)
     twin.enable_gradient_checkpointing()
-    want = gradients(model.train(), inputs)
-    for a, b in zip(gradients(twin.train(), inputs), want, strict=True):
-        if a is not None:
-            scale = b.abs().max().clamp(min=1e-6)
-            torch.testing.assert_close(a / scale, b / scale, rtol=1e-3, atol=2e-5)
+    assert_alike(gradients(twin.train(), inputs), gradients(model.train(), inputs))
 
 
 def test_a_backend_that_the_user_chose_stays(monkeypatch):

@@ -20,6 +20,16 @@ _WIDEST = 256  # head size that the kernels take
 _theirs = F.scaled_dot_product_attention
 
 
+@torch.compiler.assume_constant_result
+def _missing(kind: str) -> str:
+    """Why there are no kernels for a kind of device; empty if there are."""
+    if kind == "cpu":
+        return "; ".join(backends.extension_missing())
+    if kind == "cuda":
+        return "; ".join(backends.triton_missing())
+    return f"there are no kernels for {kind}"
+
+
 def objections(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
 ) -> list[str]:
@@ -32,14 +42,9 @@ def objections(
     kind = query.device.type
     if any(t.device != query.device for t in tensors):
         return ["tensors on several devices"]
-    if kind == "cpu":
-        reasons = backends.extension_missing()
-    elif kind == "cuda":
-        reasons = backends.triton_missing()
-    else:
-        reasons = [f"there are no kernels for {kind}"]
-    if reasons:
-        return reasons
+    missing = _missing(kind)
+    if missing:
+        return [missing]
     if not query.dtype == key.dtype == value.dtype or query.dtype not in FLOATING:
         names = ", ".join(str(t.dtype).removeprefix("torch.") for t in (query, key, value))
         return [f"dtypes {names}"]

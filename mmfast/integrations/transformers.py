@@ -126,7 +126,13 @@ class Implementation:
 
 
 def _is_model(module: nn.Module) -> bool:
-    return isinstance(module, loaded_class("transformers.modeling_utils", "PreTrainedModel"))
+    """Whether a module is a model whose attention can be exchanged."""
+    theirs: Any = loaded_class("transformers.modeling_utils", "PreTrainedModel")
+    return (
+        isinstance(module, theirs)
+        and getattr(module, "_supports_sdpa", False)
+        and module._can_set_attn_implementation()
+    )
 
 
 def _swap_attention(model: Any) -> Swap:
@@ -134,7 +140,7 @@ def _swap_attention(model: Any) -> Swap:
     done = "attention"
     if before == NAME:
         return Swap(done=done)
-    if before != "sdpa" or not model._can_set_attn_implementation():
+    if before != "sdpa":
         return Swap(left=f"its attention implementation is {before!r}, not 'sdpa'")
     return Swap(exchanges=(Implementation(model, before),), done=done)
 

@@ -8,7 +8,6 @@ and the image's tokens as they are, and norms and rotates in one pass.
 from __future__ import annotations
 
 import copy
-import copyreg
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +28,7 @@ _FUSED: dict[str, Callable[..., Any]] = {
 
 def _pickled(processor: Any, _: Any) -> tuple[Any, ...]:
     """As a processor of the library's class: what is saved loads without mmfast."""
-    return copyreg.__newobj__, (_own_class(processor),), dict(vars(processor))  # type: ignore[attr-defined]
+    return object.__new__, (_own_class(processor),), dict(vars(processor))
 
 
 def _copied(processor: Any, memo: dict[int, Any]) -> Any:
