@@ -18,6 +18,8 @@ pytest.importorskip("diffusers")
 
 from transformers_of_diffusers import MODELS, output, randomised
 
+from benchmarks import transformers
+
 pytestmark = pytest.mark.skipif(
     bool(mmfast.backends.extension_missing()), reason="the compiled extension is absent"
 )
@@ -142,16 +144,8 @@ def test_a_backend_that_the_user_chose_stays(monkeypatch):
     output(model, inputs)
 
 
-class Attention(nn.Module):
-    """timm's, as facebookresearch/DiT builds it."""
-
-    def __init__(self, dim, num_heads):
-        super().__init__()
-        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.attn_drop = nn.Dropout(0.0)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(0.0)
+class Attention(transformers.Attention):
+    """As older timm has it."""
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -159,23 +153,10 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
 
 
-def modulate(x, shift, scale):
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
-class DiTBlock(nn.Module):
-    def __init__(self, dim=48, num_heads=2):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, 96), nn.GELU("tanh"), nn.Linear(96, dim))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-
-    def forward(self, x, c):
-        a, b, gate, d, e, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate[:, None] * self.attn(modulate(self.norm1(x), a, b))
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), d, e))
+class DiTBlock(transformers.DiTBlock):
+    def __init__(self):
+        super().__init__(48, 2)
+        self.attn = Attention(48, 2)
 
 
 class FinalLayer(nn.Module):
@@ -187,7 +168,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(transformers.modulated(self.norm_final(x), shift, scale))
 
 
 class DiT(nn.Module):
