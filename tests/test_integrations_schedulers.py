@@ -388,9 +388,10 @@ def test_ddpm_without_set_timesteps() -> None:
         ours.step(x, 7, x)
 
 
-def test_learned_variances() -> None:
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_learned_variances(variance_type: str) -> None:
     theirs, ours = (
-        kind(variance_type="learned_range")
+        kind(variance_type=variance_type)
         for kind in (diffusers.DDPMScheduler, drop_in.DDPMScheduler)
     )
     x, output = torch.randn(2, 3, 4, 4), torch.rand(2, 6, 4, 4)
@@ -763,7 +764,6 @@ REFUSED = [
         {"thresholding": True, "predict_x0": False},
         "thresholding=True is not supported",
     ),
-    ("DDPMScheduler", {"variance_type": "learned"}, "variance_type='learned'"),
     ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
     (
         "DEISMultistepScheduler",
