@@ -67,11 +67,9 @@ def test_block_of_flux():
     c = normal(2, DIM, seed=3, dtype=torch.float64).requires_grad_()
     cos, sin = mmfast.rotary_tables((1, 3, 4), (8, 8, 8), dtype=torch.float64)
     text_tables = mmfast.rotary_tables(torch.zeros(TEXT, 3), (8, 8, 8), dtype=torch.float64)
-    whole = [
-        torch.cat([t, i]).repeat_interleave(2, 1)
-        for t, i in zip(text_tables, (cos, sin), strict=True)
-    ]
-    expected = theirs(image, text, c, tuple(whole))[::-1]
+    pairs = zip(text_tables, (cos, sin), strict=True)
+    whole = tuple(torch.cat(pair).repeat_interleave(2, 1) for pair in pairs)
+    expected = theirs(image, text, c, whole)[::-1]
     outputs = ours(image, text, c, image_tables=(cos, sin), text_tables=text_tables)
     # Tables of diffusers are rotated in float32.
     torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=1e-5)
