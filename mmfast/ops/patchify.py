@@ -83,7 +83,7 @@ def unpatchify(
         raise ValueError(f"sizes must be (W,), (H, W) or (F, H, W), got {tuple(sizes)}")
     patch = _patch(patch_size, len(sizes))
     _check_multiples("sizes", sizes, patch)
-    length = math.prod(s // p for s, p in zip(sizes, patch, strict=True))
+    length = math.prod([s // p for s, p in zip(sizes, patch, strict=True)])
     numbers = math.prod(patch)
     if tokens.dim() != 3 or tokens.shape[1] != length or tokens.shape[2] % numbers:
         raise ValueError(
