@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/code_statistics.h"
 #include "cpu/ema_update.h"
 #include "cpu/finite_scalar_quantize.h"
@@ -50,6 +51,7 @@ struct Kernels {
   bool (*qk_norm_rope_bwd)(const QkNormRopeArgs&, const Parallel&);
   void (*timestep_embedding)(const TimestepEmbeddingArgs&, const Parallel&);
   void (*gated_activation)(const GatedActivationArgs&, const Parallel&);
+  bool (*attention_backward)(const AttentionArgs&, const Parallel&);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -434,7 +434,7 @@ BACKWARD = register(
         "Tensor? text_lengths, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={},
+        backends={"cpp": backends.cpp("joint_attention_bwd")},
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

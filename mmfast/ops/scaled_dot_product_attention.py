@@ -484,7 +484,7 @@ BACKWARD = register(
         "Tensor? offset, bool want_mask_grad) -> (Tensor, Tensor, Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={},
+        backends={"cpp": backends.cpp("scaled_dot_product_attention_bwd")},
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

@@ -448,7 +448,7 @@ BACKWARD = register(
         f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={},
+        backends={"cpp": backends.cpp("varlen_attention_bwd")},
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,
