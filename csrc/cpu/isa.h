@@ -52,6 +52,7 @@ struct Kernels {
   void (*timestep_embedding)(const TimestepEmbeddingArgs&, const Parallel&);
   void (*gated_activation)(const GatedActivationArgs&, const Parallel&);
   bool (*attention_backward)(const AttentionArgs&, const Parallel&);
+  bool (*attention_forward)(const AttentionArgs&, const Parallel&);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -4,6 +4,7 @@
 // After isa.h and the standard headers: nothing in these may instantiate library templates, whose
 // code the linker would share with processors that lack these instructions.
 #include "cpu/attention_backward_kernel.h"
+#include "cpu/attention_forward_kernel.h"
 #include "cpu/code_statistics_kernel.h"
 #include "cpu/ema_update_kernel.h"
 #include "cpu/finite_scalar_quantize_kernel.h"
@@ -57,5 +58,6 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::timestep_embedding,
     &MMFAST_ISA::gated_activation,
     &MMFAST_ISA::attention_backward,
+    &MMFAST_ISA::attention_forward,
 };
 }

@@ -417,7 +417,7 @@ OP = register(
         " -> (Tensor, Tensor, Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={},
+        backends={"cpp": backends.cpp("joint_attention")},
         samples=samples,
         cost=cost,
         compare=compare,

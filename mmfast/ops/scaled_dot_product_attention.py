@@ -467,7 +467,7 @@ OP = register(
         "bool is_causal, float scale, Tensor? seed, Tensor? offset) -> (Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={},
+        backends={"cpp": backends.cpp("scaled_dot_product_attention")},
         samples=samples,
         cost=cost,
         compare=compare,
