@@ -11,6 +11,7 @@ dtype and kind of device alone, and nothing is tuned.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels import philox
-from mmfast.kernels.common import common_multiple, device_limits, dot, interpreting, multiple
+from mmfast.kernels.common import common_multiple, device_limits, dot, interpreting
 
 MOST_DIMS = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -259,3 +260,20 @@ class Limits(NamedTuple):
     def growth(self) -> float:
         """Of what dropout leaves."""
         return 1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0
+
+
+def offline_variant(
+    name: str, launch: Callable[[int, int], Any], backward: bool, quick: bool
+) -> Any:
+    """A launch of the forward or of both kernels of the backward, for compiling elsewhere."""
+    from mmfast.kernels.offline import Variant
+
+    gradients = "attention_query_gradient_kernel", "attention_key_gradient_kernel"
+    kernels = gradients if backward else ("attention_forward_kernel",)
+    return Variant(
+        f"{name}{', backward' if backward else ''}".replace("torch.", ""),
+        launch,
+        matrix=frozenset(kernels),
+        wide=tuple((kernel, "tl.load(p") for kernel in kernels),
+        quick=quick,
+    )

@@ -273,8 +273,8 @@ def attention_query_gradient_kernel(
 def _key_gradient(
     dk_1, dk_2, dv_1, dv_2, b_k1, b_k2, b_v1, b_v2, q_ptr, grad_ptr, lse_ptr, delta_ptr, span_ptr,
     batch, kv_head, first_key, columns, num_keys, length_k, num_queries, longest, H, GROUP,
-    stride_qb, stride_qh, stride_ql, stride_gb, stride_gh, stride_gl, stride_lb, stride_lh, mask_ptr,
-    stride_mh, stride_ml, stride_ms, seed, offset, dropout_p, growth, factor,
+    stride_qb, stride_qh, stride_ql, stride_gb, stride_gh, stride_gl, stride_lb, stride_lh,
+    mask_ptr, stride_mh, stride_ml, stride_ms, seed, offset, dropout_p, growth, factor,
     FACTOR: tl.constexpr, KIND: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E1: tl.constexpr, BLOCK_E2: tl.constexpr,
     BLOCK_V1: tl.constexpr, BLOCK_V2: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,

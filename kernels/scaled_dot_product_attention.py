@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.kernels.attention import NOT_CAUSAL, TOP_LEFT, Limits, Tokens
+from mmfast.kernels.attention import NOT_CAUSAL, TOP_LEFT, Limits, Tokens, offline_variant
 from mmfast.kernels.attention_backward import key_gradient, query_gradient
 from mmfast.kernels.attention_forward import attention_forward
 from mmfast.ops.attention import new_like, new_lse
@@ -85,13 +85,8 @@ def scaled_dot_product_attention_bwd(
 
 def offline_variants() -> list[Any]:
     """What ``python -m mmfast.kernels.offline`` compiles."""
-    from mmfast.kernels.offline import Variant
 
-    wide = "tl.load(p"
-
-    def variant(
-        width: int, dtype: torch.dtype, backward: bool, quick: bool, **more: Any
-    ) -> Variant:
+    def variant(width: int, dtype: torch.dtype, backward: bool, quick: bool, **more: Any) -> Any:
         def launch(n: int, k: int) -> None:
             q, key, value = (torch.ones(1, 2, m, width, dtype=dtype) for m in (n, k, k))
             mask = more.get("mask")
@@ -105,19 +100,9 @@ def offline_variants() -> list[Any]:
             lse = torch.ones(q.shape[:3], dtype=torch.float32)
             scaled_dot_product_attention_bwd(q, q, key, value, q, lse, *others, False)
 
-        kernels = (
-            ("attention_query_gradient_kernel", "attention_key_gradient_kernel")
-            if backward
-            else ("attention_forward_kernel",)
-        )
-        of = ", ".join([*map(str, more.values()), *(["backward"] if backward else [])])
-        name = f"scaled_dot_product_attention: {dtype}, E {width}{', ' if of else ''}{of}"
-        return Variant(
-            name.replace("torch.", ""),
-            launch,
-            matrix=frozenset(kernels),
-            wide=tuple((kernel, wide) for kernel in kernels),
-            quick=quick,
+        of = "".join(f", {n}" for n in more)
+        return offline_variant(
+            f"scaled_dot_product_attention: {dtype}, E {width}{of}", launch, backward, quick
         )
 
     bfloat16, float32 = torch.bfloat16, torch.float32
@@ -131,6 +116,6 @@ def offline_variants() -> list[Any]:
         *(
             variant(72, bfloat16, b, False, **more)
             for b in (False, True)
-            for more in ({"causal": "causal"}, {"mask": torch.bool}, {"dropout_p": 0.1})
+            for more in ({"causal": True}, {"mask": torch.bool}, {"dropout_p": 0.1})
         ),
     ]
