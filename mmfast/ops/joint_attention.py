@@ -430,7 +430,9 @@ OP = register(
         " -> (Tensor, Tensor, Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"triton": backends.triton(_load_triton, too_wide)},
+        backends={
+            "triton": backends.triton(_load_triton, too_wide),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -447,7 +449,10 @@ BACKWARD = register(
         "Tensor? text_lengths, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={"triton": backends.triton(_load_triton_bwd, too_wide)},
+        backends={
+            "cpp": backends.cpp("joint_attention_bwd"),
+            "triton": backends.triton(_load_triton_bwd, too_wide),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

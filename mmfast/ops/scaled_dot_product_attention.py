@@ -482,7 +482,9 @@ OP = register(
         "bool is_causal, float scale, Tensor? seed, Tensor? offset) -> (Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"triton": backends.triton(_load_triton, too_wide)},
+        backends={
+            "triton": backends.triton(_load_triton, too_wide),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -499,7 +501,10 @@ BACKWARD = register(
         "Tensor? offset, bool want_mask_grad) -> (Tensor, Tensor, Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={"triton": backends.triton(_load_triton_bwd, too_wide)},
+        backends={
+            "cpp": backends.cpp("scaled_dot_product_attention_bwd"),
+            "triton": backends.triton(_load_triton_bwd, too_wide),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

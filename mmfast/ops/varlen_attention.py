@@ -445,7 +445,9 @@ OP = register(
         schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"triton": backends.triton(_load_triton, too_wide)},
+        backends={
+            "triton": backends.triton(_load_triton, too_wide),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -461,7 +463,10 @@ BACKWARD = register(
         f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={"triton": backends.triton(_load_triton_bwd, too_wide)},
+        backends={
+            "cpp": backends.cpp("varlen_attention_bwd"),
+            "triton": backends.triton(_load_triton_bwd, too_wide),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,
