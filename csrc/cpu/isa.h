@@ -6,6 +6,7 @@
 #include "cpu/code_statistics.h"
 #include "cpu/ema_update.h"
 #include "cpu/finite_scalar_quantize.h"
+#include "cpu/gated_residual_modulate.h"
 #include "cpu/guidance_factors.h"
 #include "cpu/lookup_free_quantize.h"
 #include "cpu/nearest_code.h"
@@ -43,6 +44,8 @@ struct Kernels {
   bool (*soft_assignment_statistics_bwd)(const SoftAssignmentBwdArgs&, const Parallel&);
   void (*sampler_step)(const SamplerStepArgs&, const Parallel&);
   void (*guidance_factors)(const GuidanceFactorsArgs&, const Parallel&);
+  bool (*gated_residual_modulate)(const GatedResidualModulateArgs&, const Parallel&);
+  bool (*gated_residual_modulate_bwd)(const GatedResidualModulateBwdArgs&, const Parallel&);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -6,6 +6,8 @@
 #include "cpu/code_statistics_kernel.h"
 #include "cpu/ema_update_kernel.h"
 #include "cpu/finite_scalar_quantize_kernel.h"
+#include "cpu/gated_residual_modulate_bwd_kernel.h"
+#include "cpu/gated_residual_modulate_kernel.h"
 #include "cpu/guidance_factors_kernel.h"
 #include "cpu/lookup_free_quantize_kernel.h"
 #include "cpu/nearest_code_kernel.h"
@@ -48,5 +50,7 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::soft_assignment_statistics_bwd,
     &MMFAST_ISA::sampler_step,
     &MMFAST_ISA::guidance_factors,
+    &MMFAST_ISA::gated_residual_modulate,
+    &MMFAST_ISA::gated_residual_modulate_bwd,
 };
 }
