@@ -9,6 +9,8 @@
 #include "cpu/ema_update_kernel.h"
 #include "cpu/finite_scalar_quantize_kernel.h"
 #include "cpu/gated_activation_kernel.h"
+#include "cpu/gated_residual_modulate_bwd_kernel.h"
+#include "cpu/gated_residual_modulate_kernel.h"
 #include "cpu/guidance_factors_kernel.h"
 #include "cpu/lookup_free_quantize_kernel.h"
 #include "cpu/nearest_code_kernel.h"
@@ -59,5 +61,7 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::gated_activation,
     &MMFAST_ISA::attention_backward,
     &MMFAST_ISA::attention_forward,
+    &MMFAST_ISA::gated_residual_modulate,
+    &MMFAST_ISA::gated_residual_modulate_bwd,
 };
 }
