@@ -104,8 +104,6 @@ MMFAST_INLINE void products(Broadcasts<Kind> a, int64_t rows, Panel<Kind> b, int
     for (; v + 3 <= vectors; v += 3) columns.template operator()<3>(v * per);
   if constexpr (product_vectors > 2)
     for (; v + 2 <= vectors; v += 2) columns.template operator()<2>(v * per);
-  for (; v + product_vectors <= vectors; v += product_vectors)
-    columns.template operator()<product_vectors>(v * per);
   for (; v < vectors; ++v) columns.template operator()<1>(v * per);
 }
 

@@ -151,6 +151,8 @@ MMFAST_INLINE double sum_lanes(vd v) {
   for (int i = 1; i < native_width<double>; ++i) total += v[i];
   return total;
 #endif
+}
+
 // The first count of a vector's numbers, zeros behind them.
 template <class V>
 MMFAST_INLINE void read_first(const char* at, Dtype dtype, int64_t count, V& v) {

@@ -148,12 +148,6 @@ def _gradients(
         return (None,) * 10
     if grad_residual is None and grad_modulated is None:
         return (None,) * 10
-    saved = ctx.saved_tensors  # read once, as activation checkpointing demands
-    gated = saved[3] is not None
-    needs = (need_x or (need_y and not gated), need_gate, need_y and gated, *others)
-    made = backends.call(
-        BACKWARD, grad_residual, grad_modulated, *saved, ctx.norm,
-        ctx.gate_activation, *needs,
     saved = ctx.saved_tensors  # once: activation checkpointing unpacks them
     gated = saved[3] is not None
     needs = (need_x or (need_y and not gated), need_gate, need_y and gated, *others)

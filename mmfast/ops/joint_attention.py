@@ -430,8 +430,8 @@ OP = register(
         " -> (Tensor, Tensor, Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("joint_attention")},
         backends={
+            "cpp": backends.cpp("joint_attention"),
             "triton": backends.triton(_load_triton, too_wide),
         },
         samples=samples,

@@ -482,8 +482,8 @@ OP = register(
         "bool is_causal, float scale, Tensor? seed, Tensor? offset) -> (Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("scaled_dot_product_attention")},
         backends={
+            "cpp": backends.cpp("scaled_dot_product_attention"),
             "triton": backends.triton(_load_triton, too_wide),
         },
         samples=samples,

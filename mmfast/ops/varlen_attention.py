@@ -445,8 +445,8 @@ OP = register(
         schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("varlen_attention")},
         backends={
+            "cpp": backends.cpp("varlen_attention"),
             "triton": backends.triton(_load_triton, too_wide),
         },
         samples=samples,
