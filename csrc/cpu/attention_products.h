@@ -97,8 +97,13 @@ MMFAST_INLINE void products(Broadcasts<Kind> a, int64_t rows, Panel<Kind> b, int
     if (rows > m) tile.template operator()<1, N>(m, n);
   };
   int64_t v = 0;
-  for (; v + product_vectors <= vectors; v += product_vectors)
+  // Five as three and two: one alone would wait for what is broadcast.
+  for (; v + product_vectors <= vectors && (product_vectors < 4 || vectors - v != 5); v += product_vectors)
     columns.template operator()<product_vectors>(v * per);
+  if constexpr (product_vectors > 3)
+    for (; v + 3 <= vectors; v += 3) columns.template operator()<3>(v * per);
+  if constexpr (product_vectors > 2)
+    for (; v + 2 <= vectors; v += 2) columns.template operator()<2>(v * per);
   for (; v < vectors; ++v) columns.template operator()<1>(v * per);
 }
 
