@@ -3,9 +3,9 @@
 // al., "FlashAttention", 2022).
 //
 // Lanes are queries: scores lie [key][query], outputs [Ev][query], so that keys and values are read
-// in rows as they are, one number at a time, and only queries and outputs are transposed. The largest
-// score and the sum of a query stay in its lane, and nothing about one query depends on those beside
-// it, nor on how many threads there are.
+// in rows as they are, one number at a time, and only queries and outputs are transposed. A query's
+// largest score and sum stay in its lane, and nothing about one query depends on those beside it,
+// nor on how many threads there are.
 //
 // A task is up to 256 queries, of all heads that share a key head, and packs each chunk of keys and
 // values once for them. Memory: (E + Ev) (256 + 256) numbers and some 100 KB for each thread,
