@@ -3,9 +3,9 @@
 // al., "FlashAttention", 2022).
 //
 // Lanes are queries: scores lie [key][query], outputs [Ev][query], so that keys and values are read
-// in rows as they are, one number at a time, and only queries and outputs are transposed. The largest
-// score and the sum of a query stay in its lane, and nothing about one query depends on those beside
-// it, nor on how many threads there are.
+// in rows as they are, one number at a time, and only queries and outputs are transposed. A query's
+// largest score and sum stay in its lane, and nothing about one query depends on those beside it,
+// nor on how many threads there are.
 //
 // A task is up to 256 queries, of all heads that share a key head, and packs each chunk of keys and
 // values once for them. Memory: (E + Ev) (256 + 256) numbers and some 100 KB for each thread,
@@ -378,20 +378,21 @@ struct AttentionForward {
   // Outputs of block t.
   void finish(Memory& memory, int64_t batch, int64_t t, int64_t count) const {
     const int64_t width = args.value_width;
-    const T kept = drops ? args.dropout < 1 ? (T)(1 / (1 - (double)args.dropout)) : 0 : 1;
-    alignas(64) T inverse[block];
+    const T kept = drops ? args.dropout < 1 ? (T)(1 / (1 - args.dropout)) : 0 : 1;
+    alignas(64) T inverse[block], lse[block];
+    for (int64_t i = 0; i < block; i += per) {
+      const V total = load<V>(memory.total[t] + i), most = load<V>(memory.largest[t] + i);
+      store(inverse + i, total == 0 ? V{} : kept / total);
+      store(lse + i, total == 0 ? V{} - infinity : most * (T)ln2 + natural_logarithm(total));
+    }
     const QueryRow* rows = memory.rows + t * block;
     char* outs[block];
     for (int64_t i = 0; i < count; ++i) {
       const QueryStream& stream = args.queries[rows[i].stream];
       const int64_t row = stream.sequences.begin(batch) + rows[i].index;
-      const T total = memory.total[t][i], most = memory.largest[t][i];
       outs[i] = stream.out.at(batch, rows[i].head, row);
-      inverse[i] = total == 0 ? 0 : kept / total;
-      *(T*)stream.lse.at(batch, rows[i].head, row) =
-          total == 0 ? -infinity : most * (T)ln2 + natural_logarithm(total);
+      *(T*)stream.lse.at(batch, rows[i].head, row) = lse[i];
     }
-    for (int64_t i = count; i < block; ++i) inverse[i] = 0;
     const T* sums = memory.sums + t * block * width;
     with_dtype<Kind>(args.dtype, [&]<Dtype D>() {
       for (int64_t first = 0; first < count; first += per)
