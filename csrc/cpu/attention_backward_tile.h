@@ -3,8 +3,8 @@
 //
 //   dV^T += dO^T P,   dK^T += Q^T D,   dQ += D K
 //
-// Numbers along the head size are broadcast and keys fill the vectors, so that a head size costs what
-// it has; only dQ has vectors along the head size.
+// Numbers along the head size are broadcast and keys fill the vectors, so that a head size costs
+// what it has; only dQ has vectors along the head size.
 #pragma once
 #include "cpu/attention_limits.h"
 #include "cpu/attention_softmax.h"
@@ -89,8 +89,8 @@ struct BackwardTile {
         score_gradients<false, false>(i, n);
     }
     const int64_t depth = elements_of<Kind>(rows);
-    products_of<Kind>({grad_out_across, 1, value_width}, value_width, {p, key_block}, columns, depth,
-                      grad_value, key_block, true);
+    products_of<Kind>({grad_out_across, 1, value_width}, value_width, {p, key_block}, columns,
+                      depth, grad_value, key_block, true);
     products_of<Kind>({query_across, 1, width}, width, {d, key_block}, columns, depth, grad_key,
                       key_block, true);
     products_of<Kind>({d_along, key_block / numbers, 1}, rows, {key_across, padded_width},
