@@ -20,6 +20,7 @@ import test_add_noise
 import test_code_statistics
 import test_finite_scalar_quantize
 import test_joint_attention
+import test_guidance_factors
 import test_lookup_free_quantize
 import test_nearest_code
 import test_pack_indices
@@ -144,6 +145,13 @@ REPEATED = {
         "slots_that_move",
         "step_out_of_range_is_nan_on_a_device",
         "what_has_no_weight_is_not_read",
+    ),
+    test_guidance_factors: (
+        "a_large_offset_costs_no_precision",
+        "projected_guidance_with_momentum",
+        "rows_without_a_prediction_are_nan_on_a_device",
+        "threshold_of_nan_and_infinity",
+        "zeros_and_nan",
     ),
     test_add_noise: (
         "any_problem",
