@@ -19,9 +19,11 @@ import pytest
 import test_add_noise
 import test_code_statistics
 import test_finite_scalar_quantize
+import test_gated_activation
 import test_lookup_free_quantize
 import test_nearest_code
 import test_pack_indices
+import test_patchify
 import test_randn
 import test_residual_quantize
 import test_sample_code
@@ -141,6 +143,21 @@ REPEATED = {
         "slots_that_move",
         "step_out_of_range_is_nan_on_a_device",
         "what_has_no_weight_is_not_read",
+    ),
+    test_gated_activation: (
+        "error_is_at_most_twice_torchs",
+        "gated_linear_units",
+        "gradients",
+        "halves_are_the_same_packed_or_not",
+        "hard_values",
+        "layouts",
+        "only_what_is_asked_for",
+    ),
+    test_patchify: (
+        "channels_first_is_a_convolution",
+        "channels_last_is_dits",
+        "inverse_and_gradients",
+        "layouts",
     ),
     test_add_noise: (
         "any_problem",
