@@ -40,7 +40,12 @@ MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vf& v) {
   switch (dtype) {
     case Dtype::float32: v = load<vf>(at); return;
     case Dtype::bfloat16:
+#if defined(__AVX512F__)
+      // GCC 12 converts in halves.
+      v = (vf)((bits32)_mm512_cvtepu16_epi32((__m256i)load<bits16>(at)) << 16);
+#else
       v = (vf)(__builtin_convertvector(load<bits16>(at), bits32) << 16);
+#endif
       return;
     case Dtype::float16:
 #if defined(__AVX512F__)
@@ -76,9 +81,22 @@ MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vf v) {
   switch (dtype) {
     case Dtype::float32: store(at, v); return;
     case Dtype::bfloat16: {
+#if defined(__AVX512BF16__)
+      // Rounds as below, but for NaN and what is below the normal numbers.
+      constexpr int odd = 0x80 | 0x20 | 0x01;
+      if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, odd) == 0, 1)) {
+        store(at, _mm512_cvtneps_pbh((__m512)v));
+        return;
+      }
+#endif
       const bits32 bits = (bits32)v, nan = (bits32)(v != v);
       const bits32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-      store(at, __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), bits16));
+      const bits32 kept = (rounded & ~nan) | (nan & 0x7FC0);
+#if defined(__AVX512F__)
+      store(at, _mm512_cvtepi32_epi16((__m512i)kept));
+#else
+      store(at, __builtin_convertvector(kept, bits16));
+#endif
       return;
     }
     case Dtype::float16:
@@ -110,6 +128,80 @@ MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vd v) {
   char written[2 * sizeof(vf)];
   write_numbers(written, dtype, narrowed);
   std::memcpy(at, written, (size_t)(native_width<double> * size_of(dtype)));
+}
+
+// Neighbours exchanged: b a d c ...
+MMFAST_INLINE vf swap_pairs(vf v) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_permute_ps((__m512)v, 0xB1);
+#elif defined(__AVX2__)
+  return (vf)_mm256_permute_ps((__m256)v, 0xB1);
+#else
+  return (vf)_mm_shuffle_ps((__m128)v, (__m128)v, 0xB1);
+#endif
+}
+MMFAST_INLINE vd swap_pairs(vd v) {
+#if defined(__AVX512F__)
+  return (vd)_mm512_permute_pd((__m512d)v, 0x55);
+#elif defined(__AVX2__)
+  return (vd)_mm256_permute_pd((__m256d)v, 0x5);
+#else
+  return (vd)_mm_shuffle_pd((__m128d)v, (__m128d)v, 1);
+#endif
+}
+
+MMFAST_INLINE float sum_lanes(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  const __m128 a = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 b = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return b[0] + b[1];
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+MMFAST_INLINE double sum_lanes(vd v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)v);
+#else
+  double total = v[0];
+  for (int i = 1; i < native_width<double>; ++i) total += v[i];
+  return total;
+#endif
+}
+
+// The first count of a vector's numbers, zeros behind them.
+template <class V>
+MMFAST_INLINE void read_first(const char* at, Dtype dtype, int64_t count, V& v) {
+  constexpr int64_t width = sizeof(V) / sizeof(v[0]);
+  char padded[width * sizeof(double)];
+  if (count < width) {
+    std::memset(padded, 0, sizeof padded);
+    std::memcpy(padded, at, (size_t)(count * size_of(dtype)));
+    at = padded;
+  }
+  read_numbers(at, dtype, v);
+}
+
+template <class V>
+MMFAST_INLINE void write_first(char* at, Dtype dtype, int64_t count, V v) {
+  constexpr int64_t width = sizeof(V) / sizeof(v[0]);
+  if (count >= width) {
+    write_numbers(at, dtype, v);
+    return;
+  }
+  char written[width * sizeof(double)];
+  write_numbers(written, dtype, v);
+  std::memcpy(at, written, (size_t)(count * size_of(dtype)));
+}
+
+// In the order of the lanes.
+template <class V>
+MMFAST_INLINE auto sum_of(V v) -> std::remove_reference_t<decltype(v[0])> {
+  auto total = v[0];
+  for (int i = 1; i < (int)(sizeof(V) / sizeof(v[0])); ++i) total += v[i];
+  return total;
 }
 
 // e^x for any x. Polynomial of Cephes' expf; the power of two is applied in halves, so that

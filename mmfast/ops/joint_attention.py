@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from mmfast.ops.attention import (
     new_like,
     new_lse,
     scale_of,
+    too_wide,
 )
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
 
@@ -408,6 +409,18 @@ def samples_bwd() -> Iterable[Sample]:
         yield _backward_of(_sample(2, 2, (9, 5), 8, text_lengths=(2, 5)), missing)
 
 
+def _load_triton() -> Callable[..., tuple[Tensor, ...]]:
+    from mmfast.kernels.joint_attention import joint_attention as launch
+
+    return launch
+
+
+def _load_triton_bwd() -> Callable[..., tuple[Tensor, ...]]:
+    from mmfast.kernels.joint_attention import joint_attention_bwd as launch
+
+    return launch
+
+
 _INPUTS = "Tensor q_image, Tensor k_image, Tensor v_image, Tensor q_text, Tensor k_text, "
 
 OP = register(
@@ -417,7 +430,10 @@ OP = register(
         " -> (Tensor, Tensor, Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={},
+        backends={
+            "cpp": backends.cpp("joint_attention"),
+            "triton": backends.triton(_load_triton, too_wide),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -434,7 +450,10 @@ BACKWARD = register(
         "Tensor? text_lengths, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={},
+        backends={
+            "cpp": backends.cpp("joint_attention_bwd"),
+            "triton": backends.triton(_load_triton_bwd, too_wide),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from mmfast.ops.attention import (
     new_like,
     new_lse,
     scale_of,
+    too_wide,
 )
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
 
@@ -460,6 +461,20 @@ def samples_bwd() -> Iterable[Sample]:
             yield _backward_of(sample)
 
 
+def _load_triton() -> Callable[..., tuple[Tensor, Tensor]]:
+    from mmfast.kernels.scaled_dot_product_attention import scaled_dot_product_attention as launch
+
+    return launch
+
+
+def _load_triton_bwd() -> Callable[..., tuple[Tensor, ...]]:
+    from mmfast.kernels.scaled_dot_product_attention import (
+        scaled_dot_product_attention_bwd as launch,
+    )
+
+    return launch
+
+
 OP = register(
     Op(
         name="scaled_dot_product_attention",
@@ -467,7 +482,10 @@ OP = register(
         "bool is_causal, float scale, Tensor? seed, Tensor? offset) -> (Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={},
+        backends={
+            "cpp": backends.cpp("scaled_dot_product_attention"),
+            "triton": backends.triton(_load_triton, too_wide),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -484,7 +502,10 @@ BACKWARD = register(
         "Tensor? offset, bool want_mask_grad) -> (Tensor, Tensor, Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={},
+        backends={
+            "cpp": backends.cpp("scaled_dot_product_attention_bwd"),
+            "triton": backends.triton(_load_triton_bwd, too_wide),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

@@ -229,7 +229,7 @@ OP = register(
         "float downscale_freq_shift, float scale, ScalarType dtype) -> Tensor",
         reference=reference,
         fake=fake,
-        backends={},
+        backends={"cpp": backends.cpp("timestep_embedding")},
         samples=samples,
         cost=cost,
         compare=compare,

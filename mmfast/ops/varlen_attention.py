@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from mmfast.ops.attention import (
     errors_bwd,
     new_lse,
     scale_of,
+    too_wide,
 )
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
 
@@ -421,6 +422,18 @@ def samples_bwd() -> Iterable[Sample]:
     return map(_backward_of, samples())
 
 
+def _load_triton() -> Callable[..., tuple[Tensor, ...]]:
+    from mmfast.kernels.varlen_attention import varlen_attention as launch
+
+    return launch
+
+
+def _load_triton_bwd() -> Callable[..., tuple[Tensor, ...]]:
+    from mmfast.kernels.varlen_attention import varlen_attention_bwd as launch
+
+    return launch
+
+
 _OPTIONS = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, "
     "bool is_causal, float scale"
@@ -432,7 +445,10 @@ OP = register(
         schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={},
+        backends={
+            "cpp": backends.cpp("varlen_attention"),
+            "triton": backends.triton(_load_triton, too_wide),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -448,7 +464,10 @@ BACKWARD = register(
         f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={},
+        backends={
+            "cpp": backends.cpp("varlen_attention_bwd"),
+            "triton": backends.triton(_load_triton_bwd, too_wide),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,
