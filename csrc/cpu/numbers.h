@@ -77,7 +77,6 @@ MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vd& v) {
 
 MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vf v) {
   using bits32 = uint32_t __attribute__((vector_size(4 * lanes)));
-  using bits16 = uint16_t __attribute__((vector_size(2 * lanes)));
   switch (dtype) {
     case Dtype::float32: store(at, v); return;
     case Dtype::bfloat16: {
@@ -95,6 +94,7 @@ MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vf v) {
 #if defined(__AVX512F__)
       store(at, _mm512_cvtepi32_epi16((__m512i)kept));
 #else
+      using bits16 = uint16_t __attribute__((vector_size(2 * lanes)));
       store(at, __builtin_convertvector(kept, bits16));
 #endif
       return;
