@@ -49,9 +49,14 @@ struct Dense {
     screened += n;
     double low = infinity, high = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const auto size = screen.size(read_row<T>(screen.args.x, begin + i, screen.x));
-      squares[i] = size.square;
-      peaks[i] = size.peak;
+      const T* v = read_row<T>(screen.args.x, begin + i, screen.x);
+      if (screen.bytes) {
+        const auto size = screen.size(v);
+        squares[i] = size.square;
+        peaks[i] = size.peak;
+      } else {
+        squares[i] = screen.square(v);
+      }
       low = squares[i] < low ? squares[i] : low;
       high = squares[i] > high ? squares[i] : high;
       order[i] = (int32_t)i;

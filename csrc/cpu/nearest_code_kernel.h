@@ -77,9 +77,10 @@ struct Blocks {
 // Whether matrix products cost less than int16 dot products, which leave no depth unused.
 constexpr bool matrix_pays(int64_t width) { return MMFAST_MATRIX && width >= 24; }
 
-// Whether products of bytes do, whose scores leave more codes to compare.
-constexpr bool bytes_pay(int64_t width) {
-  return MMFAST_BYTES && !MMFAST_MATRIX && width >= 16 && width <= 4096;
+// Whether products of bytes do, whose scores leave more codes to compare: that cost as much as the
+// products of 24 Ki numbers saved.
+constexpr bool bytes_pay(int64_t codes, int64_t width) {
+  return MMFAST_BYTES && !MMFAST_MATRIX && width >= 16 && width <= 4096 && codes * width > 28 << 10;
 }
 
 // And those of pairs, as long as the rows' fit the first-level cache.
@@ -146,7 +147,7 @@ static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& para
   const bool can_prune = args.metric == Metric::euclidean && codes >= 4 * group_codes;
   bool prune = can_prune && rows * codes > pruning_pairs && clustered(exact);
   Form form = matrix_pays(args.x.width)  ? Form::bfloat16
-              : bytes_pay(args.x.width) ? Form::bytes
+              : bytes_pay(codes, args.x.width) ? Form::bytes
                                         : Form::int16;
   if (prune && form == Form::bfloat16 && pairs_pay(args.x.width) &&
       codes <= most_pairs_of_clusters) {

@@ -44,6 +44,7 @@ struct Survivors {
   const Codebook<T>& codebook;
   const int64_t width, depth;
   const bool far;          // the codes are not in the second-level cache
+  const bool rough;        // there are so many candidates that float32 distances come first
   const double inflation;  // covers the rounding of the float32 sums of D squares
   T* x = nullptr;          // [D]
   T* c = nullptr;          // [D]
@@ -55,6 +56,7 @@ struct Survivors {
         width(b.width),
         depth(b.depth),
         far(b.args.codes.count * b.width * b.args.codes.step > 1 << 19),
+        rough(sizeof(T) == 4 && b.form == Form::bytes && a.metric == Metric::euclidean),
         inflation(inflate + (double)b.width * 0x1p-27) {}
   Survivors(const Survivors&) = delete;
   ~Survivors() {
@@ -235,7 +237,7 @@ struct Survivors {
 
   void enter_code(Contest& contest, int32_t k) const {
     if constexpr (sizeof(T) == 4)
-      if (euclidean()) {
+      if (rough) {
         if (contest.count == Contest::most) decide(contest);
         const float distance = exact.rough(contest.best.x, read_row<T>(args.codes, k, c));
         if (distance >= 0 && distance < contest.nearest) contest.nearest = distance;
@@ -256,6 +258,7 @@ struct Survivors {
   }
 
   void decide(Contest& contest) const {
+    if (contest.count == 0) return;
     const double error = exact.rough_error(), limit = contest.nearest * (1 + error);
     for (int j = 0; j < contest.count; ++j)
       if (contest.distances[j] * (1 - error) <= limit)
@@ -267,7 +270,7 @@ struct Survivors {
   double better(double lower, double norm, const Contest& contest) const {
     const double storage = sizeof(T) == 4 ? 0x1p-23 : 0x1p-49, terms = (double)(width + 16);
     const double lost = norm * norm * (2 * (inflation - 1) + terms * storage);
-    const double value = sizeof(T) == 4 ? contest.nearest : contest.best.value;
+    const double value = rough ? contest.nearest : contest.best.value;
     const double reached = (norm * norm - lost - value * (1 + terms * storage)) / 2;
     return reached > lower ? reached : lower;
   }
@@ -318,7 +321,7 @@ struct Survivors {
       const int first = most_promising(tile, r);
       if (all[first].where >= 0) {
         codes += enter(contest, all[first].where);
-        if (euclidean()) lower = better(lower, tile.norm[r], contest);
+        if (euclidean() && count > 1) lower = better(lower, tile.norm[r], contest);
         all[first] = all[--count];
       }
       for (int j = 0; j < count; ++j)
