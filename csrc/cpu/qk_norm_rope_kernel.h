@@ -155,7 +155,7 @@ struct QkNormRope {
         for (int64_t i = R > e ? R - e : 0; i < W; ++i) r[i] = n[i];
       return r;
     };
-    if (!args.half) {
+    if (!args.half && (E % 2 == 0 || vectors == 1)) {
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t e = place(v, E);
         const V n = at(v, e);
@@ -172,15 +172,25 @@ struct QkNormRope {
       return;
     }
     for (int64_t v = 0; v < vectors; ++v) store(pairs + place(v, E), at(v, place(v, E)));
-    // What follows the rotated numbers makes room for their beginning: it is not needed.
-    T beginning[W];
-    for (int64_t i = 0; i < h; i += W) {
-      std::memcpy(beginning, pairs + i, sizeof beginning);
-      std::memcpy(pairs + R + i, beginning, sizeof beginning);
+    int64_t offset = 0;  // from a number to its partner
+    if (args.half) {
+      // What follows the rotated numbers makes room for their beginning: it is not needed.
+      T beginning[W];
+      for (int64_t i = 0; i < h; i += W) {
+        std::memcpy(beginning, pairs + i, sizeof beginning);
+        std::memcpy(pairs + R + i, beginning, sizeof beginning);
+      }
+      offset = h;
+    } else {
+      for (int64_t i = 0; i < R; i += 2) {
+        const T first = pairs[i];
+        pairs[i] = pairs[i + 1];
+        pairs[i + 1] = first;
+      }
     }
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t e = place(v, E);
-      give(v, e, turned(e, at(v, e), load<V>(pairs + e + h)));
+      give(v, e, turned(e, at(v, e), load<V>(pairs + e + offset)));
     }
   }
 
