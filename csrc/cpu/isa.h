@@ -46,7 +46,6 @@ struct Kernels {
   void (*sampler_step)(const SamplerStepArgs&, const Parallel&);
   void (*guidance_factors)(const GuidanceFactorsArgs&, const Parallel&);
   bool (*qk_norm_rope)(const QkNormRopeArgs&, const Parallel&);
-  bool (*qk_norm_rope_bwd)(const QkNormRopeArgs&, const Parallel&);
   void (*timestep_embedding)(const TimestepEmbeddingArgs&, const Parallel&);
 };
 
