@@ -28,12 +28,17 @@ def _places(
     o_n = tl.arange(0, BLOCK_N)[:, None]
     if ACROSS:
         token = start + tl.zeros_like(o_n).to(tl.int64)
-        return token // length, token % length, o_n, o_n < heads
-    n = start + o_n
-    mask = n < total
-    if TOKENS:
-        return n // (length * heads), n % length, n // length % heads, mask
-    return n // (length * heads), n // heads % length, n % heads, mask
+        b, t, h = token // length, token % length, o_n
+        mask = o_n < heads
+    else:
+        n = start + o_n
+        b = n // (length * heads)
+        mask = n < total
+        if TOKENS:
+            t, h = n % length, n // length % heads
+        else:
+            t, h = n // heads % length, n % heads
+    return b, t, h, mask
 
 
 @triton.jit
@@ -83,9 +88,8 @@ def _load_rest(
 def _row_pairs(pointer, h, mask, E: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
                HALF: tl.constexpr, ACROSS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Of a weight or bias."""
-    if ACROSS:
-        return _load_pairs(pointer + h * E, mask, E, R, P, HALF, DTYPE)
-    return _load_pairs(pointer + h * 0, mask, E, R, P, HALF, DTYPE)
+    row = h * E if ACROSS else h * 0
+    return _load_pairs(pointer + row, mask, E, R, P, HALF, DTYPE)
 
 
 @triton.jit
@@ -96,9 +100,11 @@ def _table_pairs(
     """cos or sin of both numbers of each pair."""
     if PAIRS:
         o_p = tl.arange(0, P)[None, :]
-        b_t = tl.load(pointer + o_p, mask=mask & (o_p < R // 2), other=0.0).to(DTYPE)
-        return b_t, b_t
-    return _load_pairs(pointer, mask, R, R, P, HALF, DTYPE)
+        b_a = tl.load(pointer + o_p, mask=mask & (o_p < R // 2), other=0.0).to(DTYPE)
+        b_b = b_a
+    else:
+        b_a, b_b = _load_pairs(pointer, mask, R, R, P, HALF, DTYPE)
+    return b_a, b_b
 
 
 @triton.jit
@@ -367,7 +373,7 @@ class _Tables:
             block_n = max(1, _TILE // triton.next_power_of_2(block_e))
             tiles = triton.cdiv(batch * length * heads, block_n)
         strides = [s for view in (x, *views) for s in view.stride()[:3]]
-        threads = 128 if block_n * block_e <= 2 * _TILE else 256
+        threads = 128 * min(max(block_n * block_e // _TILE, 1), 4)
         return tiles, sizes | {
             "BLOCK_N": block_n,
             "TOKENS": x.stride(1) < x.stride(2),
