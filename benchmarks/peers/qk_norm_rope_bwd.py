@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 
 from benchmarks.peers import Peer
 from benchmarks.peers.qk_norm_rope import PLAIN, as_models_have_them, traffic
@@ -35,7 +36,7 @@ def _eager(*arguments: Any) -> Callable[[], Any]:
 
 def _compiled(*arguments: Any) -> Callable[[], Any]:
     # Buffers of a graph that is kept may not be reused.
-    with torch._functorch.config.patch(donated_buffer=False):
+    with functorch.patch(donated_buffer=False):
         return _autograd(torch.compile(PLAIN), *arguments)
 
 
