@@ -373,7 +373,7 @@ class _Tables:
             block_n = max(1, _TILE // triton.next_power_of_2(block_e))
             tiles = triton.cdiv(batch * length * heads, block_n)
         strides = [s for view in (x, *views) for s in view.stride()[:3]]
-        threads = 128 * min(max(block_n * block_e // _TILE, 1), 4)
+        threads = 128 * min(max(block_n * block_e // 1024, 1), 4)
         return tiles, sizes | {
             "BLOCK_N": block_n,
             "TOKENS": x.stride(1) < x.stride(2),

@@ -1,9 +1,12 @@
-"""Sines and cosines of timesteps in Triton, in float64."""
+"""Sines and cosines of timesteps in Triton, in float64.
+
+Not among the variants that are compiled offline: libdevice takes whole turns off large angles in an
+array of local memory, which is no different there from spilled registers.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -55,13 +58,3 @@ def timestep_embedding(
         BLOCK=_BLOCK, **num_threads(128),
     )  # fmt: skip
     return out
-
-
-def offline_variants() -> list[Any]:
-    """Launches for ``mmfast.kernels.offline``."""
-    from mmfast.kernels.offline import Variant
-
-    def launch(n: int, _: int) -> None:
-        timestep_embedding(torch.ones(n), 256, 10000.0, True, 0.0, 1.0, torch.bfloat16)
-
-    return [Variant("timestep_embedding", launch, quick=True)]
