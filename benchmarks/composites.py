@@ -98,8 +98,9 @@ def _expected_step(x: Tensor, codebook: Tensor, gradient: Tensor) -> tuple[Tenso
     to_x, _ = vector_quantize.reference_bwd(
         gradient, one, None, x.double(), codebook, indices, counts, "rotation", True, False
     )
-    codes, _, _ = ema_update.reference(
-        codebook.double(), size, codebook, counts, sums, DECAY, EPS, False
+    codes, _, _ = ema_update.OP.result(
+        ema_update.reference,
+        (codebook.double(), size, codebook, counts, sums, DECAY, EPS, False),
     )
     return to_x, codes
 

@@ -20,9 +20,11 @@ def tokens(length: int, seed: int) -> torch.Tensor:
     return normal(2, length, DIM, seed=seed, dtype=torch.float64).requires_grad_()
 
 
-def assert_same(ours: nn.Module, theirs: nn.Module, outputs, expected, inputs) -> None:
+def assert_same(
+    ours: nn.Module, theirs: nn.Module, outputs, expected, inputs, error: float = 1e-10
+) -> None:
     """Outputs, and gradients of inputs and weights, the weights' as their norm."""
-    torch.testing.assert_close(outputs, expected, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(outputs, expected, atol=error, rtol=error)
 
     def gradients(module: nn.Module, results) -> tuple[list[torch.Tensor], torch.Tensor]:
         loss = sum((r * normal(*r.shape, seed=9 + i)).sum() for i, r in enumerate(results))
@@ -33,7 +35,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module, outputs, expected, inputs) -
         return of_inputs, torch.stack(squares).sum()
 
     torch.testing.assert_close(
-        gradients(ours, outputs), gradients(theirs, expected), atol=1e-9, rtol=1e-9
+        gradients(ours, outputs), gradients(theirs, expected), atol=10 * error, rtol=10 * error
     )
 
 
@@ -55,7 +57,8 @@ def test_block_of_sd3(qk_norm, ends):
     outputs = ours(image, text, c)
     assert (outputs[1] is None) == ends
     both = [[t for t in pair if t is not None] for pair in (outputs, expected)]
-    assert_same(ours, theirs, *both, [image, text, c])
+    # RMSNorm of diffusers squares in float32.
+    assert_same(ours, theirs, *both, [image, text, c], 1e-6 if qk_norm else 1e-10)
 
 
 def test_block_of_flux():

@@ -12,35 +12,46 @@
 
 namespace mmfast::MMFAST_ISA {
 
+// Not V{} + number, which adds 0 each time.
+MMFAST_INLINE vd broadcast_double(const double* p) {
+#if defined(__AVX512F__)
+  return (vd)_mm512_set1_pd(*p);
+#elif defined(__AVX2__)
+  return (vd)_mm256_set1_pd(*p);
+#else
+  return (vd)_mm_set1_pd(*p);
+#endif
+}
+
 struct Singles {
-  using Number = float;
+  using Number = float;  // of the sums
   using Element = float;
-  using V = vf;
+  using V = vf;       // sums
+  using Factor = vf;  // elements
   static constexpr int64_t numbers = 1;  // in an element
-  MMFAST_INLINE V broadcast(const Element* p) { return V{} + *p; }
-  MMFAST_INLINE V read(const Element* p) { return load<V>(p); }
-  MMFAST_INLINE V add(V sum, V a, V b) { return fma(a, b, sum); }
-  using Factor = V;
+  MMFAST_INLINE Factor broadcast(const Element* p) { return (vf)vbroadcast(p); }
+  MMFAST_INLINE Factor read(const Element* p) { return load<vf>(p); }
+  MMFAST_INLINE V add(V sum, Factor a, Factor b) { return fma(a, b, sum); }
 };
 
 struct Doubles {
   using Number = double;
   using Element = double;
   using V = vd;
+  using Factor = vd;
   static constexpr int64_t numbers = 1;
-  MMFAST_INLINE V broadcast(const Element* p) { return V{} + *p; }
-  MMFAST_INLINE V read(const Element* p) { return load<V>(p); }
-  MMFAST_INLINE V add(V sum, V a, V b) { return fma(a, b, sum); }
-  using Factor = V;
+  MMFAST_INLINE Factor broadcast(const Element* p) { return broadcast_double(p); }
+  MMFAST_INLINE Factor read(const Element* p) { return load<vd>(p); }
+  MMFAST_INLINE V add(V sum, Factor a, Factor b) { return fma(a, b, sum); }
 };
 
 #if defined(__AVX512BF16__)
 struct Pairs {
-  using Number = float;  // of the sums
+  using Number = float;
   using Element = uint32_t;
   using V = vf;
-  static constexpr int64_t numbers = 2;
   using Factor = vi;
+  static constexpr int64_t numbers = 2;
   MMFAST_INLINE Factor broadcast(const Element* p) { return vbroadcast(p); }
   MMFAST_INLINE Factor read(const Element* p) { return vload(p); }
   MMFAST_INLINE V add(V sum, Factor a, Factor b) {

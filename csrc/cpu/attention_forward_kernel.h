@@ -379,19 +379,20 @@ struct AttentionForward {
   void finish(Memory& memory, int64_t batch, int64_t t, int64_t count) const {
     const int64_t width = args.value_width;
     const T kept = drops ? args.dropout < 1 ? (T)(1 / (1 - (double)args.dropout)) : 0 : 1;
-    alignas(64) T inverse[block];
+    alignas(64) T inverse[block], lse[block];
+    for (int64_t i = 0; i < block; i += per) {
+      const V total = load<V>(memory.total[t] + i), most = load<V>(memory.largest[t] + i);
+      store(inverse + i, total == 0 ? V{} : kept / total);
+      store(lse + i, total == 0 ? V{} - infinity : most * (T)ln2 + natural_logarithm(total));
+    }
     const QueryRow* rows = memory.rows + t * block;
     char* outs[block];
     for (int64_t i = 0; i < count; ++i) {
       const QueryStream& stream = args.queries[rows[i].stream];
       const int64_t row = stream.sequences.begin(batch) + rows[i].index;
-      const T total = memory.total[t][i], most = memory.largest[t][i];
       outs[i] = stream.out.at(batch, rows[i].head, row);
-      inverse[i] = total == 0 ? 0 : kept / total;
-      *(T*)stream.lse.at(batch, rows[i].head, row) =
-          total == 0 ? -infinity : most * (T)ln2 + natural_logarithm(total);
+      *(T*)stream.lse.at(batch, rows[i].head, row) = lse[i];
     }
-    for (int64_t i = count; i < block; ++i) inverse[i] = 0;
     const T* sums = memory.sums + t * block * width;
     with_dtype<Kind>(args.dtype, [&]<Dtype D>() {
       for (int64_t first = 0; first < count; first += per)

@@ -1,6 +1,7 @@
-// What softmax needs of vectors: the larger, and powers of two.
+// What softmax needs of vectors: the larger, powers of two, logarithms.
 #pragma once
 #include "cpu/numbers.h"
+#include "cpu/philox.h"
 
 namespace mmfast::MMFAST_ISA {
 
@@ -45,7 +46,11 @@ MMFAST_INLINE vd power_of_two(vd x) {
   return x;
 }
 
-MMFAST_INLINE float natural_logarithm(float x) { return __builtin_logf(x); }
-MMFAST_INLINE double natural_logarithm(double x) { return __builtin_log(x); }
+// Of normal numbers.
+MMFAST_INLINE vf natural_logarithm(vf x) { return -0.5f * minus_two_log(x); }
+MMFAST_INLINE vd natural_logarithm(vd x) {
+  for (int i = 0; i < native_width<double>; ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
 
 }  // namespace mmfast::MMFAST_ISA

@@ -8,6 +8,7 @@
 #include "cpu/ema_update.h"
 #include "cpu/finite_scalar_quantize.h"
 #include "cpu/gated_activation.h"
+#include "cpu/gated_residual_modulate.h"
 #include "cpu/guidance_factors.h"
 #include "cpu/lookup_free_quantize.h"
 #include "cpu/nearest_code.h"
@@ -52,6 +53,9 @@ struct Kernels {
   void (*timestep_embedding)(const TimestepEmbeddingArgs&, const Parallel&);
   void (*gated_activation)(const GatedActivationArgs&, const Parallel&);
   bool (*attention_backward)(const AttentionArgs&, const Parallel&);
+  bool (*attention_forward)(const AttentionArgs&, const Parallel&);
+  bool (*gated_residual_modulate)(const GatedResidualModulateArgs&, const Parallel&);
+  bool (*gated_residual_modulate_bwd)(const GatedResidualModulateBwdArgs&, const Parallel&);
 };
 
 // Filled in by the files in cpu/isa/, each compiled with its own flags.

@@ -4,10 +4,13 @@
 // After isa.h and the standard headers: nothing in these may instantiate library templates, whose
 // code the linker would share with processors that lack these instructions.
 #include "cpu/attention_backward_kernel.h"
+#include "cpu/attention_forward_kernel.h"
 #include "cpu/code_statistics_kernel.h"
 #include "cpu/ema_update_kernel.h"
 #include "cpu/finite_scalar_quantize_kernel.h"
 #include "cpu/gated_activation_kernel.h"
+#include "cpu/gated_residual_modulate_bwd_kernel.h"
+#include "cpu/gated_residual_modulate_kernel.h"
 #include "cpu/guidance_factors_kernel.h"
 #include "cpu/lookup_free_quantize_kernel.h"
 #include "cpu/nearest_code_kernel.h"
@@ -57,5 +60,8 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::timestep_embedding,
     &MMFAST_ISA::gated_activation,
     &MMFAST_ISA::attention_backward,
+    &MMFAST_ISA::attention_forward,
+    &MMFAST_ISA::gated_residual_modulate,
+    &MMFAST_ISA::gated_residual_modulate_bwd,
 };
 }

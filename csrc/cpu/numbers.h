@@ -153,6 +153,39 @@ MMFAST_INLINE double sum_lanes(vd v) {
 #endif
 }
 
+// The first count of a vector's numbers, zeros behind them.
+template <class V>
+MMFAST_INLINE void read_first(const char* at, Dtype dtype, int64_t count, V& v) {
+  constexpr int64_t width = sizeof(V) / sizeof(v[0]);
+  char padded[width * sizeof(double)];
+  if (count < width) {
+    std::memset(padded, 0, sizeof padded);
+    std::memcpy(padded, at, (size_t)(count * size_of(dtype)));
+    at = padded;
+  }
+  read_numbers(at, dtype, v);
+}
+
+template <class V>
+MMFAST_INLINE void write_first(char* at, Dtype dtype, int64_t count, V v) {
+  constexpr int64_t width = sizeof(V) / sizeof(v[0]);
+  if (count >= width) {
+    write_numbers(at, dtype, v);
+    return;
+  }
+  char written[width * sizeof(double)];
+  write_numbers(written, dtype, v);
+  std::memcpy(at, written, (size_t)(count * size_of(dtype)));
+}
+
+// In the order of the lanes.
+template <class V>
+MMFAST_INLINE auto sum_of(V v) -> std::remove_reference_t<decltype(v[0])> {
+  auto total = v[0];
+  for (int i = 1; i < (int)(sizeof(V) / sizeof(v[0])); ++i) total += v[i];
+  return total;
+}
+
 // e^x for any x. Polynomial of Cephes' expf; the power of two is applied in halves, so that
 // neither overflows before the result does.
 MMFAST_INLINE vf exponential(vf x) {

@@ -63,8 +63,7 @@ def gate_values(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """What the branch is multiplied with, and its derivative, float64 like ``gate``."""
     if activation == "linear":
         return gate, torch.ones_like(gate)
-    value = gate.tanh()
-    return value, 1 - value.square()
+    return gate.tanh(), gate.cosh().square().reciprocal()
 
 
 def values(
@@ -272,7 +271,7 @@ OP = register(
         schema="(Tensor x, Tensor gate, Tensor y, str gate_activation) -> Tensor",
         reference=reference,
         fake=fake,
-        backends={},
+        backends={"cpp": backends.cpp("gated_residual")},
         samples=samples,
         cost=cost,
         compare=compare,
@@ -288,7 +287,7 @@ BACKWARD = register(
         "bool need_y) -> (Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={},
+        backends={"cpp": backends.cpp("gated_residual_bwd")},
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

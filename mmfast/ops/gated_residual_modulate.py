@@ -148,12 +148,11 @@ def _gradients(
         return (None,) * 10
     if grad_residual is None and grad_modulated is None:
         return (None,) * 10
-    saved = ctx.saved_tensors  # read once, as activation checkpointing demands
+    saved = ctx.saved_tensors  # once: activation checkpointing unpacks them
     gated = saved[3] is not None
     needs = (need_x or (need_y and not gated), need_gate, need_y and gated, *others)
     made = backends.call(
-        BACKWARD, grad_residual, grad_modulated, *saved, ctx.norm,
-        ctx.gate_activation, *needs,
+        BACKWARD, grad_residual, grad_modulated, *saved, ctx.norm, ctx.gate_activation, *needs
     )  # fmt: skip
     grads = [g if need else None for g, need in zip(made, needs, strict=True)]
     if not gated:
@@ -397,7 +396,7 @@ OP = register(
         "-> (Tensor, Tensor, Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={},
+        backends={"cpp": backends.cpp("gated_residual_modulate")},
         samples=samples,
         cost=cost,
         compare=compare,
@@ -416,7 +415,7 @@ BACKWARD = register(
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={},
+        backends={"cpp": backends.cpp("gated_residual_modulate_bwd")},
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

@@ -431,6 +431,7 @@ OP = register(
         reference=reference,
         fake=fake,
         backends={
+            "cpp": backends.cpp("joint_attention"),
             "triton": backends.triton(_load_triton, too_wide),
         },
         samples=samples,

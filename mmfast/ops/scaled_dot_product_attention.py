@@ -483,6 +483,7 @@ OP = register(
         reference=reference,
         fake=fake,
         backends={
+            "cpp": backends.cpp("scaled_dot_product_attention"),
             "triton": backends.triton(_load_triton, too_wide),
         },
         samples=samples,

@@ -446,6 +446,7 @@ OP = register(
         reference=reference,
         fake=fake,
         backends={
+            "cpp": backends.cpp("varlen_attention"),
             "triton": backends.triton(_load_triton, too_wide),
         },
         samples=samples,

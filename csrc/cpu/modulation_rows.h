@@ -1,0 +1,175 @@
+// Rows of channels for the adaLN kernels, in vectors of float or double.
+#pragma once
+#include "cpu/gated_residual_modulate.h"
+#include "cpu/numbers.h"
+#include "cpu/workspace.h"
+
+namespace mmfast::MMFAST_ISA {
+
+// Outputs larger than this leave the cache before anyone reads them: they go past it.
+constexpr int64_t stream_from = int64_t(32) << 20;
+
+// Vectors of channels, the last of which may be a part of one.
+template <class T>
+struct Channels {
+  using V = typename Native<T>::V;
+  static constexpr int64_t width = native_width<T>;
+  int64_t count;
+
+  // Numbers in a buffer for one row: whole lines, so that no vector lies in two.
+  int64_t room() const {
+    constexpr int64_t line = 64 / (int64_t)sizeof(T);
+    return (count + line - 1) / line * line;
+  }
+
+  // Calls work(c, n) for the n channels from c, n constant in the full vectors.
+  template <class Work>
+  __attribute__((always_inline)) void each(const Work& work) const {
+    int64_t c = 0;
+    for (; c + width <= count; c += width) work(c, width);
+    if (c < count) work(c, count - c);
+  }
+
+  // v, zero from its n-th number on.
+  MMFAST_INLINE V first(V v, int64_t n) {
+    if (n == width) return v;
+    for (int64_t i = 0; i < width; ++i) v[i] = i < n ? v[i] : 0;
+    return v;
+  }
+
+  MMFAST_INLINE T sum(V v) {
+    T each[width];
+    store(each, v);
+    for (int64_t half = width / 2; half; half /= 2)
+      for (int64_t i = 0; i < half; ++i) each[i] += each[i + half];
+    return each[0];
+  }
+
+  MMFAST_INLINE V read(const char* row, Dtype dtype, int64_t c, int64_t n) {
+    V v;
+    const char* at = row + c * size_of(dtype);
+    if (n == width) {
+      read_numbers(at, dtype, v);
+      return v;
+    }
+    char whole[width * sizeof(double)]{};
+    std::memcpy(whole, at, (size_t)(n * size_of(dtype)));
+    read_numbers(whole, dtype, v);
+    return v;
+  }
+
+  MMFAST_INLINE void write(char* row, Dtype dtype, int64_t c, int64_t n, V v,
+                                  bool streams = false) {
+    char* at = row + c * size_of(dtype);
+    if (n == width && !streams) {
+      write_numbers(at, dtype, v);
+      return;
+    }
+    alignas(64) char whole[width * sizeof(double)];
+    write_numbers(whole, dtype, v);
+    if (n == width)
+      stream(at, whole, width * size_of(dtype));
+    else
+      std::memcpy(at, whole, (size_t)(n * size_of(dtype)));
+  }
+
+  // Past the cache; `at` is a multiple of the size, which is at least 8.
+  MMFAST_INLINE void stream(char* at, const char* from, int64_t size) {
+#if defined(__AVX512F__)
+    if (size == 64) {
+      _mm512_stream_si512((__m512i*)at, _mm512_load_si512(from));
+      return;
+    }
+#endif
+#if defined(__AVX2__)
+    if (size == 32) {
+      _mm256_stream_si256((__m256i*)at, _mm256_load_si256((const __m256i*)from));
+      return;
+    }
+#endif
+    if (size == 16) {
+      _mm_stream_si128((__m128i*)at, _mm_load_si128((const __m128i*)from));
+      return;
+    }
+    std::memcpy(at, from, (size_t)size);
+  }
+};
+
+// Whether rows can go past the cache: each of them in whole vectors, from a line of memory on.
+template <class T>
+static bool streams(const BlockShape& shape, int64_t outputs, const TokenView& like) {
+  const int64_t row = shape.channels * size_of(shape.dtype);
+  return outputs * shape.batch * shape.length * row >= stream_from && row % 64 == 0 &&
+         (uintptr_t)like.data % 64 == 0;
+}
+
+MMFAST_INLINE vf hyperbolic_tangent(vf x) {
+  const vf size = x < 0.f ? -x : x, square = x * x;
+  // Cephes' tanhf near zero, where the other form loses digits.
+  vf p = fma(vf{} - 5.70498872745e-3f, square, vf{} + 2.06390887954e-2f);
+  p = fma(p, square, vf{} - 5.37397155531e-2f);
+  p = fma(p, square, vf{} + 1.33314422036e-1f);
+  p = fma(p, square, vf{} - 3.33332819422e-1f);
+  const vf near = fma(p * square, x, x);
+  const vf far = 1.f - 2.f / (exponential(size + size) + 1.f);
+  const vf result = size < 0.625f ? near : (x < 0.f ? -far : far);
+  return x != x ? x : result;
+}
+MMFAST_INLINE vd hyperbolic_tangent(vd x) {
+  for (int i = 0; i < native_width<double>; ++i) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
+
+// Of the hyperbolic tangent, without the difference 1 - tanh^2, in which digits cancel.
+template <class V>
+MMFAST_INLINE V tangent_slope(V x) {
+  const V e = exponential(x < 0 ? x + x : -x - x), one_plus = e + 1;
+  return 4 * e / (one_plus * one_plus);
+}
+
+// The modulation of one frame, ready for use: out = normed factor + level; act(gate).
+template <class T>
+struct FrameModulation {
+  using C = Channels<T>;
+  using V = typename C::V;
+  T *gate, *factor, *level;
+
+  static int64_t room(const C& channels) { return 3 * channels.room(); }
+  FrameModulation(T* buffer, const C& channels)
+      : gate(buffer), factor(gate + channels.room()), level(factor + channels.room()) {}
+
+  // 1 + scale.
+  MMFAST_INLINE V one_plus(const ModulationView& scale, int64_t b, int64_t frame, int64_t c,
+                                  int64_t n) {
+    V one = V{} + (T)1;
+    if (scale.data) one += C::read(scale.at(b, frame), scale.dtype, c, n);
+    return one;
+  }
+
+  MMFAST_INLINE V read_or(const ModulationView& view, T otherwise, int64_t b, int64_t frame,
+                                 int64_t c, int64_t n) {
+    return view.data ? C::read(view.at(b, frame), view.dtype, c, n) : V{} + otherwise;
+  }
+
+  MMFAST_INLINE V activated(const ModulationView& gate, bool tanh, int64_t b, int64_t frame,
+                                   int64_t c, int64_t n) {
+    const V v = read_or(gate, 1, b, frame, c, n);
+    return tanh && gate.data ? hyperbolic_tangent(v) : v;
+  }
+
+  template <class Args>
+  void make(const Args& args, const C& channels, int64_t b, int64_t frame, bool gates,
+            bool norms) const {
+    channels.each([&](int64_t c, int64_t n) __attribute__((always_inline)) {
+      if (gates)
+        store(gate + c, activated(args.gate, args.shape.tanh, b, frame, c, n));
+      if (!norms) return;
+      const V one = one_plus(args.scale, b, frame, c, n);
+      store(factor + c, one * read_or(args.weight, 1, b, frame, c, n));
+      const V bias = read_or(args.bias, 0, b, frame, c, n);
+      store(level + c, fma(bias, one, read_or(args.shift, 0, b, frame, c, n)));
+    });
+  }
+};
+
+}  // namespace mmfast::MMFAST_ISA
