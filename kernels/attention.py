@@ -240,7 +240,7 @@ def _tiles(
         return (64, 32, 8, 2) if width > 128 else (128, 64, warps, 3)
     if width > 128:
         return 32, 32, 8, 1
-    if is_keys and arch is None:
+    if arch is None and (is_keys or width > 96):
         return 32, 64, 4, 2
     if is_keys and grouped and width > 64:
         return 32, 64, 8, 2
