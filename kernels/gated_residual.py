@@ -1,4 +1,4 @@
-"""A gated residual connection in Triton: the kernels of ``gated_residual_modulate`` without norm."""
+"""A gated residual in Triton: the kernels of ``gated_residual_modulate`` without the norm."""
 
 from __future__ import annotations
 
