@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import patches, schedulers
+from benchmarks import patches, schedulers, transformers
 from benchmarks.results import title_of
 from mmfast.registry import OPS, Sample
 
@@ -128,6 +128,9 @@ def _tables() -> Iterator[Case]:
     for name, shape in schedulers.SHAPES.items():
         yield _scheduler("scheduler_add_noise", schedulers.SETTINGS[0], name, shape)
     yield from _modules()
+    for model in transformers.SETTINGS:
+        for name in transformers.OPS:
+            yield _transformer(name, model)
 
 
 def _modules() -> Iterator[Case]:
@@ -168,6 +171,18 @@ def _scheduler(op: str, setting: schedulers.Setting, name: str, shape: tuple[int
         setting.title,
         lambda device: schedulers.arguments(setting, shape, device),
         share=schedulers.SHARE,
+    )
+
+
+def _transformer(op: str, setting: transformers.Setting) -> Case:
+    tokens = setting.batch * setting.tokens
+    return Case(
+        op,
+        setting.key,
+        {"N": tokens, "K": setting.blocks, "D": setting.width},
+        setting.title,
+        lambda device: transformers.arguments(setting, device),
+        full=op == "dit_eval" and setting.dtype != torch.float32,
     )
 
 

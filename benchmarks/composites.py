@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mmfast
 import mmfast.nn
-from benchmarks import modules, schedulers
+from benchmarks import modules, schedulers, transformers
 from benchmarks.modules import DECAY, EPS, Step
 from mmfast.ops import ema_update, vector_quantize
 from mmfast.ops.lookup_free_quantize import batch_entropy
@@ -98,8 +98,9 @@ def _expected_step(x: Tensor, codebook: Tensor, gradient: Tensor) -> tuple[Tenso
     to_x, _ = vector_quantize.reference_bwd(
         gradient, one, None, x.double(), codebook, indices, counts, "rotation", True, False
     )
-    codes, _, _ = ema_update.reference(
-        codebook.double(), size, codebook, counts, sums, DECAY, EPS, False
+    codes, _, _ = ema_update.OP.result(
+        ema_update.reference,
+        (codebook.double(), size, codebook, counts, sums, DECAY, EPS, False),
     )
     return to_x, codes
 
@@ -198,6 +199,16 @@ COMPOSITES = {
     ),
     "lfq_step": Composite(
         _module(modules.lfq_step), _expected_lfq, _judge_rows("gradients", "indices")
+    ),
+    "dit_eval": Composite(
+        {"mmfast, patched": partial(transformers.evaluation, transformers.patched)},
+        transformers.expected(transformers.evaluation),
+        transformers.judge,
+    ),
+    "dit_step": Composite(
+        {"mmfast, patched": partial(transformers.step, transformers.patched)},
+        transformers.expected(transformers.step),
+        transformers.judge,
     ),
     "scheduler_step": Composite(
         {"mmfast": schedulers.step}, schedulers.expected_step, schedulers.judge

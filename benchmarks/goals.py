@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks import schedulers
+from benchmarks import schedulers, transformers
 from benchmarks.results import Results, Row
 
 # Of nearest_code: times faster than torch.mm of that shape, and than the fastest peer with indices.
@@ -58,6 +58,7 @@ def goals(results: Results) -> list[Goal]:
         *_kmeans(rows),
         *_samplers(rows),
         *_schedulers(rows),
+        *_transformers(rows),
         *_limits(rows),
     ]
 
@@ -184,6 +185,19 @@ def _schedulers(rows: list[Row]) -> Iterator[Goal]:
                     f"{ratio:.1f}x",
                     ratio >= wanted,
                 )
+
+
+def _transformers(rows: list[Row]) -> Iterator[Goal]:
+    ratios = {s.key: transformers.RATIOS[s.dtype] for s in transformers.SETTINGS}
+    for own in rows:
+        if own.kind != "mmfast" or own.op not in transformers.OPS:
+            continue
+        for other in rows:
+            same = (other.op, other.case, other.threads) == (own.op, own.case, own.threads)
+            if same and other.kind == "peer":
+                goal = _faster(own, other, ratios[own.case])
+                what = f"{own.op}, {own.data}: against {other.subject}"
+                yield dataclasses.replace(goal, what=what)
 
 
 def _samplers(rows: list[Row]) -> Iterator[Goal]:

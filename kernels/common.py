@@ -98,6 +98,18 @@ def common_multiple(*numbers: int) -> int:
 
 
 @triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """a b + total, in the dtype of the total."""
+    if total.dtype == tl.float64:
+        return tl.dot(a, b, total, input_precision="ieee", out_dtype=tl.float64)
+    elif _INTERPRETING:
+        # Which multiplies the bits of bfloat16.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def multiple(x, FACTOR: tl.constexpr):
     """Tells the compiler that x, a multiple of FACTOR, is one. By itself it knows only of 16."""
     return x // FACTOR * FACTOR

@@ -1,12 +1,12 @@
-"""Exponential moving averages of a codebook in Triton.
+"""Exponential moving averages of a codebook in Triton, in place.
 
 1. ``ema_update_size_kernel``: the new sizes, and their sum over each block of codes.
 2. ``ema_update_kernel``: the total of these sums, and with it the new sums and codes, a row at a
-   time.
+   time. Tiles have at least a number for each thread: nobody reads what another has written.
 
 Everything is float64, rounded once: the kernels wait for memory. The order of the sums is fixed.
 
-Workspace: 8 bytes per 1024 codes.
+Workspace: 8 bytes per code, the new sizes before they are rounded, and per 1024 codes.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def _lerp(start, end, weight):
 
 @triton.jit(do_not_specialize=["K", "stride_sh", "stride_nh"])
 def ema_update_size_kernel(
-    size_ptr,
+    size_ptr,  # changed
     count_ptr,
-    new_size_ptr,  # [H, K]
+    new_ptr,  # [H, K] float64
     part_ptr,  # [H, blocks] float64
     K,
     decay: tl.float64,
@@ -66,27 +66,24 @@ def ema_update_size_kernel(
     codes = place % tl.cdiv(K, BLOCK) * BLOCK + tl.arange(0, BLOCK)[:, None]  # [B, 1]
     m_k = codes < K
     b_count = tl.load(count_ptr + head * stride_nh + codes * stride_nk, mask=m_k, other=0.0)
-    b_size = tl.load(size_ptr + head * stride_sh + codes * stride_sk, mask=m_k, other=0.0)
-    b_new = _lerp(b_count, b_size, decay)
-    p_new = new_size_ptr + head * K + codes
-    tl.store(p_new, rounded(b_new, new_size_ptr.dtype.element_ty), mask=m_k)
-    tl.store(part_ptr + place, tl.sum(sum_rows(b_new)))
+    p_size = size_ptr + head * stride_sh + codes * stride_sk
+    b_size = _lerp(b_count, tl.load(p_size, mask=m_k, other=0.0), decay)
+    tl.store(p_size, rounded(b_size, size_ptr.dtype.element_ty), mask=m_k)
+    tl.store(new_ptr + head * K + codes, b_size, mask=m_k)
+    tl.store(part_ptr + place, tl.sum(sum_rows(b_size)))
 
 
 @triton.jit(
     do_not_specialize=[
-        "K", "D", "blocks", "stride_ch", "stride_ck", "stride_sh", "stride_nh", "stride_eh",
-        "stride_ek", "stride_bh", "stride_bk",
+        "K", "D", "blocks", "stride_ch", "stride_ck", "stride_eh", "stride_ek", "stride_bh",
+        "stride_bk",
     ]
 )  # fmt: skip
 def ema_update_kernel(
-    code_ptr,
-    size_ptr,
-    embed_ptr,
-    count_ptr,
+    code_ptr,  # changed
+    embed_ptr,  # changed
     sum_ptr,
-    new_code_ptr,  # [H, K, D]
-    new_embed_ptr,  # [H, K, D]
+    size_ptr,  # [H, K] float64
     part_ptr,  # [H, blocks] float64
     K,
     D,
@@ -96,13 +93,9 @@ def ema_update_kernel(
     stride_ch,
     stride_ck,
     stride_cd,
-    stride_sh,
-    stride_sk,
     stride_eh,
     stride_ek,
     stride_ed,
-    stride_nh,
-    stride_nk,
     stride_bh,
     stride_bk,
     stride_bd,
@@ -124,10 +117,9 @@ def ema_update_kernel(
         b_parts += tl.load(part_ptr + head * blocks + o_part, mask=o_part < blocks, other=0.0)
     total = tl.sum(sum_rows(b_parts))
 
-    b_count = tl.load(count_ptr + head * stride_nh + codes * stride_nk, mask=m_k, other=0.0)
-    b_size = tl.load(size_ptr + head * stride_sh + codes * stride_sk, mask=m_k, other=1.0)
+    b_size = tl.load(size_ptr + head * K + codes, mask=m_k, other=1.0)
     eps = tl.full([], eps, tl.float64)
-    smooth = (_lerp(b_count, b_size, decay) + eps) / (total + K * eps) * total  # [BN, 1]
+    smooth = (b_size + eps) / (total + K * eps) * total  # [BN, 1]
     # Nothing was ever counted: the codes stay.
     counted = total > 0
     smooth = tl.where(counted, smooth, 1.0)
@@ -135,7 +127,6 @@ def ema_update_kernel(
     p_code = code_ptr + head * multiple(stride_ch, FACTOR) + codes * multiple(stride_ck, FACTOR)
     p_embed = embed_ptr + head * multiple(stride_eh, FACTOR) + codes * multiple(stride_ek, FACTOR)
     p_sum = sum_ptr + head * multiple(stride_bh, FACTOR) + codes * multiple(stride_bk, FACTOR)
-    row = (head * K + codes) * D
     length = tl.full([BLOCK_N, 1], 1.0, tl.float64)
     if NORMALIZE:
         b_square = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
@@ -157,10 +148,11 @@ def ema_update_kernel(
         if NORMALIZE:
             b_code /= length
         m_d = m_k & (columns < D)
-        b_embed = rounded(b_embed, new_embed_ptr.dtype.element_ty)
-        tl.store(new_embed_ptr + row + columns, b_embed, mask=m_d)
-        b_code = rounded(b_code, new_code_ptr.dtype.element_ty)
-        tl.store(new_code_ptr + row + columns, b_code, mask=m_d)
+        columns = columns.to(tl.int64)
+        b_embed = rounded(b_embed, embed_ptr.dtype.element_ty)
+        tl.store(p_embed + columns * stride_ed, b_embed, mask=m_d)
+        b_code = rounded(b_code, code_ptr.dtype.element_ty)
+        tl.store(p_code + columns * stride_cd, b_code, mask=m_d)
 
 
 @triton.jit
@@ -187,32 +179,31 @@ def ema_update(
     decay: float,
     eps: float,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> None:
     """``torch.ops.mmfast.ema_update`` on checked arguments."""
-    new = tuple(t.new_empty(t.shape) for t in (codebook, cluster_size, embed_sum))
     if cluster_size.numel() == 0:
-        return new  # type: ignore[return-value]
+        return
     tensors = (codebook, cluster_size, embed_sum, counts, sums)
     if codebook.dim() == 2:
         tensors = tuple(t[None] for t in tensors)  # type: ignore[assignment]
     codes, size, embed, count, total = tensors
     num_heads, num_codes, num_dims = codes.shape
     blocks = triton.cdiv(num_codes, _SIZES)
+    new_size = codes.new_empty((num_heads, num_codes), dtype=torch.float64)
     parts = codes.new_empty((num_heads, blocks), dtype=torch.float64)
     ema_update_size_kernel[(num_heads * blocks,)](
-        size, count, new[1], parts, num_codes, decay, *strides(size), *strides(count),
+        size, count, new_size, parts, num_codes, decay, *strides(size), *strides(count),
         BLOCK=_SIZES, enable_fp_fusion=False,
     )  # fmt: skip
-    steps = [strides(t) for t in (codes, size, embed, count, total)]
-    rows = [n for s in (steps[0], steps[2], steps[4]) for n in s[:2]]
+    steps = [strides(t) for t in (codes, embed, total)]
+    rows = [n for s in steps for n in s[:2]]
     sizes = row_sizes(num_dims, _TILE)
     ema_update_kernel[(num_heads * triton.cdiv(num_codes, sizes["BLOCK_N"]),)](
-        codes, size, embed, count, total, new[0], new[2], parts, num_codes, num_dims, blocks,
-        decay, eps, *(n for s in steps for n in s), NORMALIZE=normalize,
+        codes, embed, total, new_size, parts, num_codes, num_dims, blocks, decay, eps,
+        *(n for s in steps for n in s), NORMALIZE=normalize,
         FACTOR=common_multiple(num_dims, *rows), BLOCK=_SIZES, **sizes, enable_fp_fusion=False,
         **num_threads(128), **at_most(255),
     )  # fmt: skip
-    return new  # type: ignore[return-value]
 
 
 def offline_variants() -> list[Any]:

@@ -33,30 +33,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.common import at_most, interpreting, strides
+from mmfast.kernels.common import at_most, dot, interpreting, strides
 
 _KINDS = {"euclidean": 0, "distance": 1, "cosine": 2, "dot": 2}
 _EUCLIDEAN = tl.constexpr(0)
 _DISTANCE = tl.constexpr(1)
 _DOT = tl.constexpr(2)
-_INTERPRETING = tl.constexpr(interpreting())
 _LEAST_SQUARE = tl.constexpr(1e-8)
 _LEAST_DISTANCE = tl.constexpr(1e-4)
 # These decide the order of the sums, and with it the last bits.
 _MOST_LINES = 1024
 _SLICE = 4096
 _MOST_SLICES = 64
-
-
-@triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
-    if total.dtype == tl.float64:
-        return tl.dot(a, b, total, input_precision="ieee", out_dtype=tl.float64)
-    elif _INTERPRETING:
-        # Which multiplies the bits of bfloat16.
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    else:
-        return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -134,10 +122,10 @@ def _logits(
         rows = d + tl.arange(0, BLOCK_D)[:, None]
         b_c = tl.load(code_ptr + codes.to(tl.int64) * WIDTH + rows)  # [BD, BK]
         if WIDTH == BLOCK_D:
-            b_logit = _dot(b_x, b_c, b_logit, "ieee")
+            b_logit = dot(b_x, b_c, b_logit, "ieee")
         else:
             b_step = _load_rows(p_x, stride_xd, centre_ptr, m_n, d, D, CENTRED, BLOCK_D)
-            b_logit = _dot(b_step, b_c, b_logit, "ieee")
+            b_logit = dot(b_step, b_c, b_logit, "ieee")
     if KIND == _DISTANCE:
         b_square = of_rows + b_term - 2 * b_logit
         b_square = tl.where(b_square < _LEAST_SQUARE, _LEAST_SQUARE, b_square)
@@ -356,7 +344,7 @@ def soft_assignment_row_gradient_kernel(
             b_c = tl.load(code_ptr + lines.to(tl.int64) * WIDTH + o_d).to(dtype)  # [BK, BD]
             if not CENTRED:
                 b_c -= tl.load(centre_ptr + o_d)
-            b_grad = _dot(b_q, b_c, b_grad, PRECISION)
+            b_grad = dot(b_q, b_c, b_grad, PRECISION)
             if KIND == _DISTANCE:
                 row_sum += tl.sum(b_q, 1)[:, None]
         if KIND == _EUCLIDEAN:
@@ -447,7 +435,7 @@ def soft_assignment_code_gradient_kernel(
             b_mean = tl.load(mean_ptr + group * K + codes, mask=m_n, other=0.0)
         b_q = _through(b_logit, b_mean, e, largest, log_sum, scale, less, inverse, KIND)
         b_own = _load_rows(p_x, stride_xd, centre_ptr, m_n, first, D, KIND != _DOT, BLOCK_D)
-        b_part = _dot(tl.trans(b_q), b_own.to(dtype), b_part, PRECISION)
+        b_part = dot(tl.trans(b_q), b_own.to(dtype), b_part, PRECISION)
         b_sum += tl.sum(b_q, 0)
     if first == 0:
         own_codes = k + tl.arange(0, BLOCK_K)

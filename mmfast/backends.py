@@ -122,6 +122,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 def call(op: Op, *args: Any) -> Any:
     """Run ``op`` on checked arguments: through the dispatcher, or on the forced backend."""
+    if op.mutates:
+        # No kernel says that it changed them; autograd would use what it saved, changed.
+        torch.autograd.graph.increment_version(op.changed(args))
     if _forced is None:
         return library.overload(op.name)(*args)
     run = select(op, _forced, *args)

@@ -52,7 +52,7 @@ def test_report(model):
     assert [entry.class_name for entry in report.swapped] == ["VectorQuantizer2", "VectorQuantizer"]
     assert report.left == ()
     text = str(report)
-    assert text.startswith("2 of 2 quantisers run on mmfast\n")
+    assert text.startswith("2 of 2 modules run on mmfast\n")
     assert "stages.1" in text
     assert "forward (as Taming)" in text
     assert max(map(len, text.splitlines())) <= 110
@@ -86,7 +86,7 @@ def test_unpatch(model):
     assert patched_stages(twin) == [True, True]
     unpatch(twin.stages[0])
     assert patched_stages(twin) == [False, True]
-    with pytest.raises(ValueError, match="no quantiser in Model is patched"):
+    with pytest.raises(ValueError, match="nothing in Model is patched"):
         unpatch(model)
 
 
@@ -165,7 +165,7 @@ def test_nothing_found(monkeypatch):
     for name in list(sys.modules):
         if name.partition(".")[0] in libraries:
             monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ValueError, match="no quantiser in Linear can be swapped") as error:
+    with pytest.raises(ValueError, match="nothing in Linear can be swapped") as error:
         patch(nn.Linear(2, 2))
     for library in libraries:
         assert f"  {library} (not imported): " in error.value.args[0]
@@ -182,11 +182,11 @@ def test_files_import_no_library():
 
 
 def test_libraries(model):
-    with pytest.raises(ValueError, match=r"Looked for:\n  diffusers.*: VectorQuantizer$"):
+    with pytest.raises(ValueError, match=r"Looked for:\n  diffusers.*: VectorQuantizer, .*$"):
         patch(model, libraries=["diffusers"])
     assert patched_stages(model) == [False, False]
     assert len(patch(model, libraries=["diffusers", "taming"]).swapped) == 2
-    with pytest.raises(ValueError, match=r"libraries must be among .*taming, got 'tamming'"):
+    with pytest.raises(ValueError, match=r"libraries must be among .*taming, .*, got 'tamming'"):
         patch(model, libraries=["tamming"])
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
         patch({})

@@ -188,7 +188,7 @@ def test_report():
     assert lines["0"] == ("forward (as Taming)", encodings)
     assert lines["1"] == ("forward (as Taming2)", "")
     assert lines["6"] == ("forward (as LlamaGen)", entropy)
-    assert "9 of 9 quantisers run on mmfast" in str(report)
+    assert "9 of 9 modules run on mmfast" in str(report)
 
 
 class Farthest(Taming2):

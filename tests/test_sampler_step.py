@@ -178,8 +178,11 @@ def test_out_may_be_x(backend):
         history = torch.stack([h0, h1])
         expected = mmfast.sampler_step(x, m, multistep().to(device), 3, history=history.clone())
         assert expected is not x
+        versions = x._version, history._version
         got = mmfast.sampler_step(x, m, multistep().to(device), 3, history=history, out=x)
         assert got is x
+        assert x._version > versions[0]  # autograd is told
+        assert history._version > versions[1]
         assert_same_bits([got], [expected])
 
 

@@ -558,6 +558,7 @@ def test_refused(call, message):
     ("arguments", "error", "message"),
     [
         ({"cuda_graph": True}, ValueError, "cuda_graph needs x on a CUDA device, got cpu"),
+        ({"cuda_graph": "all"}, ValueError, "must be a bool, 'step' or 'loop', got 'all'"),
         ({"image": torch.ones(3, 6)}, ValueError, r"image must have shape \(2, 6\), got \(3, 6\)"),
         ({"guidance_scale": torch.ones(3)}, ValueError, r"must be a number or \(B,\) = \(2,\)"),
         ({"seed": torch.ones(3, dtype=torch.int64)}, ValueError, r"seed must be \(\) or \(B,\)"),
@@ -576,11 +577,12 @@ def test_sample_refuses(arguments, error, message):
 
 
 @pytest.mark.cuda
-def test_sample_as_a_cuda_graph():
+@pytest.mark.parametrize("captured", [True, "step", "loop"])
+def test_sample_as_a_cuda_graph(captured):
     x = START.float().cuda()
     first = S.sa_solver(VP.grid(8, skip_last=True))
     second = S.sa_solver(VP.grid(8, skip_last=True), predict_x0=False)
-    plain, graph = (S.SampleLoop(model, x, first, cuda_graph=g) for g in (False, True))
+    plain, graph = (S.SampleLoop(model, x, first, cuda_graph=g) for g in (False, captured))
     for table in (first, second):
         plain.set_table(table)
         graph.set_table(table)

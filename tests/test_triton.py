@@ -19,6 +19,7 @@ import pytest
 import test_add_noise
 import test_code_statistics
 import test_finite_scalar_quantize
+import test_joint_attention
 import test_lookup_free_quantize
 import test_nearest_code
 import test_pack_indices
@@ -26,7 +27,9 @@ import test_randn
 import test_residual_quantize
 import test_sample_code
 import test_sampler_step
+import test_scaled_dot_product_attention
 import test_soft_assignment_statistics
+import test_varlen_attention
 import test_vector_quantize
 import torch
 from cases import METRICS, VIEWS, complaints, device_of, normal
@@ -151,6 +154,37 @@ REPEATED = {
         "one_seed_is_one_stream",
         "targets",
         "timestep_out_of_range_is_nan_on_a_device",
+    ),
+    test_scaled_dot_product_attention: (
+        "dropout_is_the_references",
+        "dropout_of_nothing_and_of_everything",
+        "empty",
+        "expanded_keys",
+        "grouped_heads",
+        "layouts",
+        "leading_dimensions_broadcast",
+        "masks_of_fewer_dimensions",
+        "not_finite",
+        "other_dtypes",
+        "rows_that_attend_to_nothing",
+        "scales",
+        "strides_of_masks",
+    ),
+    test_joint_attention: (
+        "gradients_of_one_output",
+        "grouped_heads",
+        "layouts",
+        "lengths_out_of_range",
+        "other_dtypes",
+        "text_beyond_its_length_is_not_read",
+    ),
+    test_varlen_attention: (
+        "any_cu_seqlens_stay_in_range",
+        "grouped_heads",
+        "layouts",
+        "lengths",
+        "other_dtypes",
+        "tokens_of_no_sequence",
     ),
     test_vector_quantize: (
         "gradients",
@@ -722,6 +756,30 @@ def test_pack_indices_strides(view):
     check_op(pack_indices.INVERSE, packed, 5, 40)
     # Bytes that begin where no word may.
     check_op(pack_indices.INVERSE, packed.flatten()[1:726], 5, 1160)
+
+
+# One part, two parts, and one that is filled up.
+@pytest.mark.parametrize("num_dims", [1, 72, 88, 120, 132, 256])
+def test_scaled_dot_product_attention_head_sizes(num_dims):
+    attention = test_scaled_dot_product_attention
+    with mmfast.use_backend("triton"):
+        for dtype in (torch.float32, torch.bfloat16):
+            attention.check("triton", *attention.qkv(1, 1, 70, num_dims, 33, dtype=dtype))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_scaled_dot_product_attention_more_than_a_block(is_causal):
+    attention = test_scaled_dot_product_attention
+    with mmfast.use_backend("triton"):
+        for lengths in ((130, 193), (200, 64)):
+            tensors = attention.qkv(1, 2, lengths[0], 16, lengths[1])
+            attention.check("triton", *tensors, is_causal=is_causal)
+
+
+def test_scaled_dot_product_attention_heads_too_wide():
+    refused = pytest.raises(mmfast.BackendError, match="head sizes may be up to 256, got 264")
+    with mmfast.use_backend("triton"), refused:
+        mmfast.scaled_dot_product_attention(*[torch.zeros(1, 1, 3, 264, device=DEVICE)] * 3)
 
 
 @pytest.mark.cuda

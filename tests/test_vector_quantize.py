@@ -5,8 +5,9 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import METRICS, backends_here, device_of, normal
+from cases import METRICS, VIEWS, backends_here, device_of, normal
 from hypothesis import given, settings
+from test_determinism import assert_same_bits
 
 import mmfast
 from mmfast.checks import FLOATING
@@ -276,8 +277,27 @@ def test_ema_update_of_any_arguments(name, k, d, heads, dtypes, decay, normalize
     tensors = (vectors[0], sizes[0], vectors[1], sizes[1], vectors[2])
     given = [t.to(device_of(name), dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
     arguments = (*given, decay, 1e-5, normalize)
-    run = mmfast.backends.select(ema_update.OP, name, *arguments)
-    assert ema_update.compare(run(*arguments), arguments) == []
+    result = ema_update.OP.result(
+        mmfast.backends.select(ema_update.OP, name, *arguments), arguments
+    )
+    assert ema_update.compare(result, arguments) == []
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("view", ["transposed", "padded", "stepped"])
+@pytest.mark.parametrize("name", backends_here(ema_update.OP))
+def test_ema_update_in_place_of_any_strides(name, view, normalize):
+    device = device_of(name)
+    codes, total, sums = (VIEWS[view](normal(40, 19, seed=i).to(device)) for i in range(3))
+    size, counts = (normal(40, 3, seed=i).abs().to(device)[:, 1] for i in range(2))
+    beside = [t._base.isnan() for t in (codes, total)]
+    strided = [codes, size, total, counts, sums]
+    dense = [t.clone(memory_format=torch.contiguous_format) for t in strided]
+    with mmfast.use_backend(name):
+        for tensors in (strided, dense):
+            mmfast.ema_update_from_statistics_(*tensors, decay=0.9, normalize=normalize)
+    assert_same_bits(strided, dense)
+    assert all(torch.equal(t._base.isnan(), b) for t, b in zip((codes, total), beside, strict=True))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -303,6 +323,34 @@ def test_ema_update_of_nothing_leaves_the_codes():
     before, size, total = codebook.clone(), torch.zeros(5), torch.zeros(5, 3)
     mmfast.ema_update_(codebook, size, total, torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
     assert torch.equal(codebook, before)
+
+
+@pytest.mark.parametrize("name", backends_here(ema_update.OP))
+def test_ema_update_tells_autograd_what_changed(name):
+    codebook, size, total = (
+        t.to(device_of(name)) for t in (normal(5, 3), torch.ones(5), normal(5, 3))
+    )
+    before = [t._version for t in (codebook, size, total)]
+    x = normal(4, 3).to(codebook).requires_grad_()
+    scores = x @ codebook.T  # saves the codebook
+    with mmfast.use_backend(name):
+        mmfast.ema_update_from_statistics_(codebook, size, total, size.clone(), total.clone())
+    assert all(t._version > v for t, v in zip((codebook, size, total), before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        scores.sum().backward()
+
+
+def test_ema_update_compiles_in_one_graph():
+    tensors = [normal(5, 3), torch.ones(5), normal(5, 3), torch.ones(5), normal(5, 3, seed=1)]
+    eager, traced = ([t.clone() for t in tensors] for _ in range(2))
+    mmfast.ema_update_from_statistics_(*eager, decay=0.7)
+    compiled = torch.compile(
+        mmfast.ema_update_from_statistics_, fullgraph=True, backend="aot_eager"
+    )
+    before = traced[0]._version
+    compiled(*traced, decay=0.7)
+    assert_same_bits(traced, eager)
+    assert traced[0]._version > before
 
 
 def test_ema_update_messages():

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from benchmarks.peers import Peer
 
-Result = tuple[Tensor, Tensor, Tensor]
+
+def smoothed(cluster_size: Tensor, eps: float) -> Tensor:
+    """Sizes by which the sums are divided."""
+    total = cluster_size.sum(-1, keepdim=True)
+    return (cluster_size + eps) / (total + cluster_size.shape[-1] * eps) * total
 
 
 def PLAIN(
@@ -19,14 +23,15 @@ def PLAIN(
     decay: float,
     eps: float,
     normalize: bool,
-) -> Result:
+) -> None:
     """As codebooks with moving averages are written."""
-    size = torch.lerp(counts, cluster_size, decay)
-    total_sum = torch.lerp(sums, embed_sum, decay)
-    total = size.sum(-1, keepdim=True)
-    smooth = (size + eps) / (total + size.shape[-1] * eps) * total
-    codes = total_sum / smooth[..., None]
-    return torch.nn.functional.normalize(codes, dim=-1) if normalize else codes, size, total_sum
+    cluster_size.lerp_(counts, 1 - decay)
+    embed_sum.lerp_(sums, 1 - decay)
+    smooth = smoothed(cluster_size, eps)[..., None]
+    if normalize:
+        codebook.copy_(torch.nn.functional.normalize(embed_sum / smooth, dim=-1))
+    else:
+        torch.div(embed_sum, smooth, out=codebook)
 
 
 PEERS = {"plain torch": Peer(lambda *arguments: lambda: PLAIN(*arguments))}

@@ -42,8 +42,8 @@ def PLAIN(x: Tensor, codebook: Tensor, gradient: Tensor) -> Result:
     torch.autograd.backward((turned, commitment), (gradient, torch.ones_like(commitment)))
     assert vectors.grad is not None
     counts, sums = index_add(x, indices, len(codebook))
-    new, _, _ = ema_update.PLAIN(codebook, size, codebook, counts, sums, DECAY, EPS, False)
-    return vectors.grad, new
+    size = torch.lerp(counts, size, DECAY)
+    return vectors.grad, torch.lerp(sums, codebook, DECAY) / ema_update.smoothed(size, EPS)[:, None]
 
 
 def _products(x: Tensor, codebook: Tensor, gradient: Tensor) -> int:

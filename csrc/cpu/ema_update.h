@@ -1,17 +1,16 @@
 // What the ema_update kernel of every instruction set is given.
 #pragma once
-#include "cpu/tensor_view.h"
+#include "cpu/sampler_step.h"
 
 namespace mmfast {
 
+// The numbers of a row lie together, and those of all codes.
 struct EmaUpdateArgs {
-  Rows codebook, embed_sum, sums;  // (K, D)
-  Rows cluster_size, counts;       // (1, K)
+  int64_t codes, width;                  // K, D
+  SampleView codebook, embed_sum, sums;  // (K, D); the first two change
+  SampleView cluster_size, counts;       // (K,); the first changes
   double decay, eps;
   bool normalize;
-  // Of the old ones' dtypes.
-  char *new_codebook, *new_embed_sum;  // (K, D)
-  char* new_cluster_size;              // (K,)
 };
 
 }  // namespace mmfast

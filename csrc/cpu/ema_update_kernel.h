@@ -1,5 +1,5 @@
-// Moving averages in double: one pass over the sizes, whose sum smooths them, then one over the
-// sums and codes.
+// Moving averages: one pass over the sizes, in double, whose sum smooths them, then one over the
+// sums and codes, in float where these are.
 #pragma once
 #include <atomic>
 #include <cmath>
@@ -7,25 +7,20 @@
 
 #include "cpu/blocks.h"
 #include "cpu/ema_update.h"
-#include "cpu/simd.h"
+#include "cpu/numbers.h"
 #include "cpu/workspace.h"
-#include "cpu/write_row.h"
 
 namespace mmfast::MMFAST_ISA {
 
 struct EmaUpdate {
   const EmaUpdateArgs& args;
-  const int64_t codes, width, blocks;
+  const int64_t blocks;
   double* sizes = nullptr;   // [K] new cluster sizes
   double* totals = nullptr;  // [blocks] of them
   double total = 0;
   std::atomic<bool> failed{false};
 
-  explicit EmaUpdate(const EmaUpdateArgs& a)
-      : args(a),
-        codes(a.codebook.count),
-        width(a.codebook.width),
-        blocks(blocks_of(a.codebook.count)) {}
+  explicit EmaUpdate(const EmaUpdateArgs& a) : args(a), blocks(blocks_of(a.codes)) {}
   EmaUpdate(const EmaUpdate&) = delete;
   ~EmaUpdate() {
     std::free(sizes);
@@ -33,7 +28,7 @@ struct EmaUpdate {
   }
 
   bool run(const Parallel& parallel) {
-    sizes = allocate<double>(codes);
+    sizes = allocate<double>(args.codes);
     totals = allocate<double>(blocks);
     if (!sizes || !totals) return false;
     for_blocks(blocks, [this](int64_t block) { average_sizes(block); }, parallel);
@@ -42,73 +37,165 @@ struct EmaUpdate {
     return !failed;
   }
 
-  // decay of the old, the rest of the new, as torch.lerp rounds it.
+  // decay of the old numbers, the rest of the new ones. Exact at both ends, as torch.lerp is: from
+  // the nearer one a part of the way to the other.
   template <class V>
-  V average(V old, V latest) const {
-    return args.decay < 0.5 ? latest + args.decay * (old - latest)
-                            : old - (old - latest) * (1 - args.decay);
+  struct Average {
+    using T = std::remove_reference_t<decltype(V{}[0])>;
+    const bool from_new;
+    const V part;
+    explicit Average(double decay)
+        : from_new(decay < 0.5), part(V{} + (T)(decay < 0.5 ? decay : 1 - decay)) {}
+    V operator()(V start, V end) const { return fma(end - start, part, start); }
+  };
+
+  struct Numbers {
+    char* data;
+    Dtype dtype;
+    int64_t size;
+    char* at(int64_t d) const { return data + d * size; }
+  };
+
+  static Numbers numbers(const SampleView& view, int64_t first) {
+    const int64_t size = size_of(view.dtype);
+    return {view.data + first * size, view.dtype, size};
+  }
+
+  // NATIVE: they are of type T, which is known when this is compiled.
+  template <class T, bool NATIVE>
+  MMFAST_INLINE Numbers row(const SampleView& view, int64_t k) {
+    return {view.data + k * view.stride, NATIVE ? Native<T>::dtype : view.dtype,
+            NATIVE ? (int64_t)sizeof(T) : size_of(view.dtype)};
   }
 
   void average_sizes(int64_t block) const {
-    const auto [begin, end] = block_of(block, codes);
-    double old_buffer[block_rows], latest_buffer[block_rows], sum = 0;
-    const double* old =
-        read_row<double>(args.cluster_size.columns(begin, end - begin), 0, old_buffer);
-    const double* latest =
-        read_row<double>(args.counts.columns(begin, end - begin), 0, latest_buffer);
-    for (int64_t k = begin; k < end; ++k)
-      sum += sizes[k] = average(old[k - begin], latest[k - begin]);
-    totals[block] = sum;
-    const Dtype dtype = args.cluster_size.dtype;
-    write_row(args.new_cluster_size + begin * size_of(dtype), dtype, sizes + begin, end - begin);
+    const auto [begin, end] = block_of(block, args.codes);
+    const Average<vd> average(args.decay);
+    const Numbers size = numbers(args.cluster_size, begin), count = numbers(args.counts, begin),
+                  start = average.from_new ? count : size, other = average.from_new ? size : count;
+    double* to = sizes + begin;
+    vd sum{};
+    const auto some = [&](int64_t k, auto read, auto write) __attribute__((always_inline)) {
+      const vd now = average(read(start, k), read(other, k));
+      write({(char*)to, Dtype::float64, sizeof(double)}, k, now);
+      write(size, k, now);
+      sum += now;
+    };
+    for_vectors<vd>(some, end - begin);
+    totals[block] = sum_of(sum);
+  }
+
+  bool has(Dtype dtype, bool all) const {
+    const int number = (args.codebook.dtype == dtype) + (args.embed_sum.dtype == dtype) +
+                       (args.sums.dtype == dtype);
+    return number == 3 || (number && !all);
   }
 
   void update(int64_t block) {
-    double* buffers = allocate<double>(3 * padded(width));
-    if (!buffers) {
+    double* unit = args.normalize ? allocate<double>(padded(args.width) + 8) : nullptr;
+    if (args.normalize && !unit) {
       failed = true;
       return;
     }
-    const auto [begin, end] = block_of(block, codes);
-    for (int64_t k = begin; k < end; ++k) update_code(k, buffers);
-    std::free(buffers);
-  }
-
-  void update_code(int64_t k, double* buffers) const {
-    const double* old = read_row<double>(args.embed_sum, k, buffers);
-    const double* latest = read_row<double>(args.sums, k, buffers + padded(width));
-    double* sums = buffers + 2 * padded(width);
-    int64_t d = 0;
-    for (; d + 8 <= width; d += 8)
-      store(sums + d, average(load<d8>(old + d), load<d8>(latest + d)));
-    for (; d < width; ++d) sums[d] = average(old[d], latest[d]);
-    write_row(args.new_embed_sum + k * width * size_of(args.embed_sum.dtype), args.embed_sum.dtype,
-              sums, width);
-    double* code = buffers;
-    if (total > 0) {
-      const double smooth =
-          (sizes[k] + args.eps) / (total + (double)codes * args.eps) * total;
-      for (d = 0; d + 8 <= width; d += 8) store(code + d, load<d8>(sums + d) / smooth);
-      for (; d < width; ++d) code[d] = sums[d] / smooth;
-    } else {
-      // Nothing was ever counted: the codes stay.
-      const double* stays = read_row<double>(args.codebook, k, code);
-      if (stays != code) std::memcpy(code, stays, (size_t)width * sizeof(double));
+    const auto [begin, end] = block_of(block, args.codes);
+    double factors[block_rows];  // of the sums, for the codes
+    for (int64_t k = begin; k < end; ++k)
+      factors[k - begin] =
+          (total + (double)args.codes * args.eps) / ((sizes[k] + args.eps) * total);
+    bool wide = has(Dtype::float64, false);
+    for (int64_t k = begin; k < end; ++k) {
+      const double size = std::abs(factors[k - begin]);
+      wide = wide || !(size > 1e-36 && size < 1e36);
     }
-    if (args.normalize) scale_to_unit(code);
-    write_row(args.new_codebook + k * width * size_of(args.codebook.dtype), args.codebook.dtype,
-              code, width);
+    if (wide)
+      update_codes<double, false>(begin, end, factors, unit);
+    else if (has(Dtype::float32, true))
+      update_codes<float, true>(begin, end, factors, (float*)unit);
+    else
+      update_codes<float, false>(begin, end, factors, (float*)unit);
+    std::free(unit);
   }
 
-  void scale_to_unit(double* code) const {
-    constexpr double least = 1e-6;  // of the divisor
-    d8 squares{};
+  template <class T, bool NATIVE>
+  void update_codes(int64_t begin, int64_t end, const double* factors, T* unit) const {
+    unit ? update_codes<T, NATIVE, true>(begin, end, factors, unit)
+         : update_codes<T, NATIVE, false>(begin, end, factors, unit);
+  }
+
+  template <class T, bool NATIVE, bool UNIT>
+  void update_codes(int64_t begin, int64_t end, const double* factors, T* unit) const {
+    const EmaUpdateArgs own = args;  // which no store can change
+    const Average<typename Native<T>::V> average(args.decay);
+    const bool moves = total > 0;  // else nothing was ever counted: the codes stay
+    for (int64_t k = begin; k < end; ++k)
+      update_code<T, NATIVE, UNIT>(own, k, average, moves, (T)factors[k - begin], unit);
+  }
+
+  // UNIT: the code's norm is to be one; unit [D, padded] is room for it.
+  template <class T, bool NATIVE, bool UNIT, class V = typename Native<T>::V>
+  MMFAST_INLINE void update_code(const EmaUpdateArgs& args, int64_t k, const Average<V>& average,
+                                 bool moves, T factor, T* unit) {
+    const Numbers code = row<T, NATIVE>(args.codebook, k), sum = row<T, NATIVE>(args.embed_sum, k),
+                  latest = row<T, NATIVE>(args.sums, k),
+                  start = average.from_new ? latest : sum, other = average.from_new ? sum : latest;
+    V squares{};
+    const auto some = [&](int64_t d, auto read, auto write) __attribute__((always_inline)) {
+      V now = average(read(start, d), read(other, d));
+      write(sum, d, now);
+      now *= factor;
+      if (UNIT) {
+        if (!moves) now = read(code, d);
+        store(unit + d, now);
+        squares = fma(now, now, squares);
+      } else if (moves) {
+        write(code, d, now);
+      }
+    };
+    for_vectors<V>(some, args.width);
+    if (!UNIT) return;
+    const V divisor = V{} + (T)divisor_of(unit, args.width, (double)sum_of(squares));
+    for (int64_t d = 0; d < args.width; d += native_width<T>)
+      write_first(code.at(d), code.dtype, args.width - d, load<V>(unit + d) / divisor);
+  }
+
+  // some(d, read, write) for every vector of a row; the last one has zeros behind the row.
+  template <class V, class Some>
+  MMFAST_INLINE void for_vectors(const Some& some, int64_t count) {
+    constexpr int64_t width = sizeof(V) / sizeof(V{}[0]);
     int64_t d = 0;
-    for (; d + 8 <= width; d += 8) squares += load<d8>(code + d) * load<d8>(code + d);
-    double square = sum(squares);
-    for (; d < width; ++d) square += code[d] * code[d];
-    const double norm = std::sqrt(square), divisor = norm < least ? least : norm;
-    for (d = 0; d < width; ++d) code[d] /= divisor;
+    for (; d + width <= count; d += width)
+      some(
+          d,
+          [](const Numbers& row, int64_t at) __attribute__((always_inline)) {
+            V v;
+            read_numbers(row.at(at), row.dtype, v);
+            return v;
+          },
+          [](const Numbers& row, int64_t at, V v) __attribute__((always_inline)) {
+            write_numbers(row.at(at), row.dtype, v);
+          });
+    if (const int64_t n = count - d; n > 0)
+      some(
+          d,
+          [n](const Numbers& row, int64_t at) {
+            V v;
+            read_first(row.at(at), row.dtype, n, v);
+            for (int64_t i = n; i < width; ++i) v[i] = 0;
+            return v;
+          },
+          [n](const Numbers& row, int64_t at, V v) { write_first(row.at(at), row.dtype, n, v); });
+  }
+
+  // The norm of what has such a sum of squares, which may have been too large or small for a T.
+  template <class T>
+  static double divisor_of(const T* unit, int64_t width, double squares) {
+    constexpr double least = 1e-6;
+    if (!(squares > 1e-24 && squares < 1e36)) {
+      squares = 0;
+      for (int64_t d = 0; d < width; ++d) squares += (double)unit[d] * (double)unit[d];
+    }
+    const double norm = std::sqrt(squares);
+    return norm < least ? least : norm;
   }
 };
 

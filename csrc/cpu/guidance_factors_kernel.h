@@ -19,22 +19,9 @@ struct GuidanceSums {
 
   // The first count of numbers in a row, zeros behind them.
   MMFAST_INLINE vd take(const SampleView& view, int64_t b, int64_t e, int64_t count) {
-    const char* p = at(view, b, e);
-    char padded[width * sizeof(double)];
-    if (count < width) {
-      std::memset(padded, 0, sizeof padded);
-      std::memcpy(padded, p, (size_t)(count * size_of(view.dtype)));
-      p = padded;
-    }
     vd v;
-    read_numbers(p, view.dtype, v);
+    read_first(at(view, b, e), view.dtype, count, v);
     return v;
-  }
-
-  static double sum_of(vd v) {
-    double total = 0;
-    for (int i = 0; i < width; ++i) total += v[i];
-    return total;
   }
 
   void block(int64_t index) const {
@@ -56,11 +43,7 @@ struct GuidanceSums {
         char written[width * sizeof(double)];
         write_numbers(written, args.average.dtype, d);
         read_numbers(written, args.average.dtype, d);
-        char* to = (char*)at(args.average, b, e);
-        if (n == width)
-          write_numbers(to, args.average.dtype, d);
-        else
-          std::memcpy(to, written, (size_t)(n * size_of(args.average.dtype)));
+        write_first((char*)at(args.average, b, e), args.average.dtype, n, d);
       }
       aa = fma(c, c, aa);
       ab = fma(c, d, ab);

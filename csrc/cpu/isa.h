@@ -3,19 +3,23 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/code_statistics.h"
 #include "cpu/ema_update.h"
 #include "cpu/finite_scalar_quantize.h"
+#include "cpu/gated_activation.h"
 #include "cpu/gated_residual_modulate.h"
 #include "cpu/guidance_factors.h"
 #include "cpu/lookup_free_quantize.h"
 #include "cpu/nearest_code.h"
 #include "cpu/pack_indices.h"
+#include "cpu/qk_norm_rope.h"
 #include "cpu/randn.h"
 #include "cpu/residual_quantize.h"
 #include "cpu/sample_code.h"
 #include "cpu/soft_assignment_statistics.h"
 #include "cpu/sampler_step.h"
+#include "cpu/timestep_embedding.h"
 #include "cpu/vector_quantize.h"
 
 namespace mmfast {
@@ -44,6 +48,12 @@ struct Kernels {
   bool (*soft_assignment_statistics_bwd)(const SoftAssignmentBwdArgs&, const Parallel&);
   void (*sampler_step)(const SamplerStepArgs&, const Parallel&);
   void (*guidance_factors)(const GuidanceFactorsArgs&, const Parallel&);
+  bool (*qk_norm_rope)(const QkNormRopeArgs&, const Parallel&);
+  bool (*qk_norm_rope_bwd)(const QkNormRopeArgs&, const Parallel&);
+  void (*timestep_embedding)(const TimestepEmbeddingArgs&, const Parallel&);
+  void (*gated_activation)(const GatedActivationArgs&, const Parallel&);
+  bool (*attention_backward)(const AttentionArgs&, const Parallel&);
+  bool (*attention_forward)(const AttentionArgs&, const Parallel&);
   bool (*gated_residual_modulate)(const GatedResidualModulateArgs&, const Parallel&);
   bool (*gated_residual_modulate_bwd)(const GatedResidualModulateBwdArgs&, const Parallel&);
 };

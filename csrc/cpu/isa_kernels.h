@@ -3,9 +3,12 @@
 #include "cpu/isa.h"
 // After isa.h and the standard headers: nothing in these may instantiate library templates, whose
 // code the linker would share with processors that lack these instructions.
+#include "cpu/attention_backward_kernel.h"
+#include "cpu/attention_forward_kernel.h"
 #include "cpu/code_statistics_kernel.h"
 #include "cpu/ema_update_kernel.h"
 #include "cpu/finite_scalar_quantize_kernel.h"
+#include "cpu/gated_activation_kernel.h"
 #include "cpu/gated_residual_modulate_bwd_kernel.h"
 #include "cpu/gated_residual_modulate_kernel.h"
 #include "cpu/guidance_factors_kernel.h"
@@ -13,11 +16,13 @@
 #include "cpu/nearest_code_kernel.h"
 #include "cpu/pack_indices_kernel.h"
 #include "cpu/peak.h"
+#include "cpu/qk_norm_rope_kernel.h"
 #include "cpu/randn_kernel.h"
 #include "cpu/residual_quantize_kernel.h"
 #include "cpu/sample_code_kernel.h"
 #include "cpu/soft_assignment_statistics_kernel.h"
 #include "cpu/sampler_step_kernel.h"
+#include "cpu/timestep_embedding_kernel.h"
 #include "cpu/vector_quantize_bwd_kernel.h"
 #include "cpu/vector_quantize_kernel.h"
 
@@ -50,6 +55,12 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::soft_assignment_statistics_bwd,
     &MMFAST_ISA::sampler_step,
     &MMFAST_ISA::guidance_factors,
+    &MMFAST_ISA::qk_norm_rope,
+    &MMFAST_ISA::qk_norm_rope_bwd,
+    &MMFAST_ISA::timestep_embedding,
+    &MMFAST_ISA::gated_activation,
+    &MMFAST_ISA::attention_backward,
+    &MMFAST_ISA::attention_forward,
     &MMFAST_ISA::gated_residual_modulate,
     &MMFAST_ISA::gated_residual_modulate_bwd,
 };

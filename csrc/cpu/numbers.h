@@ -112,11 +112,90 @@ MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vd v) {
   std::memcpy(at, written, (size_t)(native_width<double> * size_of(dtype)));
 }
 
+// Neighbours exchanged: b a d c ...
+MMFAST_INLINE vf swap_pairs(vf v) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_permute_ps((__m512)v, 0xB1);
+#elif defined(__AVX2__)
+  return (vf)_mm256_permute_ps((__m256)v, 0xB1);
+#else
+  return (vf)_mm_shuffle_ps((__m128)v, (__m128)v, 0xB1);
+#endif
+}
+MMFAST_INLINE vd swap_pairs(vd v) {
+#if defined(__AVX512F__)
+  return (vd)_mm512_permute_pd((__m512d)v, 0x55);
+#elif defined(__AVX2__)
+  return (vd)_mm256_permute_pd((__m256d)v, 0x5);
+#else
+  return (vd)_mm_shuffle_pd((__m128d)v, (__m128d)v, 1);
+#endif
+}
+
+MMFAST_INLINE float sum_lanes(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  const __m128 a = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 b = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return b[0] + b[1];
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+MMFAST_INLINE double sum_lanes(vd v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)v);
+#else
+  double total = v[0];
+  for (int i = 1; i < native_width<double>; ++i) total += v[i];
+  return total;
+#endif
+}
+
+// The first count of a vector's numbers, zeros behind them.
+template <class V>
+MMFAST_INLINE void read_first(const char* at, Dtype dtype, int64_t count, V& v) {
+  constexpr int64_t width = sizeof(V) / sizeof(v[0]);
+  char padded[width * sizeof(double)];
+  if (count < width) {
+    std::memset(padded, 0, sizeof padded);
+    std::memcpy(padded, at, (size_t)(count * size_of(dtype)));
+    at = padded;
+  }
+  read_numbers(at, dtype, v);
+}
+
+template <class V>
+MMFAST_INLINE void write_first(char* at, Dtype dtype, int64_t count, V v) {
+  constexpr int64_t width = sizeof(V) / sizeof(v[0]);
+  if (count >= width) {
+    write_numbers(at, dtype, v);
+    return;
+  }
+  char written[width * sizeof(double)];
+  write_numbers(written, dtype, v);
+  std::memcpy(at, written, (size_t)(count * size_of(dtype)));
+}
+
+// In the order of the lanes.
+template <class V>
+MMFAST_INLINE auto sum_of(V v) -> std::remove_reference_t<decltype(v[0])> {
+  auto total = v[0];
+  for (int i = 1; i < (int)(sizeof(V) / sizeof(v[0])); ++i) total += v[i];
+  return total;
+}
+
 // e^x for any x. Polynomial of Cephes' expf; the power of two is applied in halves, so that
 // neither overflows before the result does.
 MMFAST_INLINE vf exponential(vf x) {
-  using vw = int32_t __attribute__((vector_size(4 * lanes)));
+#if defined(__AVX512F__)
+  // Either returns the second of two operands where one is NaN, which then stays.
+  const vf bounded = (vf)_mm512_max_ps(_mm512_set1_ps(-104.f),
+                                       _mm512_min_ps(_mm512_set1_ps(89.f), (__m512)x));
+#else
   const vf bounded = x > 89.f ? vf{} + 89.f : x < -104.f ? vf{} - 104.f : x;
+#endif
   const vf magic = vf{} + 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   const vf shifted = fma(bounded, vf{} + 1.44269504f, magic);
   const vf n = shifted - magic;
@@ -128,10 +207,15 @@ MMFAST_INLINE vf exponential(vf x) {
   p = fma(p, r, vf{} + 1.6666665459e-1f);
   p = fma(p, r, vf{} + 5.0000001201e-1f);
   p = fma(p * r, r, r + 1.f);
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  using vw = int32_t __attribute__((vector_size(4 * lanes)));
   const vw power = (vw)shifted - (vw)magic, half = power >> 1;
   const vf first = (vf)((half + 127) << 23), second = (vf)((power - half + 127) << 23);
   const vf result = p * first * second;
   return x != x ? x : result;
+#endif
 }
 MMFAST_INLINE vd exponential(vd x) {
   for (int i = 0; i < native_width<double>; ++i) x[i] = __builtin_exp(x[i]);

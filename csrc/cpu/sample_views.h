@@ -25,7 +25,7 @@ inline bool lies_together(const Tensor& tensor, int64_t first) {
 class SampleViews {
  public:
   SampleView source(const Tensor& tensor) {
-    return view(lies_together(tensor, 1) ? tensor : kept(torch::stable::contiguous(tensor)));
+    return view(readable(tensor, 1));
   }
   SampleView source(const std::optional<Tensor>& tensor) {
     return tensor ? source(*tensor) : SampleView{};
@@ -39,7 +39,12 @@ class SampleViews {
     return tensor ? target(*tensor) : SampleView{};
   }
 
-  // tensor, or a copy that finish() writes back.
+  // tensor, or a copy whose dimensions [first, dim) lie together.
+  Tensor readable(const Tensor& tensor, int64_t first) {
+    return lies_together(tensor, first) ? tensor : kept(torch::stable::contiguous(tensor));
+  }
+
+  // The same of something that is written; finish() writes the copy back.
   Tensor writable(const Tensor& tensor, int64_t first) {
     if (lies_together(tensor, first)) return tensor;
     Tensor copy = kept(torch::stable::contiguous(tensor));

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -61,6 +61,47 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
 
 
 @dataclass(frozen=True)
+class ClassSwap:
+    """An object whose class is exchanged for one of ours, which is derived from it.
+
+    Attributes:
+        owner: the object.
+        before: its own class.
+        after: ours.
+        added: attributes that objects of our class have besides.
+    """
+
+    owner: Any
+    before: type
+    after: type
+    added: tuple[str, ...] = ()
+
+    def make(self) -> None:
+        self.owner.__class__ = self.after
+
+    def undo(self) -> bool:
+        """Give it its own class back; whether it had ours, or has its own already."""
+        if type(self.owner) is self.after:
+            for name in self.added:
+                vars(self.owner).pop(name, None)
+            self.owner.__class__ = self.before
+        return type(self.owner) is self.before
+
+    def __str__(self) -> str:
+        return f"the class of a {self.before.__name__}"
+
+
+class Exchange(Protocol):
+    """A change that is not of a module's method."""
+
+    def make(self) -> None:
+        """Make it."""
+
+    def undo(self) -> bool:
+        """Take it back; False where something else has changed it since."""
+
+
+@dataclass(frozen=True)
 class Swap:
     """What a library's file would do with a module.
 
@@ -68,16 +109,18 @@ class Swap:
         methods: to bind; none where the module stays as it is.
         done: what then runs on mmfast, for the report.
         left: what keeps its own code and why, for the report.
+        exchanges: other changes to make.
     """
 
     methods: tuple[Method, ...] = ()
     done: str = ""
     left: str = ""
+    exchanges: tuple[Exchange, ...] = ()
 
 
 @dataclass(frozen=True)
 class Library:
-    """A library whose quantisers can be swapped.
+    """A library whose modules can be swapped, or some of them.
 
     Attributes:
         name: as it is imported.
@@ -90,6 +133,21 @@ class Library:
     classes: tuple[str, ...]
     matches: Callable[[nn.Module], bool]
     swap: Callable[[nn.Module], Swap]
+
+
+def joined(*parts: Library) -> Library:
+    """One library of several parts, the first that matches answers for a module."""
+
+    def part_of(module: nn.Module) -> Library | None:
+        return next((part for part in parts if part.matches(module)), None)
+
+    def swap(module: nn.Module) -> Swap:
+        part = part_of(module)
+        assert part is not None  # it matched
+        return part.swap(module)
+
+    classes = tuple(name for part in parts for name in part.classes)
+    return Library(parts[0].name, classes, lambda module: part_of(module) is not None, swap)
 
 
 class NotLoaded:

@@ -1,4 +1,4 @@
-"""Finding the quantisers in a model, patching them, and taking the patch back."""
+"""Finding the modules in a model, patching them, and taking the patch back."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from mmfast.integrations import diffusers, taming, transformers, vector_quantize
-from mmfast.integrations.binding import Library, Method, Swap, bound_names, is_bound
-from mmfast.integrations.diffusers.swapping import ClassSwap, restored, schedulers_in, swapped
+from mmfast.integrations import (
+    diffusers,
+    dit,
+    taming,
+    torch_attention,
+    transformers,
+    vector_quantize,
+)
+from mmfast.integrations.binding import Exchange, Library, Method, Swap, bound_names, is_bound
+from mmfast.integrations.diffusers.attention import restored_processor
+from mmfast.integrations.diffusers.swapping import restored, schedulers_in, swapped
 from mmfast.integrations.report import Entry, PatchReport
 
 LIBRARIES: dict[str, Library] = {
@@ -20,18 +28,21 @@ LIBRARIES: dict[str, Library] = {
         diffusers.LIBRARY,
         transformers.LIBRARY,
         taming.LIBRARY,
+        dit.LIBRARY,
+        torch_attention.LIBRARY,
     )
 }
 
 
 def patch(model: Any, *, libraries: Iterable[str] | None = None) -> PatchReport:
-    """Make the quantisers of other libraries inside ``model`` run on mmfast.
+    """Make other libraries' quantisers, attention and blocks inside ``model`` run on mmfast.
 
     Modules stay where they are, with their class, parameters, buffers, hooks and state-dict
-    keys; the methods that look codes up are replaced on each instance. Outputs keep their types
-    and shapes, in training and evaluation. Values and gradients are the same to rounding, and the
-    indices too, except where the library's arithmetic did not find the nearest code: mmfast's
-    indices are exact. ``docs/integrations.md`` lists what each library's modules gain.
+    keys; the methods that mmfast has something faster for are replaced on each instance. Outputs
+    keep their types and shapes, in training and evaluation. Values and gradients are the same to
+    rounding, and the indices too, except where the library's arithmetic did not find the nearest
+    code: mmfast's indices are exact. ``docs/integrations.md`` lists what each library's modules
+    gain.
 
     The patch moves with ``model.to(...)`` and ``copy.deepcopy(model)``, and works under
     ``torch.compile``. Patching twice changes nothing more.
@@ -62,7 +73,7 @@ def patch(model: Any, *, libraries: Iterable[str] | None = None) -> PatchReport:
     chosen = _chosen(libraries)
     entries: list[Entry] = []
     methods: list[Method] = []
-    classes: list[ClassSwap] = []
+    exchanges: list[Exchange] = []
     for name, module in modules:
         library = next((library for library in chosen if library.matches(module)), None)
         if library is None:
@@ -75,14 +86,18 @@ def patch(model: Any, *, libraries: Iterable[str] | None = None) -> PatchReport:
             if not is_bound(method.owner, method.name):
                 method.bind()
                 methods.append(method)
+        for exchange in swap.exchanges:
+            exchange.make()
+            exchanges.append(exchange)
         entries.append(Entry(name, library.name, type(module).__name__, swap.done, swap.left))
     for name, scheduler in schedulers if diffusers.LIBRARY in chosen else []:
         entry, change = swapped(name, scheduler)
         entries.append(entry)
         if change is not None:
-            classes.append(change)
-    noun = "quantisers and schedulers" if schedulers else "quantisers"
-    report = PatchReport(tuple(entries), tuple(methods), tuple(classes), noun)
+            change.make()
+            exchanges.append(change)
+    noun = "modules and schedulers" if schedulers else "modules"
+    report = PatchReport(tuple(entries), tuple(methods), tuple(exchanges), noun)
     if not report.swapped:
         raise ValueError(_nothing(model, chosen, report))
     return report
@@ -115,8 +130,11 @@ def unpatch(model: Any) -> None:
     found = [(module, name) for _, module in modules or () for name in bound_names(module)]
     for module, name in found:
         delattr(module, name)
-    if not sum(restored(scheduler) for _, scheduler in schedulers) + len(found):
-        raise ValueError(f"no quantiser in {type(model).__name__} is patched")
+    exchanged = sum(restored(scheduler) for _, scheduler in schedulers)
+    exchanged += sum(restored_processor(module) for _, module in modules or ())
+    exchanged += sum(transformers.restored(module) for _, module in modules or ())
+    if not exchanged + len(found):
+        raise ValueError(f"nothing in {type(model).__name__} is patched")
 
 
 def _chosen(names: Iterable[str] | None) -> list[Library]:
@@ -132,7 +150,7 @@ def _chosen(names: Iterable[str] | None) -> list[Library]:
 
 def _nothing(model: nn.Module, chosen: list[Library], report: PatchReport) -> str:
     """The message for a model without anything to swap."""
-    lines = [f"no quantiser in {type(model).__name__} can be swapped. Looked for:"]
+    lines = [f"nothing in {type(model).__name__} can be swapped. Looked for:"]
     for library in chosen:
         imported = "" if library.name in sys.modules else " (not imported)"
         lines.append(f"  {library.name}{imported}: {', '.join(library.classes)}")

@@ -5,8 +5,10 @@ For modules that are known only by their class's name, behind which may be anyth
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +30,77 @@ def difference(module: nn.Module, forward: Callable[..., Any]) -> list[str]:
             ``(B, D, height, width)``.
         forward: takes the module and what the module's own takes.
     """
+    return _differences(lambda run, training: _results(module, run, training), module, forward)
+
+
+def block_difference(module: nn.Module, forward: Callable[..., Any]) -> list[str]:
+    """What ``forward`` does differently from a transformer block's own.
+
+    Outputs and gradients are compared on a copy of the block with weights of its own: those that
+    begin at zero would hide everything. Blocks that print alike are tried once.
+
+    Args:
+        module: takes tokens ``(B, L, C)`` and a condition ``(B, C)``, and has
+            ``adaLN_modulation``, whose last layer is linear.
+        forward: takes the module and what the module's own takes.
+    """
+    tried = _tried.setdefault(type(module), {})
+    key = (forward, repr(module))
+    if key not in tried:
+        copied = _randomised(module)
+        tried[key] = _differences(
+            lambda run, training: _block_results(copied, run, training), module, forward
+        )
+    return tried[key]
+
+
+_tried: WeakKeyDictionary[type, dict[Any, list[str]]] = WeakKeyDictionary()
+
+
+def _differences(
+    results: Callable[[Callable[..., Any], bool], list[Any]],
+    module: nn.Module,
+    forward: Callable[..., Any],
+) -> list[str]:
+    """``results(run, training)``: what a forward gives; for the module's own and for ours."""
     for training in (False, True):
         mode = "training" if training else "evaluation"
         try:
-            want = _results(module, type(module).forward, training)
+            want = results(type(module).forward, training)
         except Exception as error:  # whatever a foreign forward may raise
             return [f"its forward refuses a small input in {mode}: {error}"]
         try:
-            got = _results(module, forward, training)
+            got = results(forward, training)
         except Exception as error:
             return [f"its forward needs other attributes in {mode}: {error}"]
         if len(got) != len(want) or not all(map(_alike, got, want)):
             return [f"its forward gives something else than the original's in {mode}"]
     return []
+
+
+def _randomised(module: nn.Module) -> nn.Module:
+    """A copy on its own code, in float32 on the CPU, with small random parameters."""
+    view: Any = copy.deepcopy(on_own_code(module)).to("cpu", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in view.parameters():
+        width = parameter.shape[-1] if parameter.dim() > 1 else 4
+        values = torch.randn(parameter.shape, generator=generator) / width**0.5
+        parameter.data = values
+    return view
+
+
+def _block_results(block: Any, forward: Callable[..., Any], training: bool) -> list[Any]:
+    """All that forward returns, and the gradients of tokens and condition."""
+    block.train(training)
+    generator = torch.Generator().manual_seed(1)
+    width = block.adaLN_modulation[-1].in_features
+    x = torch.randn(2, 5, width, generator=generator, requires_grad=True)
+    c = torch.randn(2, width, generator=generator, requires_grad=True)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        leaves, structure = tree_flatten(forward(block, x, c))
+        total = torch.stack([leaf.square().sum() for leaf in leaves if isinstance(leaf, Tensor)])
+        return [structure, *leaves, *torch.autograd.grad(total.sum(), (x, c), allow_unused=True)]
 
 
 def _results(module: nn.Module, forward: Callable[..., Any], training: bool) -> list[Any]:

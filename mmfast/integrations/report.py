@@ -4,27 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mmfast.integrations.binding import Method, is_bound
+from mmfast.integrations.binding import Exchange, Method, is_bound
 
 _WIDTH = 110  # of the printed table
 
 
-class Exchanged(Protocol):
-    """A change that is not of a module's method."""
-
-    def undo(self) -> bool:
-        """Take it back; False where something else has changed it since."""
-
-
 @dataclass(frozen=True)
 class Entry:
-    """A quantiser in the model, or a scheduler.
+    """A module of the model, or a scheduler.
 
     Attributes:
         name: dotted, as ``model.named_modules()`` gives it; ``""`` is the model itself.
@@ -42,15 +34,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """The quantisers and schedulers that were found, and the way back.
+    """The modules and schedulers that were found, and the way back.
 
     Used as a context manager, it undoes the patch at the end of the block.
     """
 
     entries: tuple[Entry, ...]
     methods: tuple[Method, ...] = field(default=(), repr=False)
-    classes: tuple[Exchanged, ...] = field(default=(), repr=False)
-    noun: str = field(default="quantisers", repr=False)
+    exchanges: tuple[Exchange, ...] = field(default=(), repr=False)
+    noun: str = field(default="modules", repr=False)
 
     @property
     def swapped(self) -> tuple[Entry, ...]:
@@ -68,7 +60,7 @@ class PatchReport:
         Raises:
             RuntimeError: something else has replaced a method since, and may hold on to ours.
         """
-        replaced = [f"the class of {change}" for change in self.classes if not change.undo()]
+        replaced = [str(exchange) for exchange in self.exchanges if not exchange.undo()]
         for method in self.methods:
             if is_bound(method.owner, method.name):
                 delattr(method.owner, method.name)

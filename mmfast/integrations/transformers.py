@@ -1,15 +1,17 @@
-"""transformers: the codebooks of its audio codecs and of its VQGAN tokenizers."""
+"""transformers: its audio codecs' and VQGAN tokenizers' codebooks, and its attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 import mmfast
 from mmfast.integrations import vqgan
-from mmfast.integrations.binding import Library, Method, Swap, loaded_class
+from mmfast.integrations.binding import Library, Method, Swap, joined, loaded_class
+from mmfast.integrations.rebased import rebased
 
 
 class Euclidean:
@@ -85,4 +87,72 @@ def swap(module: nn.Module) -> Swap:
     return Swap((method,), done=method.name, left=left)
 
 
-LIBRARY = Library("transformers", tuple(_CODEBOOKS), matches, swap)
+NAME = "mmfast"  # of our attention among the library's implementations
+
+
+def register() -> None:
+    """Make ``attn_implementation="mmfast"`` known to transformers, which must be installed.
+
+    Raises:
+        ImportError: it is not, or it has no attention interface.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, rebased(sdpa_attention_forward))
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """The attention of a model, exchanged in its configuration."""
+
+    model: Any
+    before: str
+
+    def make(self) -> None:
+        register()
+        self.model.set_attn_implementation(NAME)
+
+    def undo(self) -> bool:
+        """Give the model its own implementation back; whether it had ours, or has its own."""
+        if self.model.config._attn_implementation == NAME:
+            self.model.set_attn_implementation(self.before)
+        return self.model.config._attn_implementation == self.before
+
+    def __str__(self) -> str:
+        return f"the attention implementation of a {type(self.model).__name__}"
+
+
+def _is_model(module: nn.Module) -> bool:
+    """Whether a module is a model whose attention can be exchanged."""
+    theirs: Any = loaded_class("transformers.modeling_utils", "PreTrainedModel")
+    return (
+        isinstance(module, theirs)
+        and getattr(module, "_supports_sdpa", False)
+        and module._can_set_attn_implementation()
+    )
+
+
+def _swap_attention(model: Any) -> Swap:
+    before = model.config._attn_implementation
+    done = "attention"
+    if before == NAME:
+        return Swap(done=done)
+    if before != "sdpa":
+        return Swap(left=f"its attention implementation is {before!r}, not 'sdpa'")
+    return Swap(exchanges=(Implementation(model, before),), done=done)
+
+
+def restored(module: Any) -> bool:
+    """Give a model PyTorch's attention back; whether it had ours."""
+    if not _is_model(module) or module.config._attn_implementation != NAME:
+        return False
+    return Implementation(module, "sdpa").undo()
+
+
+LIBRARY = joined(
+    Library("transformers", tuple(_CODEBOOKS), matches, swap),
+    Library("transformers", ("PreTrainedModel",), _is_model, _swap_attention),
+)

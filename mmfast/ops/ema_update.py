@@ -34,7 +34,8 @@ def ema_update_(
     its sum over its size, with the sizes smoothed so that no code divides by zero.
 
     Args:
-        codebook: ``(K, D)`` or ``(H, K, D)``. Changed.
+        codebook: ``(K, D)`` or ``(H, K, D)``. Changed, and must share memory with no other
+            argument that is.
         cluster_size: ``(K,)`` or ``(H, K)``. Changed.
         embed_sum: as ``codebook``. Changed.
         x: the batch's vectors, ``(N, D)`` or ``(H, N, D)``.
@@ -94,29 +95,28 @@ def ema_update_from_statistics_(
         raise ValueError(f"decay must be from 0 to 1, got {decay}")
     if not eps > 0:
         raise ValueError(f"eps must be above 0, got {eps}")
-    updated = backends.call(
+    backends.call(
         OP, codebook, cluster_size, embed_sum, counts, sums, float(decay), float(eps), normalize
     )
-    for old, new in zip((codebook, cluster_size, embed_sum), updated, strict=True):
-        old.copy_(new)
 
 
 def reference(
-    codebook: Tensor,
-    cluster_size: Tensor,
-    embed_sum: Tensor,
-    counts: Tensor,
-    sums: Tensor,
+    codebook: Tensor,  # [..., K, D]
+    cluster_size: Tensor,  # [..., K]
+    embed_sum: Tensor,  # [..., K, D]
+    counts: Tensor,  # [..., K]
+    sums: Tensor,  # [..., K, D]
     decay: float,
     eps: float,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification: the new codebook, cluster_size and embed_sum, in float64 throughout."""
-    size = torch.lerp(counts.double(), cluster_size.double(), decay)  # [..., K]
-    total_sum = torch.lerp(sums.double(), embed_sum.double(), decay)  # [..., K, D]
+) -> None:
+    """The specification, in float64 throughout."""
+    size = torch.lerp(counts.double(), cluster_size.double(), decay)
+    total_sum = torch.lerp(sums.double(), embed_sum.double(), decay)
     total = size.sum(-1, keepdim=True)
-    codes = codes_of(codebook, size, total_sum, total, size.shape[-1], eps, normalize)
-    return codes, size.to(cluster_size.dtype), total_sum.to(embed_sum.dtype)
+    codebook.copy_(codes_of(codebook, size, total_sum, total, size.shape[-1], eps, normalize))
+    cluster_size.copy_(size)
+    embed_sum.copy_(total_sum)
 
 
 def codes_of(
@@ -142,18 +142,8 @@ def codes_of(
     return codes.to(codebook.dtype)
 
 
-def fake(
-    codebook: Tensor,
-    cluster_size: Tensor,
-    embed_sum: Tensor,
-    counts: Tensor,
-    sums: Tensor,
-    decay: float,
-    eps: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs without values."""
-    return tuple(t.new_empty(t.shape) for t in (codebook, cluster_size, embed_sum))  # type: ignore[return-value]
+def fake(*_: object) -> None:
+    """There is no output: arguments change."""
 
 
 def cost(codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor, *_: object) -> Cost:
@@ -166,7 +156,7 @@ def compare(
     result: tuple[Tensor, ...], arguments: Arguments, expected: tuple[Tensor, ...] | None = None
 ) -> list[str]:
     """Within rounding of the reference, relative to the largest term."""
-    expected = expected or reference(*arguments)
+    expected = expected or OP.result(reference, arguments)
     complaints = []
     names = ("codebook", "cluster_size", "embed_sum")
     for name, got, want in zip(names, result, expected, strict=True):
@@ -205,7 +195,7 @@ def samples() -> Iterable[Sample]:
     yield of(17, 19, heads=2, normalize=True)
 
 
-def _load_triton() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _load_triton() -> Callable[..., None]:
     from mmfast.kernels.ema_update import ema_update as launch
 
     return launch
@@ -214,8 +204,8 @@ def _load_triton() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 OP = register(
     Op(
         name="ema_update",
-        schema="(Tensor codebook, Tensor cluster_size, Tensor embed_sum, Tensor counts, "
-        "Tensor sums, float decay, float eps, bool normalize) -> (Tensor, Tensor, Tensor)",
+        schema="(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, "
+        "Tensor counts, Tensor sums, float decay, float eps, bool normalize) -> ()",
         reference=reference,
         fake=fake,
         backends={
@@ -226,5 +216,6 @@ OP = register(
         cost=cost,
         compare=compare,
         dtypes=FLOATING,
+        mutates=(0, 1, 2),
     )
 )

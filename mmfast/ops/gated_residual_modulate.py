@@ -148,11 +148,11 @@ def _gradients(
         return (None,) * 10
     if grad_residual is None and grad_modulated is None:
         return (None,) * 10
-    gated = ctx.saved_tensors[3] is not None
+    saved = ctx.saved_tensors  # once: activation checkpointing unpacks them
+    gated = saved[3] is not None
     needs = (need_x or (need_y and not gated), need_gate, need_y and gated, *others)
     made = backends.call(
-        BACKWARD, grad_residual, grad_modulated, *ctx.saved_tensors, ctx.norm,
-        ctx.gate_activation, *needs,
+        BACKWARD, grad_residual, grad_modulated, *saved, ctx.norm, ctx.gate_activation, *needs
     )  # fmt: skip
     grads = [g if need else None for g, need in zip(made, needs, strict=True)]
     if not gated:

@@ -31,7 +31,7 @@ def sample(
     callback: Callback | None = None,
     progress: bool = True,
     dtype: torch.dtype | None = None,
-    cuda_graph: bool = False,
+    cuda_graph: bool | str = False,
 ) -> Tensor:
     """Draw samples from a diffusion or flow model.
 
@@ -57,14 +57,17 @@ def sample(
         progress: show a bar on the terminal's standard error.
         dtype: of what the model gets; x's if not given. The running sample and the history are kept
             in float32, or float64 if x is.
-        cuda_graph: capture a step, the model in it, as a CUDA graph and replay it for each row. The
-            model must be capturable. To sample again without a new capture use :class:`SampleLoop`.
+        cuda_graph: True or ``"step"``: capture a step, the model in it, as a CUDA graph and replay
+            it for each row. ``"loop"``: capture all steps as one graph; it leaves no time between
+            them for a callback. The model must be capturable. To sample again without a new capture
+            use :class:`SampleLoop`.
 
     Returns:
         ``(B, ...)``, x's dtype.
 
     Raises:
-        ValueError: shapes do not fit, or ``cuda_graph`` elsewhere than on CUDA.
+        ValueError: shapes do not fit, ``cuda_graph`` elsewhere than on CUDA, or a callback inside a
+            graph of the whole loop.
     """
     loop = SampleLoop(
         model,
@@ -112,12 +115,14 @@ class SampleLoop:
         guidance_scale: float | Tensor = 1.0,
         dynamic_threshold: tuple[float, float] | None = None,
         dtype: torch.dtype | None = None,
-        cuda_graph: bool = False,
+        cuda_graph: bool | str = False,
         keep_denoised: bool = False,
     ) -> None:
         check_floating("x", x)
         if x.dim() < 1:
             raise ValueError("x must be (B, ...), got a number")
+        if cuda_graph not in (False, True, "step", "loop"):
+            raise ValueError(f"cuda_graph must be a bool, 'step' or 'loop', got {cuda_graph!r}")
         if cuda_graph and x.device.type != "cuda":
             raise ValueError(f"cuda_graph needs x on a CUDA device, got {x.device}")
         if dynamic_threshold is not None:
@@ -151,7 +156,8 @@ class SampleLoop:
         self.denoised = torch.empty_like(self._x) if keep_denoised else None
         self._shared_seed = True
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._cuda_graph = cuda_graph
+        self._cuda_graph = bool(cuda_graph)
+        self._rows_at_once = len(table) if cuda_graph == "loop" else 1
 
     def set_table(self, table: SamplerTable) -> None:
         """Take another table of the same number of rows and slots for the runs that follow.
@@ -207,6 +213,8 @@ class SampleLoop:
             check_device(buffers=self._x, **{name: tensor})
         if callback is not None and self.denoised is None:
             raise ValueError("a callback needs keep_denoised=True")
+        if callback is not None and self._rows_at_once > 1:
+            raise ValueError("a callback cannot be called inside a graph of the whole loop")
         if self._stochastic:
             self._set_seed(seed)
         if self._cuda_graph and self._graph is None:
@@ -220,7 +228,7 @@ class SampleLoop:
         self._input.copy_(torch.cat([first, first]) if self._guided else first)
         self._step.zero_()
         with _bar(progress, len(self._table)) as done:
-            for i in range(len(self._table)):
+            for i in range(0, len(self._table), self._rows_at_once):
                 if self._graph is None:
                     self._advance()
                 else:
@@ -228,7 +236,7 @@ class SampleLoop:
                 if callback is not None:
                     assert self.denoised is not None
                     callback(i, self._x, self.denoised)
-                done(i + 1)
+                done(i + self._rows_at_once)
         return self._x.to(self._out_dtype, copy=True)
 
     def _advance(self) -> None:
@@ -306,7 +314,8 @@ class SampleLoop:
             self._step.zero_()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._advance()
+                for _ in range(self._rows_at_once):
+                    self._advance()
         self._graph = graph
 
 

@@ -1,4 +1,4 @@
-"""diffusers: the ``VectorQuantizer`` of ``VQModel``, and its schedulers.
+"""diffusers: ``VQModel``'s quantiser, transformer blocks, attention, and schedulers.
 
 The schedulers are here by the library's names, as ``mmfast.integrations.diffusers.DDIMScheduler``.
 The library is imported when the first of them is asked for. :func:`patch` swaps a pipeline's.
@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmfast.integrations.binding import joined
+from mmfast.integrations.diffusers import activations, attention, blocks, norms, vq_model
 from mmfast.integrations.diffusers.swapping import SCHEDULERS, patch
-from mmfast.integrations.diffusers.vq_model import LIBRARY
+
+LIBRARY = joined(
+    vq_model.LIBRARY, blocks.LIBRARY, norms.LIBRARY, activations.LIBRARY, attention.LIBRARY
+)
 
 __all__ = ["LIBRARY", "SCHEDULERS", "patch"]
 

@@ -85,15 +85,17 @@ class DDPM(Uncounted):
         return_dict: bool = True,
     ) -> Output:
         """As the library's, by a table."""
-        variance = None
-        if self.variance_type == "learned_range":  # type: ignore[attr-defined]
+        variance, kind = None, self.variance_type  # type: ignore[attr-defined]
+        if kind in ("learned", "learned_range"):
             channels = sample.shape[1]
             if model_output.shape[1] != 2 * channels:
                 raise ValueError(
-                    f"variance_type 'learned_range' needs {2 * channels} channels of the model's "
-                    f"output, got {model_output.shape[1]}"
+                    f"variance_type {kind!r} needs {2 * channels} channels of the model's output, "
+                    f"got {model_output.shape[1]}"
                 )
             model_output, variance = model_output.split(channels, 1)
+            if kind == "learned":  # the variance itself; the table expects its logarithm
+                variance = variance.log()
         return self._run(
             model_output, timestep, sample, return_dict, (), generator, variance=variance
         )
@@ -602,11 +604,6 @@ def objections(scheduler: Any) -> list[str]:
     noises = option("predict_x0") is False or option("algorithm_type") == "noise_prediction"
     if option("thresholding") and noises:
         refuse("thresholding=True", "there is no prediction of the sample to limit")
-    if name == "DDPMScheduler" and option("variance_type") == "learned":
-        refuse(
-            "variance_type='learned'",
-            "the library takes the root of what models give as a logarithm; use 'learned_range'",
-        )
     flow, prediction = option("use_flow_sigmas"), option("prediction_type")
     if prediction == "flow_prediction" and not flow:
         refuse("prediction_type='flow_prediction'", "it needs use_flow_sigmas=True")

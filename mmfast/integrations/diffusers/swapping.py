@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from mmfast.integrations.binding import ClassSwap
 from mmfast.integrations.report import Entry, PatchReport
 
 SCHEDULERS = (
@@ -34,27 +34,7 @@ SCHEDULERS = (
 )
 
 
-@dataclass(frozen=True)
-class ClassSwap:
-    """An object whose class was exchanged.
-
-    Attributes:
-        owner: the object.
-        before: its class before.
-        after: its class since.
-    """
-
-    owner: Any
-    before: type
-    after: type
-
-    def undo(self) -> bool:
-        """Give it its own class back; whether it had ours, or has its own already."""
-        if type(self.owner) is self.after:
-            vars(self.owner).pop("_tabled", None)
-            vars(self.owner).pop("_philox", None)
-            self.owner.__class__ = self.before
-        return type(self.owner) is self.before
+_ADDED = ("_tabled", "_philox")  # attributes of a scheduler that has our class
 
 
 def patch(pipeline_or_scheduler: Any) -> PatchReport:
@@ -79,8 +59,9 @@ def patch(pipeline_or_scheduler: Any) -> PatchReport:
         entry, swap = swapped(name, scheduler)
         entries.append(entry)
         if swap is not None:
+            swap.make()
             swaps.append(swap)
-    report = PatchReport(tuple(entries), classes=tuple(swaps), noun="schedulers")
+    report = PatchReport(tuple(entries), exchanges=tuple(swaps), noun="schedulers")
     if not report.swapped:
         what = type(pipeline_or_scheduler).__name__
         reasons = [f"{entry.class_name}: {entry.left}" for entry in report.left]
@@ -107,7 +88,7 @@ def schedulers_in(owner: Any) -> Iterator[tuple[str, Any]]:
 
 
 def swapped(name: str, scheduler: Any) -> tuple[Entry, ClassSwap | None]:
-    """Exchange the class of a scheduler; what was done, and how to undo it."""
+    """What is to be done with a scheduler: for the report, and to be made."""
     from mmfast.integrations.diffusers import schedulers
 
     theirs = type(scheduler)
@@ -124,10 +105,9 @@ def swapped(name: str, scheduler: Any) -> tuple[Entry, ClassSwap | None]:
         reasons = schedulers.objections(scheduler)
     if ours is None or reasons:
         return Entry(name, "diffusers", class_name, "", "; ".join(reasons)), None
-    scheduler.__class__ = ours
     return (
         Entry(name, "diffusers", class_name, "step, add_noise", ""),
-        ClassSwap(scheduler, theirs, ours),
+        ClassSwap(scheduler, theirs, ours, _ADDED),
     )
 
 
@@ -138,4 +118,4 @@ def restored(scheduler: Any) -> bool:
     ours = type(scheduler)
     if schedulers.CLASSES.get(ours.__name__) is not ours:
         return False
-    return ClassSwap(scheduler, ours.__bases__[1], ours).undo()
+    return ClassSwap(scheduler, ours.__bases__[1], ours, _ADDED).undo()

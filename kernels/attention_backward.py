@@ -1,0 +1,577 @@
+"""Attention backward in Triton: probabilities are made again from the logarithms of their sums.
+
+1. ``attention_query_gradient_kernel``: a block of queries meets the keys, for the gradient of the
+   queries. It leaves the sums over grad_out * out behind, which the other kernel reads.
+2. ``attention_key_gradient_kernel``: a block of keys meets the queries of all heads of its group,
+   for the gradients of keys and values. No two programs add to one number.
+
+Where the gradient of a mask is wanted, the first kernel stores that of the scores, a matrix of
+L x S for each head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmfast.kernels.attention import (
+    BEGINS,
+    BOTTOM_RIGHT,
+    LOG2_E,
+    NOT_CAUSAL,
+    Limits,
+    Tokens,
+    blocks,
+    check_widths,
+    factor_of,
+    head_strides,
+    heads_of,
+    kept,
+    limited,
+    load_tile,
+    options,
+    product,
+    span,
+    store_tile,
+)
+from mmfast.kernels.attention_forward import lse_strides
+from mmfast.kernels.common import dot, multiple, rounded
+
+
+@triton.jit
+def _logarithm(b_lse):
+    """To the base 2; of rows that attend to nothing such that no probability is left."""
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E)
+
+
+@triton.jit
+def _query_gradient(
+    acc_1, acc_2, b_q1, b_q2, b_g1, b_g2, b_lse, b_delta, k_ptr, v_ptr, scores_ptr, span_ptr, batch,
+    head, first_row, rows, queries, num_keys, longest, stride_kb, stride_kh, stride_ks, stride_vb,
+    stride_vh, stride_vs, mask_ptr, stride_ml, stride_ms, seed, offset, first, dropout_p, growth,
+    factor,
+    FACTOR: tl.constexpr, KIND: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E1: tl.constexpr, BLOCK_E2: tl.constexpr,
+    BLOCK_V1: tl.constexpr, BLOCK_V2: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    DROPOUT: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All keys of a stream."""
+    stride_ks = multiple(stride_ks, FACTOR)
+    stride_vs = multiple(stride_vs, FACTOR)
+    begin, length = span(span_ptr, batch, num_keys, longest, KIND)
+    k_ptr += batch * multiple(stride_kb, FACTOR) + head * multiple(stride_kh, FACTOR)
+    v_ptr += batch * multiple(stride_vb, FACTOR) + head * multiple(stride_vh, FACTOR)
+    k_ptr += begin * stride_ks
+    v_ptr += begin * stride_vs
+    causal_offset = 0
+    high = length
+    if CAUSAL != NOT_CAUSAL:
+        if CAUSAL == BOTTOM_RIGHT:
+            causal_offset = length - queries
+        high = tl.maximum(tl.minimum(length, first_row + BLOCK_M + causal_offset), 0)
+    high = tl.where(first_row < queries, high, 0)
+    for start in tl.range(0, high, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        b_k1 = load_tile(k_ptr, columns, stride_ks, length, 0, BLOCK_E1, E, True)
+        b_k2 = b_k1
+        if BLOCK_E2 > 0:
+            b_k2 = load_tile(k_ptr, columns, stride_ks, length, BLOCK_E1, BLOCK_E2, E, True)
+        b_v1 = load_tile(v_ptr, columns, stride_vs, length, 0, BLOCK_V1, EV, True)
+        b_v2 = b_v1
+        if BLOCK_V2 > 0:
+            b_v2 = load_tile(v_ptr, columns, stride_vs, length, BLOCK_V1, BLOCK_V2, EV, True)
+        b_s = product(b_q1, b_q2, b_k1, b_k2, b_lse.dtype, BLOCK_E2 > 0, PRECISION) * factor
+        b_s = limited(
+            b_s, rows[:, None], columns[None, :], queries, length, causal_offset,
+            mask_ptr, stride_ml, stride_ms, True, CAUSAL, MASK,
+        )  # fmt: skip
+        b_p = tl.exp2(b_s - b_lse[:, None])
+        b_gp = product(b_g1, b_g2, b_v1, b_v2, b_lse.dtype, BLOCK_V2 > 0, PRECISION)
+        if DROPOUT:
+            b_gp = growth * kept(
+                b_gp, seed, offset, first, rows[:, None], columns[None, :], length, dropout_p
+            )
+        b_gs = b_p * (b_gp - b_delta[:, None])
+        if STORE:
+            p_scores = scores_ptr + (rows.to(tl.int64)[:, None] * length + columns[None, :])
+            inside = (rows < queries)[:, None] & (columns < length)[None, :]
+            tl.store(p_scores, b_gs, mask=inside)
+        b_gs = rounded(b_gs, k_ptr.dtype.element_ty)
+        acc_1 = dot(b_gs, b_k1, acc_1, PRECISION)
+        if BLOCK_E2 > 0:
+            acc_2 = dot(b_gs, b_k2, acc_2, PRECISION)
+    return acc_1, acc_2
+
+
+@triton.jit(
+    do_not_specialize=[
+        "H", "GROUP", "L", "S", "T", "longest_q", "longest_k", "stride_qb", "stride_qh",
+        "stride_ql", "stride_gb", "stride_gh", "stride_gl", "stride_ob", "stride_oh", "stride_ol",
+        "stride_kb", "stride_kh", "stride_ks", "stride_vb", "stride_vh", "stride_vs",
+        "stride_k2b", "stride_k2h", "stride_k2s", "stride_v2b", "stride_v2h", "stride_v2s",
+        "stride_db", "stride_dh", "stride_dl", "stride_lb", "stride_lh", "stride_mb", "stride_mh",
+        "stride_ml", "stride_ms",
+    ]
+)  # fmt: skip
+def attention_query_gradient_kernel(
+    q_ptr,
+    grad_ptr,
+    out_ptr,
+    k_ptr,
+    v_ptr,
+    k2_ptr,  # of the second stream of keys, if TWO
+    v2_ptr,
+    dq_ptr,
+    lse_ptr,
+    delta_ptr,
+    scores_ptr,  # [B, H, L, S], if STORE
+    q_span_ptr,
+    k_span_ptr,
+    k2_span_ptr,
+    mask_ptr,
+    stride_mb,
+    stride_mh,
+    stride_ml,
+    stride_ms,
+    seed_ptr,
+    offset_ptr,
+    dropout_p: tl.float32,
+    growth: tl.float64,
+    scale: tl.float64,
+    H,
+    GROUP,
+    L,
+    S,
+    T,
+    longest_q,
+    longest_k,
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_gb,
+    stride_gh,
+    stride_gl,
+    stride_ob,
+    stride_oh,
+    stride_ol,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_k2b,
+    stride_k2h,
+    stride_k2s,
+    stride_v2b,
+    stride_v2h,
+    stride_v2s,
+    stride_db,
+    stride_dh,
+    stride_dl,
+    stride_lb,
+    stride_lh,
+    FACTOR: tl.constexpr,
+    Q_KIND: tl.constexpr,
+    K_KIND: tl.constexpr,
+    K2_KIND: tl.constexpr,
+    TWO: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    STORE: tl.constexpr,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E1: tl.constexpr,
+    BLOCK_E2: tl.constexpr,
+    BLOCK_V1: tl.constexpr,
+    BLOCK_V2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = lse_ptr.dtype.element_ty
+    place = tl.program_id(0)
+    num_blocks = tl.cdiv(longest_q, BLOCK_M)
+    first_row = (num_blocks - 1 - place % num_blocks) * BLOCK_M
+    head = (place // num_blocks % H).to(tl.int64)
+    batch = (place // num_blocks // H).to(tl.int64)
+    begin, length = span(q_span_ptr, batch, L, longest_q, Q_KIND)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    stored = length if Q_KIND == BEGINS else tl.to_tensor(L)
+    if first_row < stored:
+        stride_ql = multiple(stride_ql, FACTOR)
+        stride_gl = multiple(stride_gl, FACTOR)
+        stride_ol = multiple(stride_ol, FACTOR)
+        q_ptr += batch * multiple(stride_qb, FACTOR) + head * multiple(stride_qh, FACTOR)
+        grad_ptr += batch * multiple(stride_gb, FACTOR) + head * multiple(stride_gh, FACTOR)
+        out_ptr += batch * multiple(stride_ob, FACTOR) + head * multiple(stride_oh, FACTOR)
+        q_ptr += begin * stride_ql
+        grad_ptr += begin * stride_gl
+        out_ptr += begin * stride_ol
+        b_g1 = load_tile(grad_ptr, rows, stride_gl, length, 0, BLOCK_V1, EV, True)
+        b_out = load_tile(out_ptr, rows, stride_ol, length, 0, BLOCK_V1, EV, True)
+        b_delta = tl.sum(b_g1.to(dtype) * b_out.to(dtype), 1)
+        b_g2 = b_g1
+        if BLOCK_V2 > 0:
+            b_g2 = load_tile(grad_ptr, rows, stride_gl, length, BLOCK_V1, BLOCK_V2, EV, True)
+            b_out = load_tile(out_ptr, rows, stride_ol, length, BLOCK_V1, BLOCK_V2, EV, True)
+            b_delta += tl.sum(b_g2.to(dtype) * b_out.to(dtype), 1)
+        place_l = batch * stride_lb + head * stride_lh + begin
+        tl.store(delta_ptr + place_l + rows, b_delta, mask=rows < stored)
+        b_lse = tl.load(lse_ptr + place_l + rows, mask=rows < length, other=float("-inf"))
+        b_lse = _logarithm(b_lse)
+        b_q1 = load_tile(q_ptr, rows, stride_ql, length, 0, BLOCK_E1, E, True)
+        b_q2 = b_q1
+        if BLOCK_E2 > 0:
+            b_q2 = load_tile(q_ptr, rows, stride_ql, length, BLOCK_E1, BLOCK_E2, E, True)
+        mask_ptr += batch * stride_mb + head * stride_mh
+        factor = (tl.full([], scale, tl.float64) * LOG2_E).to(dtype)
+        grown = tl.full([], growth, tl.float64).to(dtype)
+        seed = 0
+        offset = 0
+        if DROPOUT:
+            seed = tl.load(seed_ptr)
+            offset = tl.load(offset_ptr)
+        first = (batch * H + head) * L * S
+        scores_ptr += first
+        acc_1 = tl.zeros([BLOCK_M, BLOCK_E1], dtype)
+        acc_2 = tl.zeros([BLOCK_M, BLOCK_E2 if BLOCK_E2 > 0 else 1], dtype)
+        kv_head = head // GROUP
+        acc_1, acc_2 = _query_gradient(
+            acc_1, acc_2, b_q1, b_q2, b_g1, b_g2, b_lse, b_delta, k_ptr, v_ptr, scores_ptr,
+            k_span_ptr, batch, kv_head, first_row, rows, length, S, longest_k, stride_kb, stride_kh,
+            stride_ks, stride_vb, stride_vh, stride_vs, mask_ptr, stride_ml, stride_ms, seed,
+            offset, first, dropout_p, grown, factor, FACTOR, K_KIND, E, EV, BLOCK_M, BLOCK_N,
+            BLOCK_E1, BLOCK_E2, BLOCK_V1, BLOCK_V2, CAUSAL, MASK, DROPOUT, STORE, PRECISION,
+        )  # fmt: skip
+        if TWO:
+            acc_1, acc_2 = _query_gradient(
+                acc_1, acc_2, b_q1, b_q2, b_g1, b_g2, b_lse, b_delta, k2_ptr, v2_ptr, scores_ptr,
+                k2_span_ptr, batch, kv_head, first_row, rows, length, T, T, stride_k2b, stride_k2h,
+                stride_k2s, stride_v2b, stride_v2h, stride_v2s, mask_ptr, stride_ml, stride_ms,
+                seed, offset, first, dropout_p, grown, factor, FACTOR, K2_KIND, E, EV, BLOCK_M,
+                BLOCK_N, BLOCK_E1, BLOCK_E2, BLOCK_V1, BLOCK_V2, CAUSAL, MASK, DROPOUT, False,
+                PRECISION,
+            )  # fmt: skip
+        stride_dl = multiple(stride_dl, FACTOR)
+        dq_ptr += batch * multiple(stride_db, FACTOR) + head * multiple(stride_dh, FACTOR)
+        dq_ptr += begin * stride_dl
+        out_dtype: tl.constexpr = dq_ptr.dtype.element_ty
+        last = tl.full([], scale, tl.float64).to(dtype)
+        b_dq = rounded(acc_1 * last, out_dtype)
+        store_tile(dq_ptr, rows, stride_dl, stored, b_dq, 0, BLOCK_E1, E)
+        if BLOCK_E2 > 0:
+            b_dq = rounded(acc_2 * last, out_dtype)
+            store_tile(dq_ptr, rows, stride_dl, stored, b_dq, BLOCK_E1, BLOCK_E2, E)
+
+
+@triton.jit
+def _key_gradient(
+    dk_1, dk_2, dv_1, dv_2, b_k1, b_k2, b_v1, b_v2, q_ptr, grad_ptr, lse_ptr, delta_ptr, span_ptr,
+    batch, kv_head, first_key, columns, num_keys, length_k, num_queries, longest, H, GROUP,
+    stride_qb, stride_qh, stride_ql, stride_gb, stride_gh, stride_gl, stride_lb, stride_lh,
+    mask_ptr, stride_mh, stride_ml, stride_ms, seed, offset, dropout_p, growth, factor,
+    FACTOR: tl.constexpr, KIND: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E1: tl.constexpr, BLOCK_E2: tl.constexpr,
+    BLOCK_V1: tl.constexpr, BLOCK_V2: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All queries of a stream, of all heads of the group. Tiles are [keys, queries]."""
+    stride_ql = multiple(stride_ql, FACTOR)
+    stride_gl = multiple(stride_gl, FACTOR)
+    begin, length = span(span_ptr, batch, num_queries, longest, KIND)
+    causal_offset = 0
+    low = 0
+    if CAUSAL != NOT_CAUSAL:
+        if CAUSAL == BOTTOM_RIGHT:
+            causal_offset = length_k - length
+        low = tl.maximum(first_key - causal_offset, 0) // BLOCK_M * BLOCK_M
+    q_ptr += batch * multiple(stride_qb, FACTOR) + begin * stride_ql
+    grad_ptr += batch * multiple(stride_gb, FACTOR) + begin * stride_gl
+    place_l = batch * stride_lb + begin
+    high = tl.where(first_key < length_k, length, 0)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        p_q = q_ptr + head * multiple(stride_qh, FACTOR)
+        p_grad = grad_ptr + head * multiple(stride_gh, FACTOR)
+        p_lse = lse_ptr + place_l + head * stride_lh
+        p_delta = delta_ptr + place_l + head * stride_lh
+        first = (batch * H + head) * num_queries * num_keys
+        for start in tl.range(low, high, BLOCK_M):
+            rows = start + tl.arange(0, BLOCK_M)
+            b_q1 = load_tile(p_q, rows, stride_ql, length, 0, BLOCK_E1, E, True)
+            b_q2 = b_q1
+            if BLOCK_E2 > 0:
+                b_q2 = load_tile(p_q, rows, stride_ql, length, BLOCK_E1, BLOCK_E2, E, True)
+            b_lse = tl.load(p_lse + rows, mask=rows < length, other=float("-inf"))
+            b_delta = tl.load(p_delta + rows, mask=rows < length, other=0.0)
+            b_s = product(b_k1, b_k2, b_q1, b_q2, b_lse.dtype, BLOCK_E2 > 0, PRECISION) * factor
+            b_s = limited(
+                b_s, rows[None, :], columns[:, None], length, length_k, causal_offset,
+                mask_ptr + head * stride_mh, stride_ml, stride_ms, True, CAUSAL, MASK,
+            )  # fmt: skip
+            b_p = tl.exp2(b_s - _logarithm(b_lse)[None, :])
+            b_g1 = load_tile(p_grad, rows, stride_gl, length, 0, BLOCK_V1, EV, True)
+            b_g2 = b_g1
+            if BLOCK_V2 > 0:
+                b_g2 = load_tile(p_grad, rows, stride_gl, length, BLOCK_V1, BLOCK_V2, EV, True)
+            b_gp = product(b_v1, b_v2, b_g1, b_g2, b_lse.dtype, BLOCK_V2 > 0, PRECISION)
+            b_left = b_p
+            if DROPOUT:
+                b_one = growth * kept(
+                    b_p * 0 + 1, seed, offset, first, rows[None, :], columns[:, None], num_keys,
+                    dropout_p,
+                )  # fmt: skip
+                b_left = b_p * b_one
+                b_gp = b_gp * b_one
+            b_left = rounded(b_left, grad_ptr.dtype.element_ty)
+            dv_1 = dot(b_left, b_g1, dv_1, PRECISION)
+            if BLOCK_V2 > 0:
+                dv_2 = dot(b_left, b_g2, dv_2, PRECISION)
+            b_gs = rounded(b_p * (b_gp - b_delta[None, :]), q_ptr.dtype.element_ty)
+            dk_1 = dot(b_gs, b_q1, dk_1, PRECISION)
+            if BLOCK_E2 > 0:
+                dk_2 = dot(b_gs, b_q2, dk_2, PRECISION)
+    return dk_1, dk_2, dv_1, dv_2
+
+
+@triton.jit(
+    do_not_specialize=[
+        "H", "GROUP", "L", "S", "T", "longest_q", "longest_k", "stride_kb", "stride_kh",
+        "stride_ks", "stride_vb", "stride_vh", "stride_vs", "stride_qb", "stride_qh", "stride_ql",
+        "stride_gb", "stride_gh", "stride_gl", "stride_q2b", "stride_q2h", "stride_q2l",
+        "stride_g2b", "stride_g2h", "stride_g2l", "stride_dkb", "stride_dkh", "stride_dks",
+        "stride_dvb", "stride_dvh", "stride_dvs", "stride_lb", "stride_lh", "stride_l2b",
+        "stride_l2h", "stride_mb", "stride_mh", "stride_ml", "stride_ms",
+    ]
+)  # fmt: skip
+def attention_key_gradient_kernel(
+    k_ptr,
+    v_ptr,
+    q_ptr,
+    grad_ptr,
+    q2_ptr,  # of the second stream of queries, if TWO
+    grad2_ptr,
+    dk_ptr,
+    dv_ptr,
+    lse_ptr,
+    delta_ptr,
+    lse2_ptr,
+    delta2_ptr,
+    k_span_ptr,
+    q_span_ptr,
+    q2_span_ptr,
+    mask_ptr,
+    stride_mb,
+    stride_mh,
+    stride_ml,
+    stride_ms,
+    seed_ptr,
+    offset_ptr,
+    dropout_p: tl.float32,
+    growth: tl.float64,
+    scale: tl.float64,
+    H,
+    GROUP,
+    L,
+    S,
+    T,  # of the second stream
+    longest_q,
+    longest_k,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_gb,
+    stride_gh,
+    stride_gl,
+    stride_q2b,
+    stride_q2h,
+    stride_q2l,
+    stride_g2b,
+    stride_g2h,
+    stride_g2l,
+    stride_dkb,
+    stride_dkh,
+    stride_dks,
+    stride_dvb,
+    stride_dvh,
+    stride_dvs,
+    stride_lb,
+    stride_lh,
+    stride_l2b,
+    stride_l2h,
+    FACTOR: tl.constexpr,
+    K_KIND: tl.constexpr,
+    Q_KIND: tl.constexpr,
+    Q2_KIND: tl.constexpr,
+    TWO: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E1: tl.constexpr,
+    BLOCK_E2: tl.constexpr,
+    BLOCK_V1: tl.constexpr,
+    BLOCK_V2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = lse_ptr.dtype.element_ty
+    place = tl.program_id(0)
+    num_blocks = tl.cdiv(longest_k, BLOCK_N)
+    first_key = place % num_blocks * BLOCK_N
+    kv_heads = H // GROUP
+    kv_head = (place // num_blocks % kv_heads).to(tl.int64)
+    batch = (place // num_blocks // kv_heads).to(tl.int64)
+    begin, length = span(k_span_ptr, batch, S, longest_k, K_KIND)
+    columns = first_key + tl.arange(0, BLOCK_N)
+    stored = length if K_KIND == BEGINS else tl.to_tensor(S)
+    if first_key < stored:
+        stride_ks = multiple(stride_ks, FACTOR)
+        stride_vs = multiple(stride_vs, FACTOR)
+        k_ptr += batch * multiple(stride_kb, FACTOR) + kv_head * multiple(stride_kh, FACTOR)
+        v_ptr += batch * multiple(stride_vb, FACTOR) + kv_head * multiple(stride_vh, FACTOR)
+        k_ptr += begin * stride_ks
+        v_ptr += begin * stride_vs
+        b_k1 = load_tile(k_ptr, columns, stride_ks, length, 0, BLOCK_E1, E, True)
+        b_k2 = b_k1
+        if BLOCK_E2 > 0:
+            b_k2 = load_tile(k_ptr, columns, stride_ks, length, BLOCK_E1, BLOCK_E2, E, True)
+        b_v1 = load_tile(v_ptr, columns, stride_vs, length, 0, BLOCK_V1, EV, True)
+        b_v2 = b_v1
+        if BLOCK_V2 > 0:
+            b_v2 = load_tile(v_ptr, columns, stride_vs, length, BLOCK_V1, BLOCK_V2, EV, True)
+        mask_ptr += batch * stride_mb
+        factor = (tl.full([], scale, tl.float64) * LOG2_E).to(dtype)
+        grown = tl.full([], growth, tl.float64).to(dtype)
+        seed = 0
+        offset = 0
+        if DROPOUT:
+            seed = tl.load(seed_ptr)
+            offset = tl.load(offset_ptr)
+        dk_1 = tl.zeros([BLOCK_N, BLOCK_E1], dtype)
+        dk_2 = tl.zeros([BLOCK_N, BLOCK_E2 if BLOCK_E2 > 0 else 1], dtype)
+        dv_1 = tl.zeros([BLOCK_N, BLOCK_V1], dtype)
+        dv_2 = tl.zeros([BLOCK_N, BLOCK_V2 if BLOCK_V2 > 0 else 1], dtype)
+        dk_1, dk_2, dv_1, dv_2 = _key_gradient(
+            dk_1, dk_2, dv_1, dv_2, b_k1, b_k2, b_v1, b_v2, q_ptr, grad_ptr, lse_ptr, delta_ptr,
+            q_span_ptr, batch, kv_head, first_key, columns, S, length, L, longest_q, H, GROUP,
+            stride_qb, stride_qh, stride_ql, stride_gb, stride_gh, stride_gl, stride_lb, stride_lh,
+            mask_ptr, stride_mh, stride_ml, stride_ms, seed, offset, dropout_p, grown, factor,
+            FACTOR, Q_KIND, E, EV, BLOCK_M, BLOCK_N, BLOCK_E1, BLOCK_E2, BLOCK_V1, BLOCK_V2, CAUSAL,
+            MASK, DROPOUT, PRECISION,
+        )  # fmt: skip
+        if TWO:
+            dk_1, dk_2, dv_1, dv_2 = _key_gradient(
+                dk_1, dk_2, dv_1, dv_2, b_k1, b_k2, b_v1, b_v2, q2_ptr, grad2_ptr, lse2_ptr,
+                delta2_ptr, q2_span_ptr, batch, kv_head, first_key, columns, S, length, T, T, H,
+                GROUP, stride_q2b, stride_q2h, stride_q2l, stride_g2b, stride_g2h, stride_g2l,
+                stride_l2b, stride_l2h, mask_ptr, stride_mh, stride_ml, stride_ms, seed, offset,
+                dropout_p, grown, factor, FACTOR, Q2_KIND, E, EV, BLOCK_M, BLOCK_N, BLOCK_E1,
+                BLOCK_E2, BLOCK_V1, BLOCK_V2, CAUSAL, MASK, DROPOUT, PRECISION,
+            )  # fmt: skip
+        stride_dks = multiple(stride_dks, FACTOR)
+        stride_dvs = multiple(stride_dvs, FACTOR)
+        dk_ptr += batch * multiple(stride_dkb, FACTOR) + kv_head * multiple(stride_dkh, FACTOR)
+        dv_ptr += batch * multiple(stride_dvb, FACTOR) + kv_head * multiple(stride_dvh, FACTOR)
+        dk_ptr += begin * stride_dks
+        dv_ptr += begin * stride_dvs
+        out_dtype: tl.constexpr = dk_ptr.dtype.element_ty
+        last = tl.full([], scale, tl.float64).to(dtype)
+        b_out = rounded(dk_1 * last, out_dtype)
+        store_tile(dk_ptr, columns, stride_dks, stored, b_out, 0, BLOCK_E1, E)
+        if BLOCK_E2 > 0:
+            b_out = rounded(dk_2 * last, out_dtype)
+            store_tile(dk_ptr, columns, stride_dks, stored, b_out, BLOCK_E1, BLOCK_E2, E)
+        b_out = rounded(dv_1, out_dtype)
+        store_tile(dv_ptr, columns, stride_dvs, stored, b_out, 0, BLOCK_V1, EV)
+        if BLOCK_V2 > 0:
+            b_out = rounded(dv_2, out_dtype)
+            store_tile(dv_ptr, columns, stride_dvs, stored, b_out, BLOCK_V1, BLOCK_V2, EV)
+
+
+def query_gradient(
+    query: Tensor,  # (B, H, L, E), B expanded where sequences lie one behind the other
+    grad_out: Tensor,  # (B, H, L, Ev)
+    out: Tensor,  # (B, H, L, Ev)
+    keys: list[tuple[Tensor, Tensor, Tokens]],  # (B, Hkv, S, E) and (B, Hkv, S, Ev), one or two
+    grad_query: Tensor,  # (B, H, L, E)
+    lse: Tensor,  # (B, H, L), or (H, L); contiguous, as the next
+    delta: Tensor,
+    grad_scores: Tensor | None,  # (B, H, L, S)
+    scale: float,
+    tokens: Tokens,  # of the queries
+    limits: Limits,
+) -> None:
+    """Fills ``grad_query``, ``delta`` and, if there is one, ``grad_scores``."""
+    (batch, heads, _, width), value_width = query.shape, out.shape[3]
+    check_widths(width, value_width)
+    if batch * heads * tokens.longest == 0:
+        return
+    query, grad_out, out = heads_of(query), heads_of(grad_out), heads_of(out)
+    streams = [(heads_of(k), heads_of(v), t) for k, v, t in keys]
+    (k, v, of_keys), (k2, v2, of_keys2) = streams[0], streams[-1]
+    sizes = blocks(width, value_width)
+    chosen = options(query.dtype, sizes, is_backward=True)
+    given, constants = limits.arguments(query)
+    launch: dict[str, Any] = {**sizes, **chosen, **constants}
+    strided = (query, grad_out, out, k, v, k2, v2, grad_query)
+    num_programs = triton.cdiv(tokens.longest, chosen["BLOCK_M"]) * heads * batch
+    attention_query_gradient_kernel[(num_programs,)](
+        query, grad_out, out, k, v, k2, v2, grad_query, lse, delta,
+        delta if grad_scores is None else grad_scores, tokens.pointer(query),
+        of_keys.pointer(query), of_keys2.pointer(query), *given, limits.growth, scale, heads,
+        heads // max(k.shape[1], 1), tokens.rows, of_keys.rows, of_keys2.rows, tokens.longest,
+        of_keys.longest, *(n for t in strided for n in head_strides(t)), *lse_strides(lse),
+        FACTOR=factor_of(*strided), Q_KIND=tokens.kind, K_KIND=of_keys.kind, K2_KIND=of_keys2.kind,
+        TWO=len(keys) > 1, STORE=grad_scores is not None, **launch,
+    )  # fmt: skip
+
+
+def key_gradient(
+    key: Tensor,  # (B, Hkv, S, E)
+    value: Tensor,  # (B, Hkv, S, Ev)
+    # (B, H, L, E), (B, H, L, Ev), (B, H, L) or (H, L) twice; one or two
+    queries: list[tuple[Tensor, Tensor, Tensor, Tensor, Tokens]],
+    grad_key: Tensor,  # (B, Hkv, S, E)
+    grad_value: Tensor,  # (B, Hkv, S, Ev)
+    scale: float,
+    tokens: Tokens,  # of the keys
+    limits: Limits,
+) -> None:
+    """Fills ``grad_key`` and ``grad_value``; queries come with grad_out, lse and delta."""
+    (batch, kv_heads, _, width), value_width = key.shape, value.shape[3]
+    heads = queries[0][0].shape[1]
+    check_widths(width, value_width)
+    if batch * kv_heads * tokens.longest == 0:
+        return
+    key, value = heads_of(key), heads_of(value)
+    streams = [(heads_of(q), heads_of(g), *others) for q, g, *others in queries]
+    (q, g, lse, delta, of_queries), (q2, g2, lse2, delta2, of_queries2) = streams[0], streams[-1]
+    sizes = blocks(width, value_width)
+    chosen = options(key.dtype, sizes, is_backward=True)
+    given, constants = limits.arguments(key)
+    launch: dict[str, Any] = {**sizes, **chosen, **constants}
+    strided = (key, value, q, g, q2, g2, grad_key, grad_value)
+    num_programs = triton.cdiv(tokens.longest, chosen["BLOCK_N"]) * kv_heads * batch
+    attention_key_gradient_kernel[(num_programs,)](
+        key, value, q, g, q2, g2, grad_key, grad_value, lse, delta, lse2, delta2,
+        tokens.pointer(key), of_queries.pointer(key), of_queries2.pointer(key), *given,
+        limits.growth, scale, heads, heads // kv_heads, of_queries.rows, tokens.rows,
+        of_queries2.rows, of_queries.longest, tokens.longest,
+        *(n for t in strided for n in head_strides(t)), *lse_strides(lse), *lse_strides(lse2),
+        FACTOR=factor_of(*strided), K_KIND=tokens.kind, Q_KIND=of_queries.kind,
+        Q2_KIND=of_queries2.kind, TWO=len(queries) > 1, **launch,
+    )  # fmt: skip

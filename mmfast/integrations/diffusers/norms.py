@@ -1,0 +1,115 @@
+"""diffusers: adaptive layer norms and activations, each in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mmfast
+from mmfast.integrations.binding import Library, Method, Swap, loaded_class
+
+
+def modulated(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """``norm(x) (1 + scale) + shift`` with a norm that :func:`kind_of` knows."""
+    return mmfast.layer_norm_modulate(x, shift, scale, **options(norm))
+
+
+def kind_of(norm: Any) -> str | None:
+    """``"layer"``, ``"rms"``, or None for a norm of another kind."""
+    if isinstance(norm, nn.LayerNorm):
+        forward = type(norm).forward
+        known = (nn.LayerNorm.forward, getattr(_fp32_layer_norm(), "forward", None))
+        return "layer" if forward in known and len(norm.normalized_shape) == 1 else None
+    if isinstance(norm, nn.RMSNorm):
+        return "rms" if len(norm.normalized_shape) == 1 else None
+    theirs = loaded_class("diffusers.models.normalization", "RMSNorm")
+    return "rms" if type(norm) is theirs else None
+
+
+def _fp32_layer_norm() -> type:
+    return loaded_class("diffusers.models.normalization", "FP32LayerNorm")
+
+
+def options(norm: Any) -> dict[str, Any]:
+    """What :func:`mmfast.layer_norm_modulate` is to be told of a norm."""
+    eps = norm.eps
+    if eps is None:
+        eps = torch.finfo(torch.float32).eps
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    return {"norm": kind_of(norm), "eps": eps, "weight": weight, "bias": bias}
+
+
+class AdaLayerNormZero:
+    def forward(
+        self: Any,
+        x: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Modulated tokens (B, L, C), and the gate, shift, scale, gate (B, C) for what follows."""
+        if self.emb is not None:
+            emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+        shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
+        return modulated(self.norm, x, shift, scale), *rest
+
+
+class AdaLayerNormZeroSingle:
+    def forward(self: Any, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Modulated tokens (B, L, C) and the gate (B, C)."""
+        shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+        return modulated(self.norm, x, shift, scale), gate
+
+
+class AdaLayerNormContinuous:
+    def forward(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+        """Modulated tokens (B, L, C)."""
+        emb = self.linear(self.silu(conditioning_embedding).to(x.dtype))
+        scale, shift = emb.chunk(2, dim=1)
+        return modulated(self.norm, x, shift, scale)
+
+
+class SD35AdaLayerNormZeroX:
+    def forward(self: Any, hidden_states: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Tokens modulated for two attentions, and what AdaLayerNormZero gives besides."""
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, shift2, scale2, gate2 = self.linear(
+            self.silu(emb)
+        ).chunk(9, dim=1)
+        first = modulated(self.norm, hidden_states, shift, scale)
+        second = modulated(self.norm, hidden_states, shift2, scale2)
+        return first, gate, shift_mlp, scale_mlp, gate_mlp, second, gate2
+
+
+_NORMS: dict[str, Callable[..., Any]] = {
+    "AdaLayerNormZero": AdaLayerNormZero.forward,
+    "AdaLayerNormZeroSingle": AdaLayerNormZeroSingle.forward,
+    "AdaLayerNormContinuous": AdaLayerNormContinuous.forward,
+    "SD35AdaLayerNormZeroX": SD35AdaLayerNormZeroX.forward,
+}
+
+
+def _match(module: nn.Module) -> Method | None:
+    for name, function in _NORMS.items():
+        theirs = loaded_class("diffusers.models.normalization", name)
+        if isinstance(module, theirs):
+            return Method(module, theirs, function)
+    return None
+
+
+def matches(module: nn.Module) -> bool:
+    return _match(module) is not None
+
+
+def swap(module: nn.Module) -> Swap:
+    method = _match(module)
+    assert method is not None  # it matched
+    if kind_of(module.norm) is None:
+        return Swap(left=f"its norm is a {type(module.norm).__name__}")
+    return Swap((method,), done="norm and modulation")
+
+
+LIBRARY = Library("diffusers", tuple(_NORMS), matches, swap)

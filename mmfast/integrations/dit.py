@@ -1,0 +1,88 @@
+"""facebookresearch/DiT: its ``DiTBlock`` and ``FinalLayer``, and the copies in other projects.
+
+The model is no package, and its attention and MLP are timm's. A copy is known by its class's name
+and attributes, and trusted only after ``rehearsal`` found no difference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+import mmfast
+from mmfast.integrations.attention import scaled_dot_product_attention
+from mmfast.integrations.binding import Library, Method, Swap
+from mmfast.integrations.rehearsal import block_difference
+from mmfast.integrations.residuals import add, add_and_modulate
+
+
+class DiTBlock:
+    """A block with adaLN-Zero."""
+
+    attributes = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
+
+    def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens (B, L, C) from tokens and the condition (B, C)."""
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
+            6, dim=1
+        )
+        normed = mmfast.layer_norm_modulate(x, shift, scale, eps=self.norm1.eps)
+        y = _attended(self.attn, normed)
+        x, normed = add_and_modulate(x, gate, y, shift_mlp, scale_mlp, eps=self.norm2.eps)
+        return add(x, gate_mlp, self.mlp(normed))
+
+
+class FinalLayer:
+    """The last norm and projection."""
+
+    attributes = ("norm_final", "linear", "adaLN_modulation")
+
+    def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
+        """Patches (B, L, P) from tokens (B, L, C) and the condition (B, C)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(mmfast.layer_norm_modulate(x, shift, scale, eps=self.norm_final.eps))
+
+
+def _attended(attn: Any, x: Tensor) -> Tensor:
+    """timm's ``Attention``."""
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    for name in ("q_norm", "k_norm"):
+        norm = getattr(attn, name, None)
+        if isinstance(norm, nn.Module):
+            q, k = (norm(q), k) if name == "q_norm" else (q, norm(k))
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    out = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=attn.scale)
+    out = out.transpose(1, 2).flatten(2)
+    norm = getattr(attn, "norm", None)
+    if isinstance(norm, nn.Module):
+        out = norm(out)
+    return attn.proj_drop(attn.proj(out))
+
+
+_OURS: tuple[Any, ...] = (DiTBlock, FinalLayer)
+
+
+def _match(module: nn.Module) -> Any:
+    for ours in _OURS:
+        if type(module).__name__ == ours.__name__ and all(
+            hasattr(module, n) for n in ours.attributes
+        ):
+            return ours
+    return None
+
+
+def matches(module: nn.Module) -> bool:
+    return _match(module) is not None
+
+
+def swap(module: nn.Module) -> Swap:
+    ours = _match(module)
+    reasons = block_difference(module, ours.forward)
+    if reasons:
+        return Swap(left="; ".join(reasons))
+    done = "attention, gates, norms and modulation" if ours is DiTBlock else "norm and modulation"
+    return Swap((Method(module, type(module), ours.forward),), done=done)
+
+
+LIBRARY = Library("DiT", tuple(ours.__name__ for ours in _OURS), matches, swap)

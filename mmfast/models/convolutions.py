@@ -1,0 +1,95 @@
+"""Convolutional encoders and decoders of signals, images and videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_GROUPS = 32  # of channels that are normalised together, at most
+
+
+def convolution(dims: int, inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Module:
+    """Over 1, 2 or 3 dimensions, with as much padding as keeps sizes at stride 1."""
+    return _CONVOLUTIONS[dims](inputs, outputs, size, stride, padding=(size - 1) // 2)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    groups = next(g for g in range(min(_GROUPS, channels), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut: ``(B, C, ...)`` to ``(B, outputs, ...)``."""
+
+    def __init__(self, dims: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            _norm(inputs),
+            nn.SiLU(),
+            convolution(dims, inputs, outputs),
+            _norm(outputs),
+            nn.SiLU(),
+            convolution(dims, outputs, outputs),
+        )
+        self.shortcut = (
+            nn.Identity() if inputs == outputs else convolution(dims, inputs, outputs, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.body(x)
+
+
+class Downsample(nn.Module):
+    """Halves the sizes of all dimensions; odd ones are rounded up."""
+
+    def __init__(self, dims: int, channels: int) -> None:
+        super().__init__()
+        self.convolution = convolution(dims, channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(x)
+
+
+class Upsample(nn.Module):
+    """Doubles the sizes of all dimensions."""
+
+    def __init__(self, dims: int, channels: int) -> None:
+        super().__init__()
+        self.convolution = convolution(dims, channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def encoder(
+    dims: int, channels: int, widths: Sequence[int], num_blocks: int, latent_dim: int
+) -> nn.Sequential:
+    """``(B, channels, ...)`` to ``(B, latent_dim, ...)``, each size halved once per width after
+    the first."""
+    layers: list[nn.Module] = [convolution(dims, channels, widths[0])]
+    width = widths[0]
+    for level, wider in enumerate(widths):
+        if level:
+            layers.append(Downsample(dims, width))
+        for _ in range(num_blocks):
+            layers.append(ResidualBlock(dims, width, wider))
+            width = wider
+    return nn.Sequential(*layers, _norm(width), nn.SiLU(), convolution(dims, width, latent_dim))
+
+
+def decoder(
+    dims: int, channels: int, widths: Sequence[int], num_blocks: int, latent_dim: int
+) -> nn.Sequential:
+    """The way back of :func:`encoder`."""
+    width = widths[-1]
+    layers: list[nn.Module] = [convolution(dims, latent_dim, width)]
+    for level, narrower in enumerate(reversed(widths)):
+        if level:
+            layers.append(Upsample(dims, width))
+        for _ in range(num_blocks):
+            layers.append(ResidualBlock(dims, width, narrower))
+            width = narrower
+    return nn.Sequential(*layers, _norm(width), nn.SiLU(), convolution(dims, width, channels))

@@ -1,0 +1,198 @@
+"""DiT: class-conditional diffusion transformers for signals, images and videos."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.nn.adaptive_norm import Pending, zero
+from mmfast.nn.dit_block import DiTBlock, FinalLayer
+from mmfast.nn.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_positions
+from mmfast.nn.weights import dit_from_diffusers, dit_to_diffusers
+from mmfast.ops.patchify import unpatchify
+
+SIZES = {
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+
+
+class DiT(nn.Module):
+    """A diffusion transformer with adaLN-Zero blocks, conditioned on timesteps and class labels.
+
+    Its parameters have the names of facebookresearch/DiT; :meth:`load_state_dict` also takes the
+    weights of diffusers' ``DiTTransformer2DModel``.
+
+    Args:
+        input_size: of an image's sides; or the sizes of 1, 2 or 3 dimensions.
+        patch_size: one number, or one for each dimension.
+        in_channels: of the images.
+        hidden_size: C, of the tokens.
+        depth: number of blocks.
+        num_heads: H.
+        mlp_ratio: of the MLPs' hidden size to C.
+        class_dropout_prob: of a label in training, for classifier-free guidance.
+        num_classes: of the labels.
+        learn_sigma: twice ``in_channels`` come out: the prediction and the variance's.
+        mlp_eps: of the norms before the MLPs; 1e-5 in diffusers' DiT.
+        downscale_freq_shift: of :func:`mmfast.timestep_embedding`; 1 in diffusers' DiT.
+
+    Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023).
+    """
+
+    def __init__(
+        self,
+        input_size: int | Sequence[int] = 32,
+        patch_size: int | Sequence[int] = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        *,
+        mlp_eps: float = 1e-6,
+        downscale_freq_shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        sizes = (input_size,) * 2 if isinstance(input_size, int) else tuple(input_size)
+        patch = (patch_size,) * len(sizes) if isinstance(patch_size, int) else tuple(patch_size)
+        if len(patch) != len(sizes) or any(s % p for s, p in zip(sizes, patch, strict=True)):
+            raise ValueError(
+                f"input_size must be multiples of patch_size {patch}, one for each, got {sizes}"
+            )
+        self.input_size, self.patch_size = sizes, patch
+        self.in_channels, self.learn_sigma = in_channels, learn_sigma
+        self.out_channels = in_channels * (1 + learn_sigma)
+        self.x_embedder = PatchEmbed(patch, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, downscale_freq_shift=downscale_freq_shift)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        grid = [s // p for s, p in zip(sizes, patch, strict=True)]
+        positions = sincos_positions(grid, hidden_size)[None]
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_heads, mlp_ratio, mlp_eps=mlp_eps) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch, self.out_channels)
+        self._initialise()
+
+    @classmethod
+    def named(cls, name: str, **options: Any) -> DiT:
+        """``"DiT-XL/2"`` and the like: S, B, L or XL, and any patch size.
+
+        Raises:
+            ValueError: there is no such size.
+        """
+        size, _, patch = name.removeprefix("DiT-").partition("/")
+        if size not in SIZES or not patch.isdigit():
+            raise ValueError(f"name must be DiT-S/2, one of {', '.join(SIZES)}, got {name!r}")
+        return cls(**{"patch_size": int(patch), **SIZES[size], **options})
+
+    @classmethod
+    def from_diffusers(cls, model: Any) -> DiT:
+        """The same model as diffusers' ``DiTTransformer2DModel``, with its weights.
+
+        Raises:
+            ValueError: it has options that DiT has not.
+        """
+        given = model.config
+        for option, value in (
+            ("activation_fn", "gelu-approximate"),
+            ("norm_elementwise_affine", False),
+            ("attention_bias", True),
+        ):
+            if given[option] != value:
+                raise ValueError(f"{option} must be {value!r}, got {given[option]!r}")
+        channels = given["in_channels"]
+        out = given["out_channels"] or channels
+        if out not in (channels, 2 * channels):
+            raise ValueError(f"out_channels must be in_channels or twice as many, got {out}")
+        made = cls(
+            given["sample_size"],
+            given["patch_size"],
+            channels,
+            given["num_attention_heads"] * given["attention_head_dim"],
+            given["num_layers"],
+            given["num_attention_heads"],
+            num_classes=given["num_embeds_ada_norm"],
+            learn_sigma=out == 2 * channels,
+            mlp_eps=given["norm_eps"],
+            downscale_freq_shift=1.0,
+        )
+        made.load_state_dict(model.state_dict())
+        parameter = next(model.parameters())
+        return made.to(parameter.device, parameter.dtype)
+
+    def _initialise(self) -> None:
+        for block in self.blocks:
+            for layer in block.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+            assert isinstance(block, DiTBlock)
+            zero(block.adaLN_modulation)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As every module has it; the names may be diffusers', which do not hold ``pos_embed``."""
+        if any(name.startswith("transformer_blocks.") for name in state_dict):
+            state_dict = {"pos_embed": self.pos_embed.data, **dit_from_diffusers(state_dict)}
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def diffusers_state_dict(self) -> dict[str, Tensor]:
+        """The weights by the names of diffusers' ``DiTTransformer2DModel``."""
+        return dit_to_diffusers(self.state_dict())
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The prediction.
+
+        Args:
+            x: noisy samples, ``(B, in_channels, *input_size)``.
+            t: timesteps, ``(B,)``, whole or not.
+            y: labels, ``(B,)``, int64.
+
+        Returns:
+            ``(B, in_channels, *input_size)``, twice the channels with ``learn_sigma``.
+
+        Raises:
+            ValueError: x has another shape.
+        """
+        if x.shape[1:] != (self.in_channels, *self.input_size):
+            expected = ", ".join(map(str, (self.in_channels, *self.input_size)))
+            raise ValueError(f"x must be (B, {expected}), got {tuple(x.shape)}")
+        tokens = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        pending: Pending | None = None
+        for block in self.blocks:
+            tokens, pending = block(tokens, c, pending, defer=True)
+        tokens = self.final_layer(tokens, c, pending)
+        return unpatchify(tokens, self.patch_size, self.input_size, order="channels_last")
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
+        """The prediction with classifier-free guidance.
+
+        Args:
+            x, t, y: of a batch whose second half has the labels ``num_classes``; of x, the first
+                half is taken for both.
+            cfg_scale: 1 is none.
+        """
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        prediction, rest = out[:, : self.in_channels], out[:, self.in_channels :]
+        conditional, unconditional = prediction.chunk(2)
+        guided = torch.lerp(unconditional, conditional, cfg_scale)
+        return torch.cat([torch.cat([guided, guided]), rest], 1)
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        tokens = math.prod(s // p for s, p in zip(self.input_size, self.patch_size, strict=True))
+        return f"input_size={self.input_size}, patch_size={self.patch_size}, tokens={tokens}"

@@ -1,0 +1,203 @@
+"""VQ-VAE: signals, images and videos as grids of codes, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mmfast
+import mmfast.nn
+from mmfast.checks import check_choice, check_floating
+from mmfast.models.convolutions import decoder, encoder
+
+_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+_TO_OUTPUT = ("get_output_from_indices", "indices_to_codes")  # names that the quantisers use
+
+
+class VQVAEOutput(NamedTuple):
+    """What :class:`VQVAE` returns.
+
+    Attributes:
+        reconstruction: the input's shape.
+        indices: ``(B, *grid)``, behind it ``Q`` for quantisers of several stages.
+        loss: to be minimised: the two that follow, added.
+        reconstruction_loss: between input and reconstruction.
+        quantizer_loss: of the quantiser: commitment, entropy, whatever it has.
+    """
+
+    reconstruction: Tensor
+    indices: Tensor
+    loss: Tensor
+    reconstruction_loss: Tensor
+    quantizer_loss: Tensor
+
+
+class VQVAE(nn.Module):
+    """A convolutional encoder and decoder with a quantiser between them.
+
+    Args:
+        quantizer: of :mod:`mmfast.nn`, for vectors ``(B, L, latent_dim)``: a ``VectorQuantize``, a
+            ``ResidualVQ``, an ``FSQ``, an ``LFQ``, ...
+        latent_dim: D, of the vectors.
+        channels: of the data.
+        spatial_dims: 1 for audio, 2 for images, 3 for videos.
+        widths: channels of each level; each level after the first halves all sizes.
+        num_blocks: residual blocks of each level.
+        reconstruction: the loss, ``"l1"`` or ``"l2"``.
+
+    Source: van den Oord et al., "Neural Discrete Representation Learning" (2017); the residual
+    blocks are those of Esser et al., "Taming Transformers" (2021).
+    """
+
+    def __init__(
+        self,
+        quantizer: nn.Module,
+        latent_dim: int,
+        *,
+        channels: int = 3,
+        spatial_dims: int = 2,
+        widths: Sequence[int] = (64, 128, 256),
+        num_blocks: int = 2,
+        reconstruction: str = "l2",
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in (1, 2, 3):
+            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
+        if not widths or min(widths) < 1 or num_blocks < 1:
+            raise ValueError(
+                f"widths and num_blocks must be at least 1, got {tuple(widths)} and {num_blocks}"
+            )
+        check_choice("reconstruction", reconstruction, tuple(_LOSSES))
+        shape = spatial_dims, channels, tuple(widths), num_blocks, latent_dim
+        self.encoder = encoder(*shape)
+        self.quantizer = quantizer
+        self.decoder = decoder(*shape)
+        self.channels, self.spatial_dims = channels, spatial_dims
+        self.downsampling = 2 ** (len(widths) - 1)
+        self._loss = _LOSSES[reconstruction]
+
+    def latents(self, x: Tensor) -> Tensor:
+        """Vectors ``(B, D, *grid)`` before quantisation.
+
+        Args:
+            x: ``(B, channels, *sizes)``, sizes multiples of ``downsampling``.
+
+        Raises:
+            TypeError: x is no tensor of floating numbers.
+            ValueError: x has another shape.
+        """
+        check_floating("x", x)
+        sizes = x.shape[2:]
+        fits = x.dim() == 2 + self.spatial_dims and x.shape[1] == self.channels
+        if not fits or any(size % self.downsampling or not size for size in sizes):
+            dims = ", ".join(["B", str(self.channels), *["size"] * self.spatial_dims])
+            raise ValueError(
+                f"x must be ({dims}), sizes multiples of {self.downsampling}, got {tuple(x.shape)}"
+            )
+        return self.encoder(x)
+
+    def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantised vectors ``(B, D, *grid)``, indices ``(B, *grid[, Q])`` and the loss ``()``.
+
+        Args:
+            latents: as :meth:`latents` makes them.
+        """
+        grid = latents.shape[2:]
+        quantized, indices, *losses = self.quantizer(latents.flatten(2).transpose(1, 2))
+        loss = sum((loss.sum() for loss in losses), start=latents.new_zeros(()))
+        back = quantized.transpose(1, 2).unflatten(2, grid)
+        return back, indices.unflatten(1, grid), loss
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Indices ``(B, *grid[, Q])`` of x ``(B, channels, *sizes)``."""
+        return self.quantize(self.latents(x))[1]
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """``(B, channels, *sizes)`` from the indices that :meth:`encode` gives.
+
+        Raises:
+            TypeError: the quantiser makes no vectors from indices.
+        """
+        grid = indices.shape[1 : 1 + self.spatial_dims]
+        flat = indices.flatten(1, self.spatial_dims)
+        for name in _TO_OUTPUT:
+            make = getattr(self.quantizer, name, None)
+            if make is not None:
+                return self.decoder(make(flat).transpose(1, 2).unflatten(2, grid))
+        raise TypeError(f"a {type(self.quantizer).__name__} makes no vectors from indices")
+
+    def forward(self, x: Tensor) -> VQVAEOutput:
+        """Reconstruct x ``(B, channels, *sizes)``; see :class:`VQVAEOutput`."""
+        quantized, indices, quantizer_loss = self.quantize(self.latents(x))
+        reconstruction = self.decoder(quantized)
+        loss = self._loss(reconstruction, x)
+        return VQVAEOutput(reconstruction, indices, loss + quantizer_loss, loss, quantizer_loss)
+
+    @torch.no_grad()
+    def initialize_codebook(
+        self, batches: Iterable[Tensor], *, seed: int = 0, iterations: int = 10
+    ) -> None:
+        """Make the codebook of k-means centres of what the encoder gives for ``batches``.
+
+        For a ``VectorQuantize`` of one codebook. The statistics of its moving averages become
+        those of the centres.
+
+        Args:
+            batches: each ``(B, channels, *sizes)``, together at least K vectors.
+            seed: of k-means.
+            iterations: of k-means.
+
+        Raises:
+            TypeError: the quantiser is another, or projects its vectors.
+            ValueError: there are fewer vectors than codes.
+        """
+        quantizer: Any = self.quantizer
+        if not isinstance(quantizer, mmfast.nn.VectorQuantize) or quantizer.codebook.dim() != 2:
+            raise TypeError(
+                "initialize_codebook needs a VectorQuantize with one codebook, got "
+                f"{type(quantizer).__name__}"
+            )
+        vectors = torch.cat([self.latents(x).flatten(2).transpose(1, 2) for x in batches])
+        x = quantizer.project_in(vectors).flatten(0, 1).float()
+        num_codes = quantizer.codebook.shape[0]
+        if len(x) < num_codes:
+            raise ValueError(f"k-means of {num_codes} codes needs as many vectors, got {len(x)}")
+        result = mmfast.kmeans(x, num_codes, iterations=iterations, seed=seed)
+        counts, sums = mmfast.code_statistics(x, result.indices, num_codes)
+        quantizer.codebook = result.codebook
+        book = quantizer._codebook
+        if hasattr(book, "embed_avg"):
+            book.embed_avg[0].copy_(sums)
+            book.cluster_size[0].copy_(counts)
+        book.initted.fill_(True)
+
+
+class Usage(NamedTuple):
+    """How a batch uses the codes.
+
+    Attributes:
+        perplexity: exp of the entropy of the codes' shares: as many codes, equally often used,
+            would say as much. ``()``.
+        used: share of the codes that occur. ``()``.
+    """
+
+    perplexity: Tensor
+    used: Tensor
+
+
+def code_usage(indices: Tensor, num_codes: int) -> Usage:
+    """How often each of K codes occurs among indices of any shape; nothing is read back.
+
+    Raises:
+        TypeError: indices are no integers.
+        ValueError: ``num_codes`` is below 1.
+    """
+    ones = torch.ones(indices.numel(), 1, device=indices.device)
+    counts, _ = mmfast.code_statistics(ones, indices.flatten(), num_codes)
+    shares = counts / counts.sum().clamp(min=1)
+    entropy = -torch.special.xlogy(shares, shares).sum()
+    return Usage(entropy.exp(), (counts > 0).to(counts.dtype).mean())

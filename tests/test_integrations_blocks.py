@@ -1,0 +1,205 @@
+"""Transformers of diffusers and facebookresearch/DiT on mmfast, beside their own code."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import normal
+from patched import assert_same
+from torch import nn
+
+import mmfast
+from mmfast.integrations import patch, unpatch
+
+pytest.importorskip("diffusers")
+
+from transformers_of_diffusers import MODELS, output, randomised
+
+from benchmarks import transformers
+
+pytestmark = pytest.mark.skipif(
+    bool(mmfast.backends.extension_missing()), reason="the compiled extension is absent"
+)
+
+
+def build(name):
+    model, inputs = MODELS[name]()
+    return randomised(model), inputs
+
+
+def gradients(model, inputs):
+    """Of the output's mean square, for every parameter and the hidden states."""
+    inputs = {**inputs, "hidden_states": inputs["hidden_states"].clone().requires_grad_()}
+    torch.manual_seed(0)  # labels are dropped at random in training
+    loss = output(model, inputs).square().mean()
+    wanted = [inputs["hidden_states"], *model.parameters()]
+    return torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+def assert_alike(got, want):
+    """To rounding; some gradients, such as a key's bias, are nothing but that."""
+    largest = max(t.abs().max().item() for t in want if t is not None)
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same(name):
+    model, inputs = build(name)
+    twin = copy.deepcopy(model)
+    report = patch(twin)
+    torch.testing.assert_close(output(twin, inputs), output(model, inputs), rtol=1e-4, atol=1e-5)
+    assert_alike(gradients(twin, inputs), gradients(model, inputs))
+    assert list(twin.state_dict()) == list(model.state_dict())
+    report.undo()
+    assert_same(output(twin, inputs), output(model, inputs), exact=True)
+
+
+EXPECTED = {
+    "DiT": {"BasicTransformerBlock": 2, "AdaLayerNormZero": 2, "Attention": 2},
+    "PixArt": {"BasicTransformerBlock": 2, "Attention": 4},
+    "SD3": {"JointTransformerBlock": 3, "Attention": 4, "SD35AdaLayerNormZeroX": 1},
+    "Flux": {"FluxTransformerBlock": 1, "FluxSingleTransformerBlock": 1, "FluxAttention": 2},
+    "Wan": {"WanTransformerBlock": 2, "WanAttention": 4},
+    "Lumina2": {"Attention": 3},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_report(name):
+    report = patch(build(name)[0])
+    found = [entry.class_name for entry in report.swapped]
+    for class_name, count in EXPECTED[name].items():
+        assert found.count(class_name) == count, str(report)
+    assert not report.left, str(report)
+
+
+@pytest.mark.parametrize("name", ["DiT", "SD3", "Flux"])
+def test_compiles_whole(name):
+    model, inputs = build(name)
+    patch(model)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs, return_dict=False)
+        torch.testing.assert_close(got[0], output(model, inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["DiT", "Flux"])
+def test_bfloat16_is_no_worse(name):
+    model, inputs = build(name)
+    exact = output(copy.deepcopy(model).double(), _to(inputs, torch.float64))
+    low = copy.deepcopy(model).bfloat16()
+    theirs = output(low, _to(inputs, torch.bfloat16)).double()
+    patch(low)
+    ours = output(low, _to(inputs, torch.bfloat16)).double()
+    assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
+
+
+def _to(inputs, dtype):
+    return {
+        name: value.to(dtype)
+        if torch.is_tensor(value) and value.is_floating_point() and not name.endswith("_ids")
+        else value
+        for name, value in inputs.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["DiT", "Flux"])
+def test_copies(name):
+    model, inputs = build(name)
+    want = output(model, inputs)
+    patch(model)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(output(twin, inputs), want, rtol=1e-4, atol=1e-5)
+    unpatch(twin)
+    for plain in (twin, pickle.loads(pickle.dumps(model))):
+        assert_same(output(plain, inputs), want, exact=True)
+        with pytest.raises(ValueError, match="is patched"):
+            unpatch(plain)
+
+
+def test_gradient_checkpointing():
+    model, inputs = build("DiT")
+    twin = copy.deepcopy(model)
+    patch(twin)
+    twin.enable_gradient_checkpointing()
+    assert_alike(gradients(twin.train(), inputs), gradients(model.train(), inputs))
+
+
+def test_a_backend_that_the_user_chose_stays(monkeypatch):
+    model, inputs = build("Flux")
+    patch(model)
+    model.set_attention_backend("_native_math")
+
+    def never(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(mmfast, "scaled_dot_product_attention", never)
+    monkeypatch.setattr(mmfast, "joint_attention", never)
+    output(model, inputs)
+
+
+class Attention(transformers.Attention):
+    """As older timm has it."""
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = self.attn_drop((q * self.scale @ k.mT).softmax(-1))
+        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
+
+
+class DiTBlock(transformers.DiTBlock):
+    def __init__(self):
+        super().__init__(48, 2)
+        self.attn = Attention(48, 2)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, dim=48):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, 16)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(transformers.modulated(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    def __init__(self, block=DiTBlock):
+        super().__init__()
+        self.blocks = nn.ModuleList([block(), block()])
+        self.final_layer = FinalLayer()
+
+    def forward(self, x, c):
+        for block in self.blocks:
+            x = block(x, c)
+        return self.final_layer(x, c)
+
+
+def test_facebookresearch():
+    model = randomised(DiT())
+    twin = copy.deepcopy(model)
+    report = patch(twin)
+    assert [entry.name for entry in report.swapped] == ["blocks.0", "blocks.1", "final_layer"]
+    x, c = normal(2, 9, 48), normal(2, 48, seed=1)
+    torch.testing.assert_close(twin(x, c), model(x, c), rtol=1e-4, atol=1e-5)
+    report.undo()
+    assert_same(twin(x, c), model(x, c), exact=True)
+
+
+def test_a_changed_copy_is_left():
+    class Changed(DiTBlock):
+        def forward(self, x, c):
+            return super().forward(x, c) + x
+
+    Changed.__name__ = "DiTBlock"
+    report = patch(DiT(Changed))
+    assert [entry.name for entry in report.swapped] == ["final_layer"]
+    assert "gives something else than the original's" in report.left[0].left

@@ -1,0 +1,113 @@
+"""VQVAE over 1 to 3 dimensions and with every kind of quantiser."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import normal
+
+import mmfast.nn
+from mmfast.models import VQVAE, code_usage
+
+D = 8
+
+
+def quantizer(name, **options):
+    torch.manual_seed(0)
+    nn = mmfast.nn
+    return {
+        "VectorQuantize": lambda: nn.VectorQuantize(D, 16, **options),
+        "projected": lambda: nn.VectorQuantize(D, 16, codebook_dim=4, **options),
+        "cosine": lambda: nn.VectorQuantize(D, 16, use_cosine_sim=True),
+        "ResidualVQ": lambda: nn.ResidualVQ(dim=D, num_quantizers=3, codebook_size=16),
+        "FSQ": lambda: nn.FSQ([4, 4, 3], dim=D),
+        "LFQ": lambda: nn.LFQ(dim=D, codebook_size=64),
+        "SimVQ": lambda: nn.SimVQ(dim=D, codebook_size=16),
+    }[name]()
+
+
+def model(name="VectorQuantize", spatial_dims=2, **options):
+    made = quantizer(name, **options)
+    torch.manual_seed(1)
+    return VQVAE(made, D, spatial_dims=spatial_dims, widths=(6, 12), num_blocks=1)
+
+
+QUANTIZERS = ["VectorQuantize", "projected", "cosine", "ResidualVQ", "FSQ", "LFQ", "SimVQ"]
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_there_and_back(name):
+    vqvae = model(name).eval()
+    x = normal(2, 3, 8, 12)
+    with torch.no_grad():
+        output = vqvae(x)
+        indices = vqvae.encode(x)
+        assert output.reconstruction.shape == x.shape
+        assert torch.equal(indices, output.indices)
+        assert indices.shape[:3] == (2, 4, 6)
+        torch.testing.assert_close(vqvae.decode(indices), output.reconstruction)
+    assert torch.equal(output.loss, output.reconstruction_loss + output.quantizer_loss)
+
+
+@pytest.mark.parametrize(("spatial_dims", "sizes"), [(1, (16,)), (2, (8, 4)), (3, (4, 8, 6))])
+@pytest.mark.parametrize("name", ["VectorQuantize", "ResidualVQ", "FSQ"])
+def test_learns(spatial_dims, sizes, name):
+    """A few steps on one batch: every parameter gets a gradient, and the loss falls."""
+    vqvae = model(name, spatial_dims)
+    x = normal(2, 3, *sizes)
+    optimizer = torch.optim.Adam(vqvae.parameters(), 1e-2)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        output = vqvae(x)
+        output.loss.backward()
+        losses.append(output.reconstruction_loss.item())
+        optimizer.step()
+    assert all(p.grad is not None for p in vqvae.parameters())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_k_means():
+    vqvae = model()
+    x = normal(4, 3, 8, 8)
+    with torch.no_grad():
+        vectors = vqvae.latents(x).flatten(2).transpose(1, 2).flatten(0, 1)
+        vqvae.initialize_codebook(x.split(2), seed=3)
+    want = mmfast.kmeans(vectors, 16, iterations=10, seed=3)
+    torch.testing.assert_close(vqvae.quantizer.codebook, want.codebook)
+    book = vqvae.quantizer._codebook
+    assert book.cluster_size.sum() == len(vectors)
+    torch.testing.assert_close(
+        book.embed_avg[0] / book.cluster_size[0, :, None], book.embed[0], rtol=1e-3, atol=1e-3
+    )
+    usage = code_usage(vqvae.encode(x), 16)
+    assert usage.used > 0.9
+    with pytest.raises(ValueError, match="k-means of 16 codes needs as many vectors, got 4"):
+        vqvae.initialize_codebook([normal(1, 3, 4, 4)])
+    with pytest.raises(TypeError, match="needs a VectorQuantize with one codebook, got FSQ"):
+        model("FSQ").initialize_codebook([x])
+
+
+def test_usage():
+    usage = code_usage(torch.tensor([[0, 0, 1], [1, 3, 3]]), 4)
+    torch.testing.assert_close(usage.perplexity, torch.tensor(3.0))
+    assert usage.used == 0.75
+    nothing = code_usage(torch.zeros(0, dtype=torch.int64), 4)
+    assert (nothing.perplexity, nothing.used) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m(normal(1, 3, 7, 8)), ValueError, r"x must be \(B, 3, size, size\), sizes mul"),
+        (lambda m: m(normal(1, 2, 8, 8)), ValueError, r"got \(1, 2, 8, 8\)"),
+        (lambda m: m(normal(3, 8, 8)), ValueError, r"got \(3, 8, 8\)"),
+        (lambda m: m(torch.ones(1, 3, 8, 8, dtype=torch.uint8)), TypeError, "got uint8"),
+        (lambda m: VQVAE(m.quantizer, D, spatial_dims=4), ValueError, "must be 1, 2 or 3, got 4"),
+        (lambda m: VQVAE(m.quantizer, D, widths=()), ValueError, "must be at least 1"),
+        (lambda m: VQVAE(m.quantizer, D, reconstruction="ssim"), ValueError, "one of l1, l2"),
+    ],
+)
+def test_refuses(call, error, message):
+    with pytest.raises(error, match=message):
+        call(model())
