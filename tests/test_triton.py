@@ -154,6 +154,7 @@ REPEATED = {
         "rows_without_a_prediction_are_nan_on_a_device",
         "threshold_of_nan_and_infinity",
         "zeros_and_nan",
+    ),
     test_gated_activation: (
         "error_is_at_most_twice_torchs",
         "gated_linear_units",
