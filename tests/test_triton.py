@@ -19,10 +19,13 @@ import pytest
 import test_add_noise
 import test_code_statistics
 import test_finite_scalar_quantize
+import test_gated_activation
 import test_joint_attention
+import test_guidance_factors
 import test_lookup_free_quantize
 import test_nearest_code
 import test_pack_indices
+import test_patchify
 import test_randn
 import test_residual_quantize
 import test_sample_code
@@ -144,6 +147,27 @@ REPEATED = {
         "slots_that_move",
         "step_out_of_range_is_nan_on_a_device",
         "what_has_no_weight_is_not_read",
+    ),
+    test_guidance_factors: (
+        "a_large_offset_costs_no_precision",
+        "projected_guidance_with_momentum",
+        "rows_without_a_prediction_are_nan_on_a_device",
+        "threshold_of_nan_and_infinity",
+        "zeros_and_nan",
+    test_gated_activation: (
+        "error_is_at_most_twice_torchs",
+        "gated_linear_units",
+        "gradients",
+        "halves_are_the_same_packed_or_not",
+        "hard_values",
+        "layouts",
+        "only_what_is_asked_for",
+    ),
+    test_patchify: (
+        "channels_first_is_a_convolution",
+        "channels_last_is_dits",
+        "inverse_and_gradients",
+        "layouts",
     ),
     test_add_noise: (
         "any_problem",
