@@ -20,8 +20,8 @@ import test_add_noise
 import test_code_statistics
 import test_finite_scalar_quantize
 import test_gated_activation
-import test_joint_attention
 import test_guidance_factors
+import test_joint_attention
 import test_lookup_free_quantize
 import test_nearest_code
 import test_pack_indices
@@ -154,6 +154,7 @@ REPEATED = {
         "rows_without_a_prediction_are_nan_on_a_device",
         "threshold_of_nan_and_infinity",
         "zeros_and_nan",
+    ),
     test_gated_activation: (
         "error_is_at_most_twice_torchs",
         "gated_linear_units",
