@@ -460,8 +460,9 @@ def test_samples_of_pytorch(backend):
                 continue
             options.pop("dropout_p", None)
             # Scores, and the logarithms of their sums, go into the hundreds. Their rounding is in
-            # the probabilities that a backward makes again; PyTorch keeps them all here.
-            check(backend, *tensors, slack=40 if dtype == torch.float32 else 5, **options)
+            # the probabilities that a backward makes again, and of outputs of 16 bits in the sums
+            # that it starts from; PyTorch keeps all of it here.
+            check(backend, *tensors, slack=40, **options)
             count += 1
     assert count > 10
 
