@@ -163,6 +163,14 @@ def test_hard_scores(size, dtype):
     assert all(t.isfinite().all() for t in run(attention.BACKWARD, arguments))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_float32_does_not_tell_apart(dtype):
+    """The logarithm of a sum near 1e10 is off by hundreds; no probability is above 1."""
+    arguments = list(problem(1, 2, 40, 90, 16, dtype=dtype, size=1e5))
+    arguments[5] = arguments[5] * (1 - 1e-6)
+    assert all(t.isfinite().all() for t in run(attention.BACKWARD, tuple(arguments)))
+
+
 def test_large_offset_of_scores():
     """The logarithm of the sum is large, the probabilities are not."""
     mask = 1000 + normal(1, 1, 40, 90)

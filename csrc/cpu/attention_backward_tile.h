@@ -135,12 +135,14 @@ struct BackwardTile {
   inline __attribute__((always_inline)) Pair gradient(const Row& row, const T* score,
                                                       const T* product, int64_t column) const {
     constexpr T log2e = (T)1.4426950408889634;
-    V x = load<V>(score + column), grad = load<V>(product + column);
+    V below = load<V>(score + column), grad = load<V>(product + column);  // below the logarithm
     if (special && row.bias)
-      x = fma(x, V{} + scale, load<V>(row.bias + column)) - row.lse;
+      below = row.lse - fma(below, V{} + scale, load<V>(row.bias + column));
     else
-      x = fma(x, V{} + scale, V{} - row.lse);
-    V p = power_of_two(x * log2e), left = p;
+      below = fma(below, V{} - scale, V{} + row.lse);
+    // Not above 1, whatever the logarithm of large scores was rounded to.
+    const V p = power_of_two(larger(V{}, below) * -log2e);
+    V left = p;
     if (special && kept) {
       left = where_bits(row.kept >> column, p * kept_factor, V{});
       grad = where_bits(row.kept >> column, grad * kept_factor, V{});
