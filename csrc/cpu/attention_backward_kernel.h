@@ -7,8 +7,8 @@
 // whether one thread takes all parts of a head or each goes to another.
 //
 // Workspace of a thread: a head's queries and output gradients, packed, and their gradients (twice for
-// a group of heads where there are parts), and one part's keys. Where parts go to several threads, a
-// head's gradient for each part of `2 threads` parts.
+// a group of heads where there are parts), and one part's keys. Where parts go to several threads,
+// the gradients of queries for each of twice as many parts as threads.
 #pragma once
 #include <atomic>
 #include <cmath>
@@ -205,12 +205,15 @@ struct AttentionBackward {
       };
       for_tasks(pairs, true, work, parallel);
     } else {
-      const int64_t together = (2 * parallel.threads + most_parts_of_a_batch - 1) / most_parts_of_a_batch;
-      const int64_t most = together < pairs ? together : pairs;
-      T* shares = allocate<T>(most * group * most_parts_of_a_batch * share_size());
+      const int64_t wanted = 2 * parallel.threads;  // tasks at a time
+      const int64_t slots = most_parts_of_a_batch < wanted ? most_parts_of_a_batch : wanted;
+      const int64_t together = (wanted + slots - 1) / slots, most = together < pairs ? together : pairs;
+      T* shares = allocate<T>(most * group * (1 + slots) * share_size());
       if (!shares) return false;
-      for (int64_t pair = 0; pair < pairs && !failed; pair += most)
-        separate_parts(shares, pair, most < pairs - pair ? most : pairs - pair, parallel);
+      for (int64_t pair = 0; pair < pairs; pair += most)
+        for (int64_t part = 0; part < most_parts_of_a_batch && !failed; part += slots)
+          separate_parts({shares, slots, pair, most < pairs - pair ? most : pairs - pair, part},
+                         parallel);
       std::free(shares);
     }
     return !failed;
@@ -242,45 +245,68 @@ struct AttentionBackward {
     zero_rest(b, key_head, parts == 0);
   }
 
-  // The parts of `count` pairs of a batch and a head of keys, side by side.
-  void separate_parts(T* shares, int64_t pair, int64_t count, const Parallel& parallel) {
-    const int64_t parts = most_parts_of_a_batch;
-    const auto share = [&](int64_t i, int64_t g, int64_t part) {
-      return shares + ((i * group + g) * parts + part) * share_size();
-    };
+  // Parts [part, part + slots) of `count` pairs of a batch and a head of keys, side by side.
+  struct Round {
+    T* shares;  // [count][group][1 + slots], the first the sum of the rounds before
+    int64_t slots, pair, count, part;
+  };
+
+  T* share_of(const Round& round, int64_t i, int64_t g, int64_t slot) const {
+    return round.shares + ((i * group + g) * (1 + round.slots) + slot) * share_size();
+  }
+
+  void separate_parts(const Round& round, const Parallel& parallel) {
     const auto work = [&](Workspace& workspace, int64_t task) {
-      const int64_t i = task / parts, part = task % parts;
-      const int64_t b = (pair + i) / args.key_heads, key_head = (pair + i) % args.key_heads;
-      if (part < parts_of(keys(b).count))
-        one_part(workspace, b, key_head, part, false, [&](int64_t g) { return share(i, g, part); },
-                 [](int64_t, const T*) {});
-      if (part == 0) zero_rest(b, key_head, keys(b).count == 0);
+      const int64_t i = task / round.slots, slot = task % round.slots;
+      const int64_t b = (round.pair + i) / args.key_heads;
+      const int64_t key_head = (round.pair + i) % args.key_heads, parts = parts_of(keys(b).count);
+      if (round.part + slot < parts)
+        one_part(workspace, b, key_head, round.part + slot, false,
+                 [&](int64_t g) { return share_of(round, i, g, 1 + slot); }, [](int64_t, const T*) {});
+      if (round.part + slot == 0) zero_rest(b, key_head, parts == 0);
     };
-    for_tasks(count * parts, false, work, parallel);
+    for_tasks(round.count * round.slots, false, work, parallel);
     if (failed) return;
-    constexpr int64_t rows = 64;
     struct Context {
       const AttentionBackward& all;
-      decltype(share)& share_of;
-      int64_t pair, blocks;
-    } context{*this, share, pair, (most_rows + rows - 1) / rows};
+      const Round& round;
+      int64_t blocks;
+    } context{*this, round, (most_rows + sum_rows - 1) / sum_rows};
     const Body body = [](void* at, int64_t begin, int64_t end) {
       const Context& context = *(const Context*)at;
-      const AttentionBackward& all = context.all;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t i = task / context.blocks / all.group, g = task / context.blocks % all.group;
-        const int64_t b = (context.pair + i) / all.args.key_heads;
-        const int64_t key_head = (context.pair + i) % all.args.key_heads;
-        const int64_t length = all.queries(b).count, parts = parts_of(all.keys(b).count);
-        const int64_t first = task % context.blocks * rows;
-        const T* made[most_parts];
-        for (int64_t part = 0; part < parts; ++part) made[part] = context.share_of(i, g, part);
-        if (parts && first < length)
-          all.write_queries(b, key_head * all.group + g, first,
-                            first + rows < length ? first + rows : length, made, parts);
-      }
+      for (int64_t task = begin; task < end; ++task)
+        context.all.add_shares(context.round, task / context.blocks, task % context.blocks * sum_rows);
     };
-    parallel.run(count * group * context.blocks, body, &context);
+    parallel.run(round.count * group * context.blocks, body, &context);
+  }
+
+  // Of sum_rows queries, from the first on, of one of the heads of a round.
+  static constexpr int64_t sum_rows = 64;
+  void add_shares(const Round& round, int64_t index, int64_t first) const {
+    const int64_t i = index / group, g = index % group;
+    const int64_t b = (round.pair + i) / args.key_heads;
+    const int64_t head = (round.pair + i) % args.key_heads * group + g;
+    const int64_t length = queries(b).count, left = parts_of(keys(b).count) - round.part;
+    const int64_t end = first + sum_rows < length ? first + sum_rows : length;
+    if (left <= 0 || first >= end) return;
+    const T* shares[1 + most_parts];
+    int64_t count = 0;
+    for (int64_t slot = round.part == 0; slot <= round.slots && slot <= left; ++slot)
+      shares[count++] = share_of(round, i, g, slot);
+    if (left <= round.slots) {
+      write_queries(b, head, first, end, shares, count);
+      return;
+    }
+    T* total = share_of(round, i, g, 0);
+    for (int64_t at = first * padded_width; at < end * padded_width; at += w)
+      store(total + at, sum_of_shares(shares, count, at));
+  }
+
+  template <class Share>
+  static V sum_of_shares(Share* const* shares, int64_t count, int64_t at) {
+    V sum = load<V>(shares[0] + at);
+    for (int64_t i = 1; i < count; ++i) sum += load<V>(shares[i] + at);
+    return sum;
   }
 
   // Gradients of queries [first, end): sums of shares [rows][padded_width] in their order.
@@ -291,9 +317,7 @@ struct AttentionBackward {
     for (int64_t i = first; i < end; ++i) {
       char* to = all.at(&QueryStream::grad_query, head, i);
       for (int64_t d = 0; d < args.width; d += w) {
-        V sum = load<V>(shares[0] + i * padded_width + d);
-        for (int64_t part = 1; part < parts; ++part)
-          sum += load<V>(shares[part] + i * padded_width + d);
+        const V sum = sum_of_shares(shares, parts, i * padded_width + d);
         write_first(to + d * size_of(args.dtype), args.dtype, sum * (T)args.scale, args.width - d);
       }
     }

@@ -88,12 +88,10 @@ struct GatedResidualModulate {
       V v = C::read(x, DTYPE, c, n);
       if constexpr (ADDS) {
         v = fma(load<V>(gate + c), C::read(y, DTYPE, c, n), v);
-        if constexpr (DTYPE != Native<T>::dtype) {
-          char rounded[sizeof(V)];
-          write_numbers(rounded, DTYPE, v);
-          read_numbers(rounded, DTYPE, v);
-        }
-        C::write(out, DTYPE, c, n, v, STREAMS);
+        alignas(64) char rounded[sizeof(V)];
+        write_numbers(rounded, DTYPE, v);
+        C::put(out, DTYPE, c, n, rounded, STREAMS);
+        read_numbers(rounded, DTYPE, v);
       }
       if constexpr (copies) store(buffer + c, v);
       if constexpr (NORMS) total += C::first(v, n);

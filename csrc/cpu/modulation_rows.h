@@ -6,8 +6,9 @@
 
 namespace mmfast::MMFAST_ISA {
 
-// Outputs larger than this leave the cache before anyone reads them: they go past it.
-constexpr int64_t stream_from = int64_t(32) << 20;
+// Outputs larger than this have left the cache before anyone reads all of them: they go past it,
+// and what lay there in memory is not read first.
+constexpr int64_t stream_from = int64_t(16) << 20;
 
 // Vectors of channels, the last of which may be a part of one.
 template <class T>
@@ -59,18 +60,20 @@ struct Channels {
   }
 
   MMFAST_INLINE void write(char* row, Dtype dtype, int64_t c, int64_t n, V v,
-                                  bool streams = false) {
+                           bool streams = false) {
+    alignas(64) char rounded[width * sizeof(double)];
+    write_numbers(rounded, dtype, v);
+    put(row, dtype, c, n, rounded, streams);
+  }
+
+  // Numbers that write_numbers has made.
+  MMFAST_INLINE void put(char* row, Dtype dtype, int64_t c, int64_t n, const char* rounded,
+                         bool streams) {
     char* at = row + c * size_of(dtype);
-    if (n == width && !streams) {
-      write_numbers(at, dtype, v);
-      return;
-    }
-    alignas(64) char whole[width * sizeof(double)];
-    write_numbers(whole, dtype, v);
-    if (n == width)
-      stream(at, whole, width * size_of(dtype));
+    if (n == width && streams)
+      stream(at, rounded, width * size_of(dtype));
     else
-      std::memcpy(at, whole, (size_t)(n * size_of(dtype)));
+      std::memcpy(at, rounded, (size_t)(n * size_of(dtype)));
   }
 
   // Past the cache; `at` is a multiple of the size, which is at least 8.
@@ -95,12 +98,13 @@ struct Channels {
   }
 };
 
-// Whether rows can go past the cache: each of them in whole vectors, from a line of memory on.
+// Whether rows are to go past the cache: each of them whole lines, which half precisions would
+// write in parts.
 template <class T>
 static bool streams(const BlockShape& shape, int64_t outputs, const TokenView& like) {
   const int64_t row = shape.channels * size_of(shape.dtype);
   return outputs * shape.batch * shape.length * row >= stream_from && row % 64 == 0 &&
-         (uintptr_t)like.data % 64 == 0;
+         (uintptr_t)like.data % 64 == 0 && size_of(shape.dtype) >= 4;
 }
 
 MMFAST_INLINE vf hyperbolic_tangent(vf x) {

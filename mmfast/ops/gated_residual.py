@@ -271,7 +271,10 @@ OP = register(
         schema="(Tensor x, Tensor gate, Tensor y, str gate_activation) -> Tensor",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("gated_residual")},
+        backends={
+            "cpp": backends.cpp("gated_residual"),
+            "triton": backends.triton(_load_triton, backends.always),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -287,7 +290,10 @@ BACKWARD = register(
         "bool need_y) -> (Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={"cpp": backends.cpp("gated_residual_bwd")},
+        backends={
+            "cpp": backends.cpp("gated_residual_bwd"),
+            "triton": backends.triton(_load_triton_bwd, backends.always),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

@@ -396,7 +396,10 @@ OP = register(
         "-> (Tensor, Tensor, Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("gated_residual_modulate")},
+        backends={
+            "cpp": backends.cpp("gated_residual_modulate"),
+            "triton": backends.triton(_load_triton, backends.always),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -415,7 +418,10 @@ BACKWARD = register(
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={"cpp": backends.cpp("gated_residual_modulate_bwd")},
+        backends={
+            "cpp": backends.cpp("gated_residual_modulate_bwd"),
+            "triton": backends.triton(_load_triton_bwd, backends.always),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

@@ -435,7 +435,10 @@ OP = register(
         "str norm) -> (Tensor, Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("layer_norm_modulate")},
+        backends={
+            "cpp": backends.cpp("layer_norm_modulate"),
+            "triton": backends.triton(_load_triton, backends.always),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -452,7 +455,10 @@ BACKWARD = register(
         "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={"cpp": backends.cpp("layer_norm_modulate_bwd")},
+        backends={
+            "cpp": backends.cpp("layer_norm_modulate_bwd"),
+            "triton": backends.triton(_load_triton_bwd, backends.always),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,
