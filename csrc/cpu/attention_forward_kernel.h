@@ -32,6 +32,7 @@ struct AttentionForward {
 
   const AttentionArgs& args;
   const int64_t group, depth;  // heads of a key head; elements of a query
+  const bool adds;             // numbers of a mask
   const bool scales;           // scores are multiplied by scale before anything else
   const T unit;                // of scores, else
   const bool drops;
@@ -46,7 +47,8 @@ struct AttentionForward {
       : args(a),
         group(a.key_heads ? a.heads / a.key_heads : 0),
         depth(elements_of<Kind>(a.width)),
-        scales((a.mask.data && a.mask.additive) || a.scale == 0),
+        adds(a.mask.data && a.mask.additive),
+        scales(adds || a.scale == 0),
         unit(scales ? 1 : (T)__builtin_fabs(a.scale)),
         drops(a.dropout > 0),
         random(a.seed, a.offset) {}
@@ -80,7 +82,7 @@ struct AttentionForward {
           chunk * width * (int64_t)sizeof(Element),
           chunk * block * (int64_t)sizeof(T),
           Kind::numbers == 2 ? chunk / 2 * block * (int64_t)sizeof(Element) : 0,
-          work.args.mask.data && work.args.mask.additive ? chunk * block * (int64_t)sizeof(T) : 0};
+          work.adds ? chunk * block * (int64_t)sizeof(T) : 0};
       for (int i = 0; i < 7; ++i) {
         offsets[i] = used;
         used += (sizes[i] + lines - 1) / lines * lines;
@@ -150,7 +152,6 @@ struct AttentionForward {
   // Applies what limits attention to scores of `count` keys, and finds the largest.
   void limit(Memory& memory, int64_t count, int64_t vectors, bool some) const {
     const V least = V{} - infinity, scale = V{} + (T)__builtin_fabs(args.scale);
-    const bool adds = args.mask.data && args.mask.additive;
     for (int64_t n = 0; n < vectors; ++n) {
       V most = least;
       for (int64_t j = 0; j < count; ++j) {
@@ -335,7 +336,7 @@ struct AttentionForward {
   Limits limits_of(Memory& memory, int64_t batch, int64_t t, int64_t n, int64_t j, int64_t count,
                    int64_t offset) const {
     const QueryRow* rows = memory.rows + t * block;
-    const bool masked = args.mask.data && !args.mask.additive;
+    const bool masked = args.mask.data && !adds;
     bool bounded = false;
     if (args.causal != Causal::none) {
       int64_t lowest = rows[0].index, highest = rows[0].index;
@@ -361,7 +362,7 @@ struct AttentionForward {
       if (!any) return Limits::none_attends;
       bounded = every != low_bits(n);
     }
-    if (scales && args.mask.data)
+    if (adds)
       for (int64_t first = 0; first < count; first += block)
         added_numbers<V>(args, batch, rows, n, j + first,
                          count - first < block ? count - first : block,
