@@ -40,7 +40,12 @@ MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vf& v) {
   switch (dtype) {
     case Dtype::float32: v = load<vf>(at); return;
     case Dtype::bfloat16:
+#if defined(__AVX512F__)
+      // GCC 12 converts in halves.
+      v = (vf)((bits32)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)) << 16);
+#else
       v = (vf)(__builtin_convertvector(load<bits16>(at), bits32) << 16);
+#endif
       return;
     case Dtype::float16:
 #if defined(__AVX512F__)
@@ -78,7 +83,12 @@ MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vf v) {
     case Dtype::bfloat16: {
       const bits32 bits = (bits32)v, nan = (bits32)(v != v);
       const bits32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-      store(at, __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), bits16));
+      const bits32 kept = (rounded & ~nan) | (nan & 0x7FC0);
+#if defined(__AVX512F__)
+      store(at, _mm512_cvtepi32_epi16((__m512i)kept));
+#else
+      store(at, __builtin_convertvector(kept, bits16));
+#endif
       return;
     }
     case Dtype::float16:
