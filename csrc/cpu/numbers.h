@@ -35,7 +35,7 @@ MMFAST_INLINE vd fma(vd a, vd b, vd c) {
 }
 
 MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vf& v) {
-  using bits16 = uint16_t __attribute__((vector_size(2 * lanes)));
+  using bits16 [[maybe_unused]] = uint16_t __attribute__((vector_size(2 * lanes)));
   using bits32 = uint32_t __attribute__((vector_size(4 * lanes)));
   switch (dtype) {
     case Dtype::float32: v = load<vf>(at); return;
@@ -77,7 +77,7 @@ MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vd& v) {
 
 MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vf v) {
   using bits32 = uint32_t __attribute__((vector_size(4 * lanes)));
-  using bits16 = uint16_t __attribute__((vector_size(2 * lanes)));
+  using bits16 [[maybe_unused]] = uint16_t __attribute__((vector_size(2 * lanes)));
   switch (dtype) {
     case Dtype::float32: store(at, v); return;
     case Dtype::bfloat16: {
