@@ -38,6 +38,8 @@ using bits16 = uint16_t __attribute__((vector_size(2 * lanes)));
 using bits32 = uint32_t __attribute__((vector_size(4 * lanes)));
 
 MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vf& v) {
+  using bits16 [[maybe_unused]] = uint16_t __attribute__((vector_size(2 * lanes)));
+  using bits32 = uint32_t __attribute__((vector_size(4 * lanes)));
   switch (dtype) {
     case Dtype::float32: v = load<vf>(at); return;
     case Dtype::bfloat16:
@@ -46,6 +48,7 @@ MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vf& v) {
       v = (vf)((bits32)_mm512_cvtepu16_epi32((__m256i)load<bits16>(at)) << 16);
       // GCC 12 widens in halves.
       v = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(at)), 16);
+      v = (vf)((bits32)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)) << 16);
 #else
       v = (vf)(__builtin_convertvector(load<bits16>(at), bits32) << 16);
 #endif
@@ -80,6 +83,7 @@ MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vd& v) {
 
 MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vf v) {
   using bits32 = uint32_t __attribute__((vector_size(4 * lanes)));
+  using bits16 [[maybe_unused]] = uint16_t __attribute__((vector_size(2 * lanes)));
   switch (dtype) {
     case Dtype::float32: store(at, v); return;
     case Dtype::bfloat16: {
@@ -112,6 +116,7 @@ MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vf v) {
 #else
       const bits32 nan = (bits32)(v != v);
       store(at, __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), bits16));
+      store(at, __builtin_convertvector(kept, bits16));
 #endif
       return;
     }
