@@ -95,17 +95,6 @@ MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vf v) {
         return;
       }
 #endif
-      const bits32 bits = (bits32)v, nan = (bits32)(v != v);
-      const bits32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-      const bits32 kept = (rounded & ~nan) | (nan & 0x7FC0);
-#if defined(__AVX512F__)
-      store(at, _mm512_cvtepi32_epi16((__m512i)kept));
-#else
-      using bits16 = uint16_t __attribute__((vector_size(2 * lanes)));
-      store(at, __builtin_convertvector(kept, bits16));
-  switch (dtype) {
-    case Dtype::float32: store(at, v); return;
-    case Dtype::bfloat16: {
       const bits32 bits = (bits32)v;
       const bits32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
 #if defined(__AVX512F__)
@@ -114,6 +103,7 @@ MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vf v) {
       const __m512i kept = _mm512_mask_mov_epi32((__m512i)rounded, nan, _mm512_set1_epi32(0x7FC0));
       store(at, _mm512_cvtepi32_epi16(kept));
 #else
+      using bits16 = uint16_t __attribute__((vector_size(2 * lanes)));
       const bits32 nan = (bits32)(v != v);
       store(at, __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), bits16));
       store(at, __builtin_convertvector(kept, bits16));
