@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.common import common_multiple, multiple, num_threads, rounded
+from mmfast.kernels.common import at_most, common_multiple, multiple, num_threads, rounded
 
 _TILE = 2048
 _MOST_PARTS = 512  # of a sum over tokens
@@ -379,6 +379,7 @@ class _Tables:
             "TOKENS": x.stride(1) < x.stride(2),
             "FACTOR": common_multiple(num_dims, *strides),
             **num_threads(threads),
+            **at_most(min(65536 // threads, 255)),
         }
 
 

@@ -74,7 +74,7 @@ static __attribute__((noinline)) void tile_products(Broadcasts<Kind> a, Panel<Ki
 }
 
 // out(m, n) for `rows` rows and `vectors` vectors of columns. For every tile of them
-// start(sums, m, n) sets its sums, m and n its first row and column, and put(sums, m, n) takes them.
+// start(sums, m, n) sets its sums, m and n its first row and column; put(sums, m, n) takes them.
 template <class Kind, class Start, class Put>
 MMFAST_INLINE void products(Broadcasts<Kind> a, int64_t rows, Panel<Kind> b, int64_t vectors,
                             int64_t depth, const Start& start, const Put& put) {

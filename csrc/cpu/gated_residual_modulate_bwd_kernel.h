@@ -149,8 +149,8 @@ struct GatedResidualModulateBwd {
         levels += C::first(grad, n);
         alongs = fma(C::first(grad, n), normed, alongs);
       });
-      level[r] = args.shape.rms ? 0 : C::sum(levels) / (T)channels.count;
-      along[r] = C::sum(alongs) / (T)channels.count;
+      level[r] = args.shape.rms ? 0 : sum_lanes(levels) / (T)channels.count;
+      along[r] = sum_lanes(alongs) / (T)channels.count;
     }
     const int64_t room = channels.room();
     const bool adds = args.grad_residual.data, wants_x = args.to_x.data, wants_y = args.to_y.data;

@@ -96,7 +96,7 @@ struct GatedResidualModulate {
       if constexpr (copies) store(buffer + c, v);
       if constexpr (NORMS) total += C::first(v, n);
     });
-    return {copies ? buffer : (const T*)(ADDS ? out : x), NORMS ? C::sum(total) : 0};
+    return {copies ? buffer : (const T*)(ADDS ? out : x), NORMS ? sum_lanes(total) : 0};
   }
 
   template <bool STREAMS>
@@ -114,9 +114,9 @@ struct GatedResidualModulate {
       squares = fma(difference, difference, squares);
     });
     // What the rounding of the first sum left.
-    const T rest = args.shape.rms ? 0 : C::sum(sums) / count;
+    const T rest = args.shape.rms ? 0 : sum_lanes(sums) / count;
     const T mean = near + rest;
-    T variance = C::sum(squares) / count - rest * rest;
+    T variance = sum_lanes(squares) / count - rest * rest;
     variance = variance < 0 ? 0 : variance;
     const T rstd = (T)1 / (T)__builtin_sqrt((double)(variance + (T)args.eps));
     char* out = args.modulated.at(b, token);

@@ -38,24 +38,9 @@ struct Channels {
     return v;
   }
 
-  MMFAST_INLINE T sum(V v) {
-    T each[width];
-    store(each, v);
-    for (int64_t half = width / 2; half; half /= 2)
-      for (int64_t i = 0; i < half; ++i) each[i] += each[i + half];
-    return each[0];
-  }
-
   MMFAST_INLINE V read(const char* row, Dtype dtype, int64_t c, int64_t n) {
     V v;
-    const char* at = row + c * size_of(dtype);
-    if (n == width) {
-      read_numbers(at, dtype, v);
-      return v;
-    }
-    char whole[width * sizeof(double)]{};
-    std::memcpy(whole, at, (size_t)(n * size_of(dtype)));
-    read_numbers(whole, dtype, v);
+    read_first(row + c * size_of(dtype), dtype, n, v);
     return v;
   }
 

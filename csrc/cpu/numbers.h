@@ -38,14 +38,14 @@ using bits16 = uint16_t __attribute__((vector_size(2 * lanes)));
 using bits32 = uint32_t __attribute__((vector_size(4 * lanes)));
 
 MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vf& v) {
+  using bits16 [[maybe_unused]] = uint16_t __attribute__((vector_size(2 * lanes)));
+  using bits32 [[maybe_unused]] = uint32_t __attribute__((vector_size(4 * lanes)));
   switch (dtype) {
     case Dtype::float32: v = load<vf>(at); return;
     case Dtype::bfloat16:
 #if defined(__AVX512F__)
       // GCC 12 converts in halves.
-      v = (vf)((bits32)_mm512_cvtepu16_epi32((__m256i)load<bits16>(at)) << 16);
-      // GCC 12 widens in halves.
-      v = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(at)), 16);
+      v = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)), 16);
 #else
       v = (vf)(__builtin_convertvector(load<bits16>(at), bits32) << 16);
 #endif
@@ -80,6 +80,7 @@ MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vd& v) {
 
 MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vf v) {
   using bits32 = uint32_t __attribute__((vector_size(4 * lanes)));
+  using bits16 [[maybe_unused]] = uint16_t __attribute__((vector_size(2 * lanes)));
   switch (dtype) {
     case Dtype::float32: store(at, v); return;
     case Dtype::bfloat16: {
@@ -99,7 +100,6 @@ MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vf v) {
       const __m512i kept = _mm512_mask_mov_epi32((__m512i)rounded, nan, _mm512_set1_epi32(0x7FC0));
       store(at, _mm512_cvtepi32_epi16(kept));
 #else
-      using bits16 = uint16_t __attribute__((vector_size(2 * lanes)));
       const bits32 nan = (bits32)(v != v);
       store(at, __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), bits16));
 #endif

@@ -1,0 +1,67 @@
+"""Peers of gated_residual_modulate: plain PyTorch, and the memory traffic alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.peers import Peer
+from mmfast.registry import OPS
+
+
+def normed(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    norm: str,
+) -> Tensor:
+    """As models write it."""
+    sizes = x.shape[-1:]
+    if norm == "layer":
+        result = F.layer_norm(x, sizes, weight, bias, eps)
+    else:
+        result = F.rms_norm(x, sizes, weight, eps)
+    result = result if scale is None else result * (1 + scale)
+    return result if shift is None else result + shift
+
+
+def _plain(x: Tensor, gate: Tensor, y: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *norm, activation = others
+    residual = x + (gate.tanh() if activation == "tanh" else gate) * y
+    return residual, normed(residual, *norm)
+
+
+def traffic(name: str) -> Peer:
+    """torch.add of tensors that are together as large as what ``name`` has to move."""
+
+    def make(*arguments: Any) -> Callable[[], Any]:
+        like = next(a for a in arguments if isinstance(a, Tensor))
+        numbers = OPS[name].cost(*arguments).bytes // like.element_size() // 3
+        a, b, out = (torch.ones(numbers, dtype=like.dtype, device=like.device) for _ in range(3))
+        return lambda: torch.add(a, b, out=out)
+
+    return Peer(make, cut=False, floor=True, note="the same bytes, read twice and written once")
+
+
+def written_plainly(name: str, plain: Callable[..., Any]) -> dict[str, Peer]:
+    """``plain``, compiled too, and the floor."""
+    return {
+        "plain torch": Peer(lambda *arguments: lambda: plain(*arguments), cut=False),
+        "torch.compile": Peer(
+            lambda *arguments: functools.partial(torch.compile(plain, dynamic=True), *arguments),
+            cut=False,
+            note="of the plain formulation; compiling is not timed",
+        ),
+        "torch.add(out=)": traffic(name),
+    }
+
+
+PEERS = written_plainly("gated_residual_modulate", _plain)

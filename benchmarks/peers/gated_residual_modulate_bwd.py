@@ -1,0 +1,7 @@
+"""Peers of gated_residual_modulate's gradients: the memory traffic alone."""
+
+from __future__ import annotations
+
+from benchmarks.peers.gated_residual_modulate import traffic
+
+PEERS = {"torch.add(out=)": traffic("gated_residual_modulate_bwd")}
