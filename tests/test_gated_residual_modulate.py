@@ -231,7 +231,7 @@ def test_only_what_is_needed(needed):
     want = plain(*given.values(), **options)
     leaves = [(given | options)[name] for name in needed]
     for which in ((0, 1), (0,), (1,)):
-        outputs = [[made[i] for i in which if made[i].requires_grad] for made in (got, want)]
+        outputs = [[made[i] for i in which if want[i].requires_grad] for made in (got, want)]
         if not outputs[0]:
             continue
         grads = [

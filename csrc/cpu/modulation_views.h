@@ -60,7 +60,7 @@ inline BlockShape block_shape(const Tensor& x, const std::string& norm,
 }
 
 inline Tensor room_like(const Tensor& tensor) {
-  return torch::stable::new_empty(tensor, sizes_of(tensor, tensor.dim()));
+  return on_large_pages(torch::stable::new_empty(tensor, sizes_of(tensor, tensor.dim())));
 }
 
 // Room for the gradient of tensor; without elements, and so without data, where it is not needed.
