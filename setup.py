@@ -67,7 +67,8 @@ class BuildExtension(build_ext):
 
             def compile_later(obj, src, ext_name, cc_args, extra_args, pp_opts):
                 path = Path(src)
-                flags = ISA_FLAGS[path.stem if path.parent.name == "isa" else "baseline"]
+                level = path.stem.partition("_")[0] if path.parent.name == "isa" else "baseline"
+                flags = ISA_FLAGS[level]
                 job = (obj, src, ext_name, cc_args, [*extra_args, *flags], pp_opts)
                 jobs.append(pool.submit(compile_one, *job))
 
@@ -109,7 +110,7 @@ def extension(torch: Path) -> Extension:
         "csrc/module.cpp",
         *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"{CPU}/*.cpp")),
     ]
-    sources += [f"{CPU}/isa/{name}.cpp" for name in ISA_FLAGS]
+    sources += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"{CPU}/isa/*.cpp"))
     return Extension(
         "mmfast._C",
         sources=sources,
@@ -135,6 +136,7 @@ def extension(torch: Path) -> Extension:
             "-fvisibility=hidden",
             "-Wall",
             "-Wno-psabi",
+            "-Wno-unused-function",  # headers serve several files
             "-Wno-maybe-uninitialized",
             "-Wno-uninitialized",
         ],

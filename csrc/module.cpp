@@ -20,7 +20,10 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def(
       "dot_products",
-      [](int64_t rounds, bool bfloat16) { return mmfast::kernels().dot_products(rounds, bfloat16); },
+      [](int64_t rounds, bool bfloat16) {
+        const mmfast::Kernels& kernels = mmfast::kernels();
+        return (bfloat16 ? kernels.bfloat16_products : kernels.integer_products)(rounds);
+      },
       py::arg("rounds"), py::arg("bfloat16"), py::call_guard<py::gil_scoped_release>(),
       "Run rounds of dot-product instructions, int16 or bfloat16; the multiply-adds they were.");
   m.def(

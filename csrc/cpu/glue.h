@@ -5,8 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <sys/mman.h>
-
 #include <initializer_list>
 #include <string>
 #include <vector>
@@ -85,17 +83,6 @@ inline int32_t choice(const char* argument, const std::string& value,
 
 inline Metric metric_of(const std::string& name) {
   return (Metric)choice("metric", name, {"euclidean", "cosine", "dot"});
-}
-
-// An output, on large pages if it is so large that malloc maps new memory for it whenever it is
-// asked: the system's page faults would take several times as long as writing to it.
-inline Tensor on_large_pages(Tensor tensor) {
-  constexpr uintptr_t mapped = uintptr_t(32) << 20, page = 4096;
-  const uintptr_t begin = (uintptr_t)tensor.data_ptr();
-  const uintptr_t bytes = (uintptr_t)(tensor.numel() * size_of(dtype_of(tensor)));
-  const uintptr_t first = (begin + page - 1) / page * page;
-  if (bytes > mapped) madvise((void*)first, (begin + bytes - first) / page * page, MADV_HUGEPAGE);
-  return tensor;
 }
 
 inline Parallel parallel() {

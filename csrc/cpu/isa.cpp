@@ -10,9 +10,19 @@ namespace mmfast {
 namespace {
 
 struct Level {
-  const Kernels* kernels;
+  Kernels kernels;
   bool supported;
 };
+
+template <class Lookups, class Transformers, class Streams>
+Level level(const char* name, bool supported) {
+  Level made{{name}, supported};
+  if (!supported) return made;  // even filling in addresses is code of that instruction set
+  add_lookups<Lookups>(made.kernels);
+  add_transformers<Transformers>(made.kernels);
+  add_streams<Streams>(made.kernels);
+  return made;
+}
 
 // Linux lets a process use tiles once it has asked: their state would not fit the signal stacks
 // of those that know nothing of it.
@@ -33,43 +43,44 @@ std::vector<Level> levels() {
   const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
   const bool amx = bf16 && __builtin_cpu_supports("amx-tile") &&
                    __builtin_cpu_supports("amx-bf16") && tiles_granted();
-  return {{&baseline_kernels, true},
-          {&avx2_kernels, avx2},
-          {&avx512_kernels, avx512},
-          {&avx512vnni_kernels, vnni},
-          {&avx512bf16_kernels, bf16},
-          {&amx_kernels, amx}};
+  using namespace isa;
+  return {level<baseline, baseline, baseline>("baseline", true),
+          level<isa::avx2, isa::avx2, isa::avx2>("avx2", avx2),
+          level<isa::avx512, isa::avx512, isa::avx512>("avx512", avx512),
+          level<avx512vnni, isa::avx512, isa::avx512>("avx512vnni", vnni),
+          level<avx512vnni, avx512bf16, isa::avx512>("avx512bf16", bf16),
+          level<isa::amx, avx512bf16, isa::avx512>("amx", amx)};
 }
 
-const Kernels& choose() {
+Kernels choose() {
   const char* wanted = std::getenv("MMFAST_ISA");
-  const Kernels* best = nullptr;
+  Kernels best{};
   std::string names;
   for (const Level& level : levels()) {
-    names += std::string(names.empty() ? "" : ", ") + level.kernels->isa;
+    names += std::string(names.empty() ? "" : ", ") + level.kernels.isa;
     if (level.supported) best = level.kernels;
-    if (wanted && std::string(wanted) == level.kernels->isa) {
-      if (level.supported) return *level.kernels;
+    if (wanted && std::string(wanted) == level.kernels.isa) {
+      if (level.supported) return level.kernels;
       throw std::runtime_error("MMFAST_ISA=" + std::string(wanted) +
                                ": this processor does not have it");
     }
   }
   if (wanted && *wanted)
     throw std::runtime_error("MMFAST_ISA must be one of " + names + ", got " + wanted);
-  return *best;
+  return best;
 }
 
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
+  static const Kernels chosen = choose();
   return chosen;
 }
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const Level& level : levels())
-    if (level.supported) names.emplace_back(level.kernels->isa);
+    if (level.supported) names.emplace_back(level.kernels.isa);
   return names;
 }
 

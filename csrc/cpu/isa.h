@@ -40,7 +40,8 @@ struct Kernels {
   bool (*lookup_free_quantize_bwd)(const LookupFreeQuantizeBwdArgs&, const Parallel&);
   void (*pack_indices)(const PackIndicesArgs&, const Parallel&);
   void (*unpack_indices)(const PackIndicesArgs&, const Parallel&);
-  int64_t (*dot_products)(int64_t rounds, bool bfloat16);
+  int64_t (*integer_products)(int64_t rounds);
+  int64_t (*bfloat16_products)(int64_t rounds);
   int64_t (*matrix_products)(int64_t rounds);
   void (*randn)(const RandnArgs&, const Parallel&);
   bool (*sample_code)(const SampleCodeArgs&, const Parallel&);
@@ -57,9 +58,23 @@ struct Kernels {
   bool (*gated_residual_modulate_bwd)(const GatedResidualModulateBwdArgs&, const Parallel&);
 };
 
-// Filled in by the files in cpu/isa/, each compiled with its own flags.
-extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels, avx512vnni_kernels,
-    avx512bf16_kernels, amx_kernels;
+namespace isa {
+struct baseline {};
+struct avx2 {};
+struct avx512 {};
+struct avx512vnni {};
+struct avx512bf16 {};
+struct amx {};
+}  // namespace isa
+
+// The kernels of one group, compiled for an instruction set: each specialisation has its file in
+// cpu/isa/, which gets that set's flags. A group has files for the sets that make a difference to it.
+template <class Isa>
+void add_lookups(Kernels& kernels);
+template <class Isa>
+void add_transformers(Kernels& kernels);
+template <class Isa>
+void add_streams(Kernels& kernels);
 
 // What the processor has, lowered by the environment variable MMFAST_ISA, read at first use.
 const Kernels& kernels();

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "cpu/huge_pages.h"
 #include "cpu/gated_residual_modulate.h"
 #include "cpu/glue.h"
 
@@ -60,7 +61,7 @@ inline BlockShape block_shape(const Tensor& x, const std::string& norm,
 }
 
 inline Tensor room_like(const Tensor& tensor) {
-  return on_large_pages(torch::stable::new_empty(tensor, sizes_of(tensor, tensor.dim())));
+  return on_huge_pages(torch::stable::new_empty(tensor, sizes_of(tensor, tensor.dim())));
 }
 
 // Room for the gradient of tensor; without elements, and so without data, where it is not needed.

@@ -9,35 +9,42 @@ namespace mmfast::MMFAST_ISA {
 
 // Makes `rounds` rounds of independent dot products; returns how many multiply-adds they were, 0
 // if this instruction set has none of the kind.
-static int64_t dot_products(int64_t rounds, bool bfloat16) {
-  constexpr int chains = lanes == 4 ? 8 : 12;  // hide the latency, leave registers for the factors
-  vi acc[chains], a = vset(0), b = vset(0);
+constexpr int product_chains = lanes == 4 ? 8 : 12;  // hide the latency, leave registers for factors
+
+[[maybe_unused]] static int64_t integer_products(int64_t rounds) {
+  vi acc[product_chains], a = vset(0), b = vset(0);
 #pragma GCC unroll 12
-  for (int c = 0; c < chains; ++c) acc[c] = vset(0);
-  if (bfloat16) {
+  for (int c = 0; c < product_chains; ++c) acc[c] = vset(0);
+  for (int64_t r = 0; r < rounds; ++r)
+#pragma GCC unroll 12
+    for (int c = 0; c < product_chains; ++c) {
+      __asm__ volatile("" : "+v"(a), "+v"(b));  // opaque, or one product would serve all
+      acc[c] = vdot16(acc[c], a, b);
+    }
+#pragma GCC unroll 12
+  for (int c = 0; c < product_chains; ++c) __asm__ volatile("" ::"v"(acc[c]));
+  return rounds * product_chains * lanes * 2;
+}
+
+[[maybe_unused]] static int64_t bfloat16_products(int64_t rounds) {
 #if defined(__AVX512BF16__)
-    for (int64_t r = 0; r < rounds; ++r)
+  vi acc[product_chains], a = vset(0), b = vset(0);
 #pragma GCC unroll 12
-      for (int c = 0; c < chains; ++c)
-        __asm__ volatile("vdpbf16ps %2, %1, %0" : "+v"(acc[c]) : "v"(a), "v"(b));
+  for (int c = 0; c < product_chains; ++c) acc[c] = vset(0);
+  for (int64_t r = 0; r < rounds; ++r)
+#pragma GCC unroll 12
+    for (int c = 0; c < product_chains; ++c)
+      __asm__ volatile("vdpbf16ps %2, %1, %0" : "+v"(acc[c]) : "v"(a), "v"(b));
+#pragma GCC unroll 12
+  for (int c = 0; c < product_chains; ++c) __asm__ volatile("" ::"v"(acc[c]));
+  return rounds * product_chains * lanes * 2;
 #else
-    return 0;
+  return 0;
 #endif
-  } else {
-    for (int64_t r = 0; r < rounds; ++r)
-#pragma GCC unroll 12
-      for (int c = 0; c < chains; ++c) {
-        __asm__ volatile("" : "+v"(a), "+v"(b));  // opaque, or one product would serve all
-        acc[c] = vdot16(acc[c], a, b);
-      }
-  }
-#pragma GCC unroll 12
-  for (int c = 0; c < chains; ++c) __asm__ volatile("" ::"v"(acc[c]));
-  return rounds * chains * lanes * 2;
 }
 
 // The same for products of bfloat16 matrices.
-static int64_t matrix_products(int64_t rounds) {
+[[maybe_unused]] static int64_t matrix_products(int64_t rounds) {
 #if MMFAST_MATRIX
   const MatrixRegisters registers;
   for (int64_t r = 0; r < rounds; ++r) {

@@ -1,3 +1,4 @@
+#include "cpu/huge_pages.h"
 #include "cpu/qk_norm_rope.h"
 
 #include <optional>
@@ -15,9 +16,10 @@ using torch::headeronly::ScalarType;
 
 // Memory for what is made of x: dense [B, L, H, E], or [B, H, L, E] where heads are further apart.
 Tensor new_like(const Tensor& x) {
-  if (x.stride(1) >= x.stride(2)) return torch::stable::new_empty(x, sizes_of(x, 4));
+  if (x.stride(1) >= x.stride(2))
+    return on_huge_pages(torch::stable::new_empty(x, sizes_of(x, 4)));
   Tensor made =
-      torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1), x.size(3)});
+      on_huge_pages(torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1), x.size(3)}));
   return torch::stable::transpose(made, 1, 2);
 }
 

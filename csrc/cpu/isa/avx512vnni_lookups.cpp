@@ -1,2 +1,2 @@
 #define MMFAST_ISA avx512vnni
-#include "cpu/isa_kernels.h"
+#include "cpu/isa_lookups.h"

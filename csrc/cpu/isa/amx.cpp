@@ -1,2 +1,0 @@
-#define MMFAST_ISA amx
-#include "cpu/isa_kernels.h"

@@ -1,0 +1,2 @@
+#define MMFAST_ISA amx
+#include "cpu/isa_lookups.h"

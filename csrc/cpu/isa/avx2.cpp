@@ -1,2 +1,0 @@
-#define MMFAST_ISA avx2
-#include "cpu/isa_kernels.h"

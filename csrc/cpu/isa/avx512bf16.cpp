@@ -1,2 +1,0 @@
-#define MMFAST_ISA avx512bf16
-#include "cpu/isa_kernels.h"

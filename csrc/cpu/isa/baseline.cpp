@@ -1,2 +1,0 @@
-#define MMFAST_ISA baseline
-#include "cpu/isa_kernels.h"
