@@ -24,6 +24,7 @@ from benchmarks.spent import ROUNDS, Spent
 _HERE = Path(__file__).parent
 _CURVE_SHARE = 0.2  # of a table's case's time
 _LEVEL_CASES = 2  # of lower instruction sets, without --full
+_LEVELS = 2  # lower instruction sets, likewise
 
 
 def main() -> int:
@@ -89,7 +90,8 @@ def _measure(
         if device.type == "cpu" and everything:
             with spent.on("lower instruction sets", ROUNDS):
                 of = 1 if options.quick else len(levels.CASES) if options.full else _LEVEL_CASES
-                rows = levels.run(of, truths, lambda what: tell(f"level {what}", 0))
+                most = levels.ALL if options.full else _LEVELS
+                rows = levels.run(of, most, truths, lambda what: tell(f"level {what}", 0))
             results.replace(rows)
             results.save(folder)
         tell("", 1)
@@ -176,7 +178,7 @@ def _run(
     seconds = options.seconds * (_CURVE_SHARE if case.sweep else case.share)
     effort = contest.Effort(seconds)
     if options.full:
-        effort = contest.Effort(seconds, call=60.0, slow=1.0, compile_all=True)
+        effort = contest.Effort(seconds, call=60.0, slow=1.0, full=True)
     return contest.run(
         case,
         device,

@@ -76,7 +76,8 @@ class Case:
     @property
     def scales(self) -> bool:
         """Whether it is timed with one thread too; for the others, all of them say enough."""
-        return self.sweep is None and self.op in _SCALED
+        scaled = self.op in _SCALED or (self.op, self.name) in schedulers.RATIOS
+        return self.sweep is None and scaled
 
     @property
     def key(self) -> str:
@@ -195,12 +196,13 @@ def _sample(sample: Sample, device: torch.device) -> tuple[Any, ...]:
 
 
 def _sweeps() -> Iterator[Case]:
-    for n in (16, 64, 256, 1024, 4096, 16384, 65536):
-        yield _gaussian(n, 1024, 64, f"sweep_n{n}", "N")
-    for k in (4, 16, 64, 256, 1024, 4096, 16384):
-        yield _gaussian(16384, k, 64, f"sweep_k{k}", "K")
+    # Every second point is for --full.
+    for i, n in enumerate((16, 64, 256, 1024, 4096, 16384, 65536)):
+        yield _gaussian(n, 1024, 64, f"sweep_n{n}", "N", full=i % 2 == 1)
+    for i, k in enumerate((4, 16, 64, 256, 1024, 4096, 16384)):
+        yield _gaussian(16384, k, 64, f"sweep_k{k}", "K", full=i % 2 == 1)
     for d in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
-        yield _gaussian(16384, 1024, d, f"sweep_d{d}", "D")
+        yield _gaussian(16384, 1024, d, f"sweep_d{d}", "D", full=d in (2, 8, 32, 128))
     # The tables have those with 1024 and 8192 codes.
     for k in (64, 256, 4096):
         yield _patches(k, f"sweep_patches_k{k}", "K, image patches")
@@ -210,12 +212,15 @@ def _normal(rows: int, dims: int, seed: int) -> Tensor:
     return torch.randn(rows, dims, generator=torch.Generator().manual_seed(seed))
 
 
-def _gaussian(n: int, k: int, d: int, name: str, sweep: str | None = None) -> Case:
+def _gaussian(
+    n: int, k: int, d: int, name: str, sweep: str | None = None, *, full: bool = False
+) -> Case:
     def make(device: torch.device) -> tuple[Any, ...]:
         return _normal(n, d, 0).to(device), _normal(k, d, 1).to(device), "euclidean"
 
     shape = {"N": n, "K": k, "D": d}
-    return Case("nearest_code", name, shape, "Gaussian", make, sweep, quick=sweep is None)
+    quick = sweep is None
+    return Case("nearest_code", name, shape, "Gaussian", make, sweep, quick=quick, full=full)
 
 
 def _patches(num_codes: int, name: str = "", sweep: str | None = None) -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,22 +31,21 @@ class Effort:
         seconds: for the rounds of a case and number of threads.
         call: a slower contender is measured on so few vectors that a call takes this long.
         slow: a contender is timed once if a call takes longer.
-        compile_all: ``torch.compile`` takes part everywhere, not only where ``COMPILED`` says.
+        full: ``torch.compile`` takes part everywhere, not only where ``COMPILED`` says, and who is
+            slow is timed with fewer threads too.
     """
 
     seconds: float
     call: float = 0.05
     slow: float = 0.5
-    compile_all: bool = False
+    full: bool = False
 
 
 # Compiling takes 5 to 10 seconds, of a loop over stages more.
 COMPILED = (
     "nearest_code",
     "vector_quantize_step",
-    "vector_quantize_eval",
     "fsq_step",
-    "lfq_step",
 )
 
 
@@ -59,6 +59,12 @@ class Entry:
     rows: int  # vectors it is run on
     match: str | None
     memory: int | None
+    seconds: float  # of a call, about
+
+    def scales(self, case: Case, effort: Effort) -> bool:
+        """Whether it is timed with fewer threads than all."""
+        quick = effort.full or self.subject.kind == "mmfast" or self.seconds <= effort.slow
+        return quick and self.rows == case.shape["N"]
 
 
 def run(
@@ -96,8 +102,8 @@ def run(
     for count in threads:
         tell(f"{count} threads" if device.type == "cpu" else "timing")
         with timing.threads(count), spent.on(case.key, ROUNDS):
-            # Who is too slow for all rows is not worth a second look with fewer threads.
-            fast = [e for e in entries if e.rows == case.shape["N"] or count == max(threads)]
+            # Who is too slow for all rows, or slow, is not worth a second look with fewer threads.
+            fast = [e for e in entries if count == max(threads) or e.scales(case, effort)]
             calls = {entry.subject.name: entry.call for entry in fast}
             times = timing.interleave(calls, device, effort.seconds, effort.slow)
         for entry in fast:
@@ -134,7 +140,7 @@ def enter(
     effort: Effort,
 ) -> Entry | str:
     """The contender, warm and judged, or why it does not run."""
-    if subject.kind == "compile" and not effort.compile_all and case.op not in COMPILED:
+    if subject.kind == "compile" and not effort.full and case.op not in COMPILED:
         return NOT_COMPILED
     reasons = subject.reasons(arguments)
     if reasons:
@@ -146,15 +152,18 @@ def enter(
     copies = own(case.op, given)
     call = subject.peer.make(*copies)
     match = None
-    result = answer(case.op, call(), copies)
+    # A floor has no answer, and is not called for it.
+    result = None if subject.kind == "floor" else answer(case.op, call(), copies)
     if subject.kind != "floor" and not subject.peer.random:
         judged = min(rows, case.judged)
         if judged < rows:
             result = _first(case.op, result, judged)
             given = _shorten(case.op)(given, judged)
         match = judge(case.op, result, given, truth_of(case, truth, given, judged))
-    del result
-    return Entry(subject, call, rows, match, memory.peak(call, device))
+    result = None
+    start = time.perf_counter()
+    most = memory.peak(call, device)
+    return Entry(subject, call, rows, match, most, time.perf_counter() - start)
 
 
 def _shorten(op: str) -> Callable[[Arguments, int], Arguments]:

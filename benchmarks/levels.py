@@ -23,15 +23,17 @@ _PEERS = {
     "avx512": {"FAISS_SIMD_LEVEL": "AVX512", "OPENBLAS_CORETYPE": "SkylakeX"},
     "avx512vnni": {"FAISS_SIMD_LEVEL": "AVX512", "OPENBLAS_CORETYPE": "SkylakeX"},
 }
+ALL = len(_PEERS)
 _SAME = {"avx512bf16": "avx512vnni"}  # level: the one below that compiles to the same lookup
 _SUBJECTS = r"mmfast \(cpp\)|faiss flat"
 
 
-def run(cases: int, truths: Path, tell: Callable[[str], None]) -> list[Row]:
+def run(cases: int, levels: int, truths: Path, tell: Callable[[str], None]) -> list[Row]:
     """Rows of kind ``"level"``, the instruction set in their notes.
 
     Args:
         cases: how many of ``CASES``.
+        levels: how many instruction sets, from the highest on.
         truths: see ``contest.run``.
 
     Raises:
@@ -44,7 +46,7 @@ def run(cases: int, truths: Path, tell: Callable[[str], None]) -> list[Row]:
     lower = lower[: lower.index(module.isa())]
     lower = [level for level in lower if level in _PEERS and level != _SAME.get(module.isa())]
     rows = []
-    for level in lower:
+    for level in lower[-levels:]:
         tell(level)
         rows += _measure(level, CASES[:cases], truths)
     return rows

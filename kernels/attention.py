@@ -195,32 +195,58 @@ def check_widths(*widths: int) -> None:
         raise ValueError(f"the Triton kernels take head sizes up to {MOST_DIMS}, got {got}")
 
 
-def options(dtype: torch.dtype, sizes: dict[str, int], is_backward: bool) -> dict[str, Any]:
-    """Rows of tiles, how products are made, and how the kernel is launched."""
+def options(dtype: torch.dtype, sizes: dict[str, int], kernel: str) -> dict[str, Any]:
+    """Rows of tiles, how products are made, and how the kernel is launched.
+
+    Args:
+        kernel: ``"forward"``, ``"query_gradient"`` or ``"key_gradient"``.
+    """
     if interpreting():
         return {"BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}
-    backend, _, _ = device_limits(triton.runtime.driver.active.get_current_device())
-    width = max(sizes["BLOCK_E1"] + sizes["BLOCK_E2"], sizes["BLOCK_V1"] + sizes["BLOCK_V2"])
+    backend, arch, _ = device_limits(triton.runtime.driver.active.get_current_device())
     bits = torch.finfo(dtype).bits
+    rows, columns, warps, stages = _tiles(bits, sizes, kernel, arch if backend == "cuda" else None)
+    made = {
+        "BLOCK_M": rows,
+        "BLOCK_N": columns,
+        "PRECISION": "tf32x3" if bits == 32 and backend == "cuda" else "ieee",
+    }
+    return made | {"num_warps": warps, "num_stages": min(stages, 2) if backend == "hip" else stages}
+
+
+def _tiles(
+    bits: int, sizes: dict[str, int], kernel: str, arch: int | None
+) -> tuple[int, int, int, int]:
+    """Queries, keys, warps and stages: the largest whose sums stay in registers.
+
+    Args:
+        arch: NVIDIA's number, or None for AMD.
+    """
+    width = max(sizes["BLOCK_E1"] + sizes["BLOCK_E2"], sizes["BLOCK_V1"] + sizes["BLOCK_V2"])
+    split = sizes["BLOCK_E2"] + sizes["BLOCK_V2"] > 0
+    # Products of a whole group of warps want 64 rows: queries, or keys where these are the rows.
+    grouped = arch is not None and arch >= 90
+    is_keys = kernel == "key_gradient"
+    warps = 4 if width <= 64 else 8
     if bits == 64:
-        rows, columns, warps, stages = 16, 16, 4, 1
-    elif bits == 32:
-        rows, columns, warps, stages = (64 if width <= 64 else 32), 32, 4, 1
+        return 16, 16, 4, 1
+    if bits == 32:
         if width > 128:
-            rows, columns = 16, 16
-    elif is_backward:
-        rows, columns, warps, stages = 64, 64, (4 if width <= 64 else 8), 2
-        if width > 128:
-            rows, columns, stages = 32, 32, 1
-    else:
-        rows, columns, warps, stages = 128, 64, (4 if width <= 64 else 8), 3
-        if width > 128:
-            rows, columns, stages = 64, 32, 2
-    if backend == "hip":
-        stages = min(stages, 2)
-    precision = "tf32x3" if bits == 32 and backend == "cuda" else "ieee"
-    made = {"BLOCK_M": rows, "BLOCK_N": columns, "PRECISION": precision}
-    return made | {"num_warps": warps, "num_stages": stages}
+            return 16, 16, 4, 1
+        if not grouped:
+            return 32, 32, 4, 1
+        return (32, 64, 8, 1) if is_keys else (64, 32, 4, 1)
+    if kernel == "forward":
+        return (64, 32, 8, 2) if width > 128 else (128, 64, warps, 3)
+    if width > 128:
+        return 32, 32, 8, 1
+    if arch is None and (is_keys or width > 96):
+        return 32, 64, 4, 2
+    if is_keys and grouped and width > 64:
+        return 32, 64, 8, 2
+    if is_keys and split and not grouped:
+        return 32, 32, 4, 2
+    return 64, 64, warps, 2
 
 
 def mask_arguments(mask: Tensor | None, other: Tensor) -> tuple[tuple[Any, ...], int]:

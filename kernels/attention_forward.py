@@ -284,7 +284,7 @@ def attention_forward(
     streams = [(heads_of(k), heads_of(v), t) for k, v, t in keys]
     (k, v, of_keys), (k2, v2, of_keys2) = streams[0], streams[-1]
     sizes = blocks(width, value_width)
-    chosen = options(query.dtype, sizes, is_backward=False)
+    chosen = options(query.dtype, sizes, "forward")
     given, constants = limits.arguments(query)
     launch: dict[str, Any] = {**sizes, **chosen, **constants}
     strided = (query, k, v, k2, v2, out)

@@ -30,7 +30,7 @@ def _activation(b_x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         b_s = 0.5 * tl.erf(b_x * _constant(_HALF_ROOT, b_x)) + 0.5
         b_bell = tl.exp(b_x * b_x * -0.5) * _constant(_ROOT, b_x)
-        return b_s, b_s + b_x * b_bell
+        return b_s, tl.where(b_bell == 0, b_s, b_s + b_x * b_bell)
     else:
         if ACTIVATION == "silu":
             b_y = b_x

@@ -24,7 +24,7 @@ _BLOCK = 1024
 def patchify_kernel(
     image_ptr,  # [B, C, F PF, H PH, W PW]
     token_ptr,  # [B, F H W, C PF PH PW]
-    total,
+    total,  # numbers of a sample
     C,
     F,  # patches in each dimension
     H,
@@ -44,7 +44,10 @@ def patchify_kernel(
     TO_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    left = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # Divisions are of 32 bits: those of 64 would spill.
+    blocks = tl.cdiv(total, BLOCK)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    left = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = left < total
     if TO_TOKENS:
         # Numbers in the order of the tokens.
@@ -63,9 +66,7 @@ def patchify_kernel(
         w = left % W
         left = left // W
         h = left % H
-        left = left // H
-        f = left % F
-        b = left // F
+        f = left // H
     else:
         # In the order of the image.
         pw = left % PW
@@ -79,14 +80,14 @@ def patchify_kernel(
         pf = left % PF
         left = left // PF
         f = left % F
-        left = left // F
-        c = left % C
-        b = left // C
-    row = b * stride_b + c * stride_c + (f * PF + pf) * stride_f + (h * PH + ph) * stride_h
-    p_image = image_ptr + row + (w * PW + pw) * stride_w
+        c = left // F
+    p_image = image_ptr + b * stride_b + c.to(tl.int64) * stride_c
+    p_image += (f * PF + pf).to(tl.int64) * stride_f + (h * PH + ph).to(tl.int64) * stride_h
+    p_image += (w * PW + pw).to(tl.int64) * stride_w
     place = (pf * PH + ph) * PW + pw
     place = place * C + c if CHANNELS_LAST else place + c * (PF * PH * PW)
-    p_token = token_ptr + b * stride_tb + ((f * H + h) * W + w) * stride_tl + place * stride_td
+    p_token = token_ptr + b * stride_tb + ((f * H + h) * W + w).to(tl.int64) * stride_tl
+    p_token += place.to(tl.int64) * stride_td
     if TO_TOKENS:
         tl.store(p_token, tl.load(p_image, mask=mask), mask=mask)
     else:
@@ -102,8 +103,9 @@ def _launch(
     patch = [1] * missing + list(patch)
     sizes = [1] * missing + list(image.shape[2:])
     strides = [*image.stride()[:2], *[0] * missing, *image.stride()[2:]]
-    patchify_kernel[(triton.cdiv(image.numel(), _BLOCK),)](
-        image, tokens, image.numel(), image.shape[1],
+    numbers = image.shape[1:].numel()
+    patchify_kernel[(image.shape[0] * triton.cdiv(numbers, _BLOCK),)](
+        image, tokens, numbers, image.shape[1],
         *(s // p for s, p in zip(sizes, patch, strict=True)), *strides, *tokens.stride(),
         PF=patch[0], PH=patch[1], PW=patch[2], CHANNELS_LAST=channels_last, TO_TOKENS=to_tokens,
         BLOCK=_BLOCK, **num_threads(128),

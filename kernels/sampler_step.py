@@ -44,7 +44,7 @@ _HISTORY = tl.constexpr(HISTORY)
 
 
 @triton.jit
-def _prediction(p_row, poison, b_x, b_m, b_u, b_n, conditional, unconditional):
+def prediction(p_row, poison, b_x, b_m, b_u, b_n, conditional, unconditional):
     """The weighted sum of x, the guided model output and the noise, weights at p_row."""
     m = tl.load(p_row + _M)
     b_total = add_term(tl.zeros_like(b_x), tl.load(p_row + _X) + poison, b_x)
@@ -54,9 +54,27 @@ def _prediction(p_row, poison, b_x, b_m, b_u, b_n, conditional, unconditional):
 
 
 @triton.jit
+def guidance_weights(p_row, u_ptr, guidance_scale: tl.float64, guidance_ptr, offset):
+    """Of the conditional and the unconditional output, which may be None as the factors may."""
+    conditional = tl.full([], 1.0, tl.float64)
+    unconditional = tl.full([], 0.0, tl.float64)
+    if u_ptr is not None:
+        on = tl.load(p_row + _GUIDANCE)
+        if guidance_ptr is not None:
+            p_pair = guidance_ptr + offset
+            conditional += on * (tl.load(p_pair).to(tl.float64) - 1.0)
+            unconditional = on * tl.load(p_pair + 1).to(tl.float64)
+        else:
+            scale = tl.full([], guidance_scale, tl.float64)
+            conditional += on * (scale - 1.0)
+            unconditional = on * (1.0 - scale)
+    return conditional, unconditional
+
+
+@triton.jit
 def _sum(p_row, poison, sources, slots, b_p, conditional, unconditional, SLOTS: tl.constexpr):
     """That of all sources."""
-    b_total = _prediction(p_row, poison, *sources, conditional, unconditional)
+    b_total = prediction(p_row, poison, *sources, conditional, unconditional)
     for s in tl.static_range(SLOTS):
         b_total = add_term(b_total, tl.load(p_row + _HISTORY + s) + poison, slots[s + 1])
     return add_term(b_total, tl.load(p_row + _P) + poison, b_p)
@@ -156,18 +174,9 @@ def sampler_step_kernel(
     if v_ptr is None:
         poison = tl.where(use_n & (factor != 0), float("nan"), poison)
 
-    conditional = tl.full([], 1.0, tl.float64)
-    unconditional = tl.full([], 0.0, tl.float64)
-    if u_ptr is not None:
-        on = tl.load(p_row + _GUIDANCE)
-        if guidance_ptr is not None:
-            p_pair = guidance_ptr + b * stride_guidance
-            conditional += on * (tl.load(p_pair).to(tl.float64) - 1.0)
-            unconditional = on * tl.load(p_pair + 1).to(tl.float64)
-        else:
-            scale = tl.full([], guidance_scale, tl.float64)
-            conditional += on * (scale - 1.0)
-            unconditional = on * (1.0 - scale)
+    conditional, unconditional = guidance_weights(
+        p_row, u_ptr, guidance_scale, guidance_ptr, b * stride_guidance
+    )
 
     b_x = load_used(x_ptr + b * multiple(stride_x, FACTOR), places, mask, use_x, DTYPE)
     b_m = load_used(
@@ -205,7 +214,7 @@ def sampler_step_kernel(
             slots = slots + (load_used(p_s, places, mask, use_h, DTYPE),)  # noqa: RUF005
 
     sources = (b_x, b_m, b_u, b_n)
-    b_p = _prediction(p_row, poison, *sources, conditional, unconditional)
+    b_p = prediction(p_row, poison, *sources, conditional, unconditional)
     # Comparisons that are false for NaN leave it as it is.
     if threshold_ptr is not None:
         t = tl.load(threshold_ptr + b).to(DTYPE)

@@ -87,6 +87,11 @@ def test_head_sizes(num_dims, dtype):
     check(problem(1, 1, 33, 70, num_dims, value_dims=max(1, num_dims - 5), dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_in_parts(dtype):
+    check(problem(1, 2, 100, 300, 8, dropout_p=0.3, dtype=dtype))
+
+
 def test_more_keys_than_parts():
     check(problem(1, 1, 40, 16 * 256 + 300, 8, dtype=torch.float32))
 
@@ -156,6 +161,14 @@ def test_hard_scores(size, dtype):
     arguments = problem(1, 2, 100, 300, 16, dtype=dtype, size=size)
     check(arguments)
     assert all(t.isfinite().all() for t in run(attention.BACKWARD, arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_float32_does_not_tell_apart(dtype):
+    """The logarithm of a sum near 1e10 is off by hundreds; no probability is above 1."""
+    arguments = list(problem(1, 2, 40, 90, 16, dtype=dtype, size=1e5))
+    arguments[5] = arguments[5] * (1 - 1e-6)
+    assert all(t.isfinite().all() for t in run(attention.BACKWARD, tuple(arguments)))
 
 
 def test_large_offset_of_scores():
@@ -243,6 +256,17 @@ def test_joint_in_parts(lengths, dtype):
             assert_same_bits(run(joint_attention.BACKWARD, arguments), got)
     finally:
         torch.set_num_threads(before)
+
+
+def test_fewer_keys_in_more_parts(threads):
+    """4096 keys are 16 parts, 4160 are 13: no batch may lose any."""
+    ends = torch.tensor([0, 5, 9]), torch.tensor([0, 4096, 4096 + 4160])
+    query, key, value = (normal(n, 1, 4, seed=n) for n in (9, 8256, 8256))
+    options = *ends, 5, 4160, False, 0.5
+    out, lse = varlen_attention.reference(query, key, value, *options)
+    arguments = normal(*out.shape), query, key, value, out, lse, *options
+    got = run(varlen_attention.BACKWARD, arguments)
+    assert varlen_attention.compare_bwd(got, arguments) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -207,5 +207,33 @@ def test_refusals_of_thresholds():
     noisy = table(denoised=x_ + n_, next=p_)
     assert noisy.coefficients[0, Layout.DENOISED + N] == 1
     for name in backends_here(dynamic_threshold.OP):
+        if name == "triton":  # on a device nothing is read back
+            continue
         with mmfast.use_backend(name), pytest.raises(RuntimeError, match="predicts with noise"):
             mmfast.dynamic_threshold(x, x, noisy, 0)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+def test_rows_without_a_prediction_are_nan_on_a_device():
+    x = normal(3, 70).to(device_of("triton"))
+    rows = TableBuilder()
+    rows.row(1.0, denoised=x_ + n_, next=p_)
+    rows.row(0.0, denoised=x_, next=p_)
+    steps = torch.tensor([0, 1, 2], device=x.device)
+    with mmfast.use_backend("triton"):
+        got = mmfast.dynamic_threshold(x, x, rows.build().to(x.device), steps)
+    assert got.isnan().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("name", backends_here(dynamic_threshold.OP))
+def test_quantiles_of_equal_and_denormal_numbers(name, ratio):
+    for dtype in (torch.float32, torch.float64):
+        x = torch.tensor([[2.0, -2, 2, 2, 5, 0, 1e-310, 7, -7, 7]], dtype=dtype)
+        x = torch.cat([x, x.flip(1), x * 2], 1).to(device_of(name))
+        with mmfast.use_backend(name):
+            got = mmfast.dynamic_threshold(
+                x, x, table(denoised=x_, next=p_).to(x.device), 0, ratio=ratio, maximum=1e9
+            )
+        expected = torch.quantile(x.abs(), ratio, dim=1).clamp(1, 1e9)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)

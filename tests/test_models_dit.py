@@ -221,6 +221,17 @@ def test_compile_without_a_break():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_autocast():
+    model = randomise(DiT(**SMALL)).eval()
+    arguments = inputs(model, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = model(*arguments), plain(model, *arguments)
+    exact = plain(model, *arguments)
+    out.float().square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert (out - exact).square().mean() <= 4 * (expected - exact).square().mean()
+
+
 def test_checkpointing_of_blocks():
     model = randomise(DiT(**SMALL))
     x, t, y = inputs(model, torch.float32)

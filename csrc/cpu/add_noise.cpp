@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/sample_views.h"
 
@@ -66,7 +67,7 @@ class Steps {
 };
 
 Tensor like(const Tensor& tensor) {
-  return torch::stable::new_empty(tensor, sizes_of(tensor, tensor.dim()));
+  return on_huge_pages(torch::stable::new_empty(tensor, sizes_of(tensor, tensor.dim())));
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_noise(const Tensor& x0, const Tensor& timesteps,

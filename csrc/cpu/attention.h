@@ -1,4 +1,5 @@
-// What attention kernels get, forward and backward, of all three ops: softmax(scale Q K^T + mask) V.
+// What the attention kernels of all three ops get, forward and backward:
+// softmax(scale Q K^T + mask) V.
 #pragma once
 #include "cpu/tensor_view.h"
 
@@ -69,10 +70,11 @@ struct AttentionArgs {
   Causal causal;
   AttentionMask mask;
   // Probability (b, h, i, j) is dropped where the uniform number of element
-  // ((b heads + h) rows + i) keys + j is below this, rows and keys those of the streams.
-  float dropout;
+  // ((b heads + h) rows + i) keys + j is below this in float32, rows and keys those of the streams.
+  double dropout;
   int64_t seed, offset;
-  char* grad_mask;  // null: not wanted; [batch][head][row][column] of double, 1 where mask broadcasts
+  // [batch][head][row][column] of double, 1 where mask broadcasts; null: not wanted.
+  char* grad_mask;
   // Batches may be without rows or keys; E or Ev may be 0.
 };
 

@@ -2,49 +2,21 @@
 // logarithms of their sums, block by block (Dao et al., "FlashAttention", 2022, algorithm 4).
 //
 // Keys are cut into parts whose length depends on nothing but their number. A part keeps the
-// gradients of its keys and values over all queries of all heads that share them, and makes its share
-// of the queries' gradients. Shares are added in the order of the parts, so that the bits are the same
-// whether one thread takes all parts of a head or each goes to another.
-//
-// Workspace of a thread: a head's queries and output gradients, packed, and their gradients (twice for
-// a group of heads where there are parts), and one part's keys. Where parts go to several threads, a
-// head's gradient for each part of `2 threads` parts.
+// gradients of its keys and values over all queries of all heads that share them, and makes its
+// share of the queries' gradients. Shares are added in the order of the parts, so that the bits are
+// the same whether one thread takes all parts of a head or each goes to another. Where parts go to
+// several threads, there is a share for each of twice as many parts as threads.
 #pragma once
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
 
-#include "cpu/attention.h"
-#include "cpu/attention_backward_tile.h"
-#include "cpu/workspace.h"
+#include "cpu/attention_backward_workspace.h"
 
 namespace mmfast::MMFAST_ISA {
 
-constexpr int64_t smallest_part = 256, most_parts = 16;
-constexpr int64_t near_blocks = 4;  // of keys that stay in the second-level cache with their gradients
-
-static int64_t part_keys(int64_t keys) {
-  const int64_t share = (keys + most_parts * key_block - 1) / (most_parts * key_block) * key_block;
-  return share > smallest_part ? share : smallest_part;
-}
-
-// The rows of a batch: those of the first stream, then those of the second.
-template <class Stream>
-struct JoinedRows {
-  const Stream* streams;
-  int64_t batch, first, count;  // rows of the first stream, and of both
-
-  JoinedRows(const Stream* s, int number, int64_t b)
-      : streams(s), batch(b), first(s[0].sequences.length(b)), count(first) {
-    if (number > 1) count += s[1].sequences.length(b);
-  }
-  char* at(HeadRows Stream::*rows, int64_t head, int64_t i) const {
-    const Stream& stream = streams[i >= first];
-    const HeadRows& all = stream.*rows;
-    if (!all.data) return nullptr;
-    return all.at(batch, head, stream.sequences.begin(batch) + i - (i >= first ? first : 0));
-  }
-};
+// Blocks of keys that stay in the second-level cache with their gradients.
+constexpr int64_t near_blocks = 4;
 
 template <class Kind>
 struct AttentionBackward {
@@ -52,17 +24,16 @@ struct AttentionBackward {
   using Element = typename Kind::Element;
   using V = typename Kind::V;
   using Tile = BackwardTile<Kind>;
+  using Workspace = BackwardWorkspace<Kind>;
   using Queries = JoinedRows<QueryStream>;
   using Keys = JoinedRows<KeyStream>;
   static constexpr int64_t w = native_width<T>, numbers = Kind::numbers;
 
-  static int64_t in_vectors(int64_t n) { return (n + w - 1) / w * w; }
   static int64_t elements(int64_t n) { return elements_of<Kind>(n); }
 
   const AttentionArgs& args;
   const Random random;
-  const int64_t group, padded_width = in_vectors(args.width),
-                       padded_value_width = in_vectors(args.value_width);
+  const int64_t group, padded_width = in_vectors<T>(args.width);
   int64_t most_rows = 0, most_keys = 0;  // of a batch
   int64_t most_parts_of_a_batch = 0;
   std::atomic<bool> failed{false};
@@ -73,8 +44,9 @@ struct AttentionBackward {
       const int64_t rows = queries(b).count, keys = this->keys(b).count;
       most_rows = rows > most_rows ? rows : most_rows;
       most_keys = keys > most_keys ? keys : most_keys;
+      // Fewer keys may be more parts.
+      if (parts_of(keys) > most_parts_of_a_batch) most_parts_of_a_batch = parts_of(keys);
     }
-    most_parts_of_a_batch = parts_of(most_keys);
   }
 
   Queries queries(int64_t b) const { return {args.queries, args.query_streams, b}; }
@@ -84,80 +56,6 @@ struct AttentionBackward {
     return (keys + part - 1) / part;
   }
 
-  // What one thread needs.
-  struct Workspace {
-    char* memory = nullptr;
-    Element *query, *grad_out, *query_across, *grad_out_across;
-    T *lse, *delta, *grad_query, *totals;
-    int64_t* empty;  // whether a row attends to nothing
-    Element *key, *value, *key_across;
-    T *grad_key, *grad_value;
-    T *scores, *products, *bias, *grad_scores, *rows;
-    Element *p, *d, *d_along;
-    char* zeros;
-
-    ~Workspace() { std::free(memory); }
-
-    // Called twice: without memory it counts bytes.
-    int64_t place(const AttentionBackward& all, bool with_totals) {
-      int64_t used = 0;
-      const auto take = [&]<class N>(N*& at, int64_t count) {
-        at = (N*)(memory + used);
-        used += (count * (int64_t)sizeof(N) + 63) / 64 * 64;
-      };
-      const AttentionArgs& args = all.args;
-      const int64_t rows = all.most_rows, part = part_keys(all.most_keys);
-      const int64_t most = part < all.most_keys ? part : all.most_keys;
-      const int64_t part_blocks = (most + key_block - 1) / key_block;
-      take(query, rows * elements(args.width));
-      take(grad_out, rows * elements(args.value_width));
-      if (numbers == 1) {
-        query_across = query;
-        grad_out_across = grad_out;
-      } else {
-        take(query_across, elements(rows) * args.width);
-        take(grad_out_across, elements(rows) * args.value_width);
-      }
-      take(lse, rows);
-      take(delta, rows);
-      take(empty, rows);
-      take(grad_query, rows * all.padded_width);
-      if (with_totals && part < all.most_keys)
-        take(totals, all.group * rows * all.padded_width);
-      else
-        totals = nullptr;
-      take(key, part_blocks * elements(args.width) * key_block);
-      take(value, part_blocks * elements(args.value_width) * key_block);
-      take(key_across, part_blocks * elements(key_block) * all.padded_width);
-      take(grad_key, part_blocks * args.width * key_block);
-      take(grad_value, part_blocks * args.value_width * key_block);
-      take(scores, Tile::score_rows * key_block);
-      take(products, Tile::score_rows * key_block);
-      if (numbers == 1) {
-        p = (Element*)scores;
-        d = d_along = (Element*)products;
-      } else {
-        take(p, elements(Tile::query_block) * key_block);
-        take(d, elements(Tile::query_block) * key_block);
-        take(d_along, Tile::query_block * elements(key_block));
-      }
-      take(bias, args.mask.data && args.mask.additive ? Tile::query_block * key_block : 0);
-      take(grad_scores, args.grad_mask ? Tile::query_block * key_block : 0);
-      const int64_t widest = args.width > args.value_width ? args.width : args.value_width;
-      take(this->rows, key_block * in_vectors(widest));
-      take(zeros, args.value_width * size_of(args.dtype));
-      return used;
-    }
-    bool allocate(const AttentionBackward& all, bool with_totals) {
-      const int64_t bytes = place(all, with_totals);
-      memory = mmfast::MMFAST_ISA::allocate<char>(bytes);
-      if (!memory) return false;
-      place(all, with_totals);
-      std::memset(zeros, 0, (size_t)(all.args.value_width * size_of(all.args.dtype)));
-      return true;
-    }
-  };
-
   // Calls work(workspace, task) for every task, each on whatever thread is free.
   template <class Work>
   void for_tasks(int64_t count, bool with_totals, const Work& work, const Parallel& parallel) {
@@ -165,15 +63,15 @@ struct AttentionBackward {
       AttentionBackward& all;
       const Work& work;
       int64_t count;
-      bool with_totals;
+      typename Workspace::Sizes sizes;
       std::atomic<int64_t> next{0};
-    } context{*this, work, count, with_totals};
+    } context{*this, work, count, {args, group, most_rows, most_keys, with_totals}};
     const int64_t threads = parallel.threads < count ? parallel.threads : count;
     const Body body = [](void* at, int64_t, int64_t) {
       Context& context = *(Context*)at;
       Workspace workspace;
       if (context.next >= context.count) return;
-      if (!workspace.allocate(context.all, context.with_totals)) {
+      if (!workspace.allocate(context.sizes)) {
         context.all.failed = true;
         return;
       }
@@ -198,19 +96,23 @@ struct AttentionBackward {
             all_parts(workspace, b, h);
       };
       for_tasks(batches * heads, true, work, parallel);
-    } else if (parallel.threads == 1 || most_parts_of_a_batch <= 1 || pairs >= 2 * parallel.threads ||
-               (pairs && pairs % parallel.threads == 0)) {
+    } else if (parallel.threads == 1 || most_parts_of_a_batch <= 1 ||
+               pairs >= 2 * parallel.threads || (pairs && pairs % parallel.threads == 0)) {
       const auto work = [&](Workspace& workspace, int64_t task) {
         all_parts(workspace, task / args.key_heads, task % args.key_heads);
       };
       for_tasks(pairs, true, work, parallel);
     } else {
-      const int64_t together = (2 * parallel.threads + most_parts_of_a_batch - 1) / most_parts_of_a_batch;
+      const int64_t wanted = 2 * parallel.threads;  // tasks at a time
+      const int64_t slots = most_parts_of_a_batch < wanted ? most_parts_of_a_batch : wanted;
+      const int64_t together = (wanted + slots - 1) / slots;
       const int64_t most = together < pairs ? together : pairs;
-      T* shares = allocate<T>(most * group * most_parts_of_a_batch * share_size());
+      T* shares = allocate<T>(most * group * (1 + slots) * share_size());
       if (!shares) return false;
-      for (int64_t pair = 0; pair < pairs && !failed; pair += most)
-        separate_parts(shares, pair, most < pairs - pair ? most : pairs - pair, parallel);
+      for (int64_t pair = 0; pair < pairs; pair += most)
+        for (int64_t part = 0; part < most_parts_of_a_batch && !failed; part += slots)
+          separate_parts({shares, slots, pair, most < pairs - pair ? most : pairs - pair, part},
+                         parallel);
       std::free(shares);
     }
     return !failed;
@@ -233,7 +135,8 @@ struct AttentionBackward {
         if (part == 0)
           std::memcpy(total, share, (size_t)size * sizeof(T));
         else
-          for (int64_t i = 0; i < size; i += w) store(total + i, load<V>(total + i) + load<V>(share + i));
+          for (int64_t i = 0; i < size; i += w)
+            store(total + i, load<V>(total + i) + load<V>(share + i));
         if (part == parts - 1) write_queries(b, head, 0, queries(b).count, &total, 1);
       };
       one_part(workspace, b, key_head, part, part > 0,
@@ -242,45 +145,70 @@ struct AttentionBackward {
     zero_rest(b, key_head, parts == 0);
   }
 
-  // The parts of `count` pairs of a batch and a head of keys, side by side.
-  void separate_parts(T* shares, int64_t pair, int64_t count, const Parallel& parallel) {
-    const int64_t parts = most_parts_of_a_batch;
-    const auto share = [&](int64_t i, int64_t g, int64_t part) {
-      return shares + ((i * group + g) * parts + part) * share_size();
-    };
+  // Parts [part, part + slots) of `count` pairs of a batch and a head of keys, side by side.
+  struct Round {
+    T* shares;  // [count][group][1 + slots], the first the sum of the rounds before
+    int64_t slots, pair, count, part;
+  };
+
+  T* share_of(const Round& round, int64_t i, int64_t g, int64_t slot) const {
+    return round.shares + ((i * group + g) * (1 + round.slots) + slot) * share_size();
+  }
+
+  void separate_parts(const Round& round, const Parallel& parallel) {
     const auto work = [&](Workspace& workspace, int64_t task) {
-      const int64_t i = task / parts, part = task % parts;
-      const int64_t b = (pair + i) / args.key_heads, key_head = (pair + i) % args.key_heads;
-      if (part < parts_of(keys(b).count))
-        one_part(workspace, b, key_head, part, false, [&](int64_t g) { return share(i, g, part); },
+      const int64_t i = task / round.slots, slot = task % round.slots;
+      const int64_t b = (round.pair + i) / args.key_heads;
+      const int64_t key_head = (round.pair + i) % args.key_heads, parts = parts_of(keys(b).count);
+      if (round.part + slot < parts)
+        one_part(workspace, b, key_head, round.part + slot, false,
+                 [&](int64_t g) { return share_of(round, i, g, 1 + slot); },
                  [](int64_t, const T*) {});
-      if (part == 0) zero_rest(b, key_head, keys(b).count == 0);
+      if (round.part + slot == 0) zero_rest(b, key_head, parts == 0);
     };
-    for_tasks(count * parts, false, work, parallel);
+    for_tasks(round.count * round.slots, false, work, parallel);
     if (failed) return;
-    constexpr int64_t rows = 64;
     struct Context {
       const AttentionBackward& all;
-      decltype(share)& share_of;
-      int64_t pair, blocks;
-    } context{*this, share, pair, (most_rows + rows - 1) / rows};
+      const Round& round;
+      int64_t blocks;
+    } context{*this, round, (most_rows + sum_rows - 1) / sum_rows};
     const Body body = [](void* at, int64_t begin, int64_t end) {
       const Context& context = *(const Context*)at;
-      const AttentionBackward& all = context.all;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t i = task / context.blocks / all.group, g = task / context.blocks % all.group;
-        const int64_t b = (context.pair + i) / all.args.key_heads;
-        const int64_t key_head = (context.pair + i) % all.args.key_heads;
-        const int64_t length = all.queries(b).count, parts = parts_of(all.keys(b).count);
-        const int64_t first = task % context.blocks * rows;
-        const T* made[most_parts];
-        for (int64_t part = 0; part < parts; ++part) made[part] = context.share_of(i, g, part);
-        if (parts && first < length)
-          all.write_queries(b, key_head * all.group + g, first,
-                            first + rows < length ? first + rows : length, made, parts);
-      }
+      for (int64_t task = begin; task < end; ++task)
+        context.all.add_shares(context.round, task / context.blocks,
+                               task % context.blocks * sum_rows);
     };
-    parallel.run(count * group * context.blocks, body, &context);
+    parallel.run(round.count * group * context.blocks, body, &context);
+  }
+
+  // Of sum_rows queries, from the first on, of one of the heads of a round.
+  static constexpr int64_t sum_rows = 64;
+  void add_shares(const Round& round, int64_t index, int64_t first) const {
+    const int64_t i = index / group, g = index % group;
+    const int64_t b = (round.pair + i) / args.key_heads;
+    const int64_t head = (round.pair + i) % args.key_heads * group + g;
+    const int64_t length = queries(b).count, left = parts_of(keys(b).count) - round.part;
+    const int64_t end = first + sum_rows < length ? first + sum_rows : length;
+    if (left <= 0 || first >= end) return;
+    const T* shares[1 + most_parts];
+    int64_t count = 0;
+    for (int64_t slot = round.part == 0; slot <= round.slots && slot <= left; ++slot)
+      shares[count++] = share_of(round, i, g, slot);
+    if (left <= round.slots) {
+      write_queries(b, head, first, end, shares, count);
+      return;
+    }
+    T* total = share_of(round, i, g, 0);
+    for (int64_t at = first * padded_width; at < end * padded_width; at += w)
+      store(total + at, sum_of_shares(shares, count, at));
+  }
+
+  template <class Share>
+  static V sum_of_shares(Share* const* shares, int64_t count, int64_t at) {
+    V sum = load<V>(shares[0] + at);
+    for (int64_t i = 1; i < count; ++i) sum += load<V>(shares[i] + at);
+    return sum;
   }
 
   // Gradients of queries [first, end): sums of shares [rows][padded_width] in their order.
@@ -291,9 +219,7 @@ struct AttentionBackward {
     for (int64_t i = first; i < end; ++i) {
       char* to = all.at(&QueryStream::grad_query, head, i);
       for (int64_t d = 0; d < args.width; d += w) {
-        V sum = load<V>(shares[0] + i * padded_width + d);
-        for (int64_t part = 1; part < parts; ++part)
-          sum += load<V>(shares[part] + i * padded_width + d);
+        const V sum = sum_of_shares(shares, parts, i * padded_width + d);
         write_first(to + d * size_of(args.dtype), args.dtype, sum * (T)args.scale, args.width - d);
       }
     }
@@ -360,7 +286,7 @@ struct AttentionBackward {
 
   void pack_keys(Workspace& workspace, const Keys& all, int64_t head, int64_t block, int64_t first,
                  int64_t left) const {
-    const int64_t count = left < key_block ? left : key_block, columns = in_vectors(count);
+    const int64_t count = left < key_block ? left : key_block, columns = in_vectors<T>(count);
     const auto key = [&](int64_t i) { return all.at(&KeyStream::key, head, first + i); };
     const auto value = [&](int64_t i) { return all.at(&KeyStream::value, head, first + i); };
     // Or they would be read sixteen rows at a time, which no processor foresees.
@@ -370,10 +296,10 @@ struct AttentionBackward {
     }
     pack_transposed<Kind>(workspace.key + block * elements(args.width) * key_block, key_block, key,
                           count, args.width, columns, args.dtype);
-    pack_transposed<Kind>(workspace.value + block * elements(args.value_width) * key_block, key_block,
-                          value, count, args.value_width, columns, args.dtype);
-    pack_across<Kind>(workspace.key_across + block * elements(key_block) * padded_width, padded_width,
-                      key, count, args.width, padded_width, args.dtype);
+    pack_transposed<Kind>(workspace.value + block * elements(args.value_width) * key_block,
+                          key_block, value, count, args.value_width, columns, args.dtype);
+    pack_across<Kind>(workspace.key_across + block * elements(key_block) * padded_width,
+                      padded_width, key, count, args.width, padded_width, args.dtype);
   }
 
   void prefetch(const char* row, int64_t width) const {
@@ -404,8 +330,8 @@ struct AttentionBackward {
       V sum{};
       for (int64_t d = 0; d < value_width; d += w) {
         const int64_t at = d * size_of(args.dtype), left = value_width - d;
-        sum = fma(read_first<V>(grad + at, args.dtype, left), read_first<V>(out + at, args.dtype, left),
-                  sum);
+        sum = fma(read_first<V>(grad + at, args.dtype, left),
+                  read_first<V>(out + at, args.dtype, left), sum);
       }
       T delta = 0;
       for (int64_t l = 0; l < w; ++l) delta += sum[l];
@@ -429,7 +355,7 @@ struct AttentionBackward {
     tile.d_along = workspace.d_along;
     tile.grad_scores = args.grad_mask ? workspace.grad_scores : nullptr;
     tile.bias = nullptr;
-    tile.kept_factor = args.dropout < 1 ? (T)(1 / (1 - (double)args.dropout)) : 0;
+    tile.kept_factor = args.dropout < 1 ? (T)(1 / (1 - args.dropout)) : 0;
     for (int64_t i = 0; i < rows; i += Tile::query_block) {
       const int64_t end_row = i + Tile::query_block < rows ? i + Tile::query_block : rows;
       for (int64_t k = block; k < last_block; ++k) {
@@ -446,8 +372,8 @@ struct AttentionBackward {
   }
 
   // Queries [row, end_row) against the keys of a tile, the first of which is first_key.
-  void one_tile(Workspace& workspace, Tile& tile, int64_t b, int64_t head, T* grad_query, int64_t row,
-                int64_t end_row, int64_t first_key) const {
+  void one_tile(Workspace& workspace, Tile& tile, int64_t b, int64_t head, T* grad_query,
+                int64_t row, int64_t end_row, int64_t first_key) const {
     // Row i attends to keys up to i + shift.
     const bool causal = args.causal != Causal::none;
     const int64_t rows = queries(b).count, all_keys = keys(b).count;
@@ -497,8 +423,8 @@ struct AttentionBackward {
     tile.bias_step = mask.row ? key_block : 0;
   }
 
-  void add_to_mask(const Workspace& workspace, const Tile& tile, int64_t b, int64_t head, int64_t row,
-                   int64_t key) const {
+  void add_to_mask(const Workspace& workspace, const Tile& tile, int64_t b, int64_t head,
+                   int64_t row, int64_t key) const {
     const AttentionMask& mask = args.mask;
     const int64_t columns = mask.column ? keys(b).count : 1;
     const int64_t rows = mask.row ? queries(b).count : 1;
@@ -519,7 +445,7 @@ struct AttentionBackward {
   void write_keys(Workspace& workspace, const Keys& all, int64_t head, HeadRows KeyStream::*rows,
                   int64_t first, int64_t count, const T* from, int64_t width, T factor) const {
     using Plain = std::conditional_t<sizeof(T) == 8, Doubles, Singles>;
-    const int64_t step = in_vectors(width);
+    const int64_t step = in_vectors<T>(width);
     const auto row = [&](int64_t i) { return (const char*)(from + i * key_block); };
     pack_transposed<Plain>(workspace.rows, step, row, width, count, step, Native<T>::dtype);
     for (int64_t j = 0; j < count; ++j) {

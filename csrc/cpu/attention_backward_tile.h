@@ -3,8 +3,8 @@
 //
 //   dV^T += dO^T P,   dK^T += Q^T D,   dQ += D K
 //
-// Numbers along the head size are broadcast and keys fill the vectors, so that a head size costs what
-// it has; only dQ has vectors along the head size.
+// Numbers along the head size are broadcast and keys fill the vectors, so that a head size costs
+// what it has; only dQ has vectors along the head size.
 #pragma once
 #include "cpu/attention_limits.h"
 #include "cpu/attention_softmax.h"
@@ -89,8 +89,8 @@ struct BackwardTile {
         score_gradients<false, false>(i, n);
     }
     const int64_t depth = elements_of<Kind>(rows);
-    products_of<Kind>({grad_out_across, 1, value_width}, value_width, {p, key_block}, columns, depth,
-                      grad_value, key_block, true);
+    products_of<Kind>({grad_out_across, 1, value_width}, value_width, {p, key_block}, columns,
+                      depth, grad_value, key_block, true);
     products_of<Kind>({query_across, 1, width}, width, {d, key_block}, columns, depth, grad_key,
                       key_block, true);
     products_of<Kind>({d_along, key_block / numbers, 1}, rows, {key_across, padded_width},
@@ -135,12 +135,14 @@ struct BackwardTile {
   inline __attribute__((always_inline)) Pair gradient(const Row& row, const T* score,
                                                       const T* product, int64_t column) const {
     constexpr T log2e = (T)1.4426950408889634;
-    V x = load<V>(score + column), grad = load<V>(product + column);
+    V below = load<V>(score + column), grad = load<V>(product + column);  // below the logarithm
     if (special && row.bias)
-      x = fma(x, V{} + scale, load<V>(row.bias + column)) - row.lse;
+      below = row.lse - fma(below, V{} + scale, load<V>(row.bias + column));
     else
-      x = fma(x, V{} + scale, V{} - row.lse);
-    V p = power_of_two(x * log2e), left = p;
+      below = fma(below, V{} - scale, V{} + row.lse);
+    // Not above 1, whatever the logarithm of large scores was rounded to.
+    const V p = power_of_two(larger(V{}, below) * -log2e);
+    V left = p;
     if (special && kept) {
       left = where_bits(row.kept >> column, p * kept_factor, V{});
       grad = where_bits(row.kept >> column, grad * kept_factor, V{});

@@ -1,7 +1,7 @@
 // What products of attention multiply: elements, and rows of any dtype packed into them.
 //
-// An element is one float or double, or two bfloat16 that neighbour along k, the index that is summed
-// over, lower first: one instruction multiplies both. Three ways to pack, for sums over k of
+// An element is one float or double, or two bfloat16 that neighbour along k, the index that is
+// summed over, lower first: one instruction multiplies both. Three ways to pack, for sums over k of
 // a(m, k) b(k, n), where k counts elements:
 //
 //   pack_along       a(m, k) with k along a row:    [m][k]
@@ -264,13 +264,15 @@ static void pack_transposed(typename Kind::Element* out, int64_t step, const Row
     for (int64_t first = 0; first < columns; first += per) {
       const int64_t there = rows - first;  // of these columns
       const char* from[per];
-      for (int64_t i = 0; i < per; ++i) from[i] = there > 0 ? row(first + (i < there ? i : 0)) : nullptr;
+      for (int64_t i = 0; i < per; ++i)
+        from[i] = there > 0 ? row(first + (i < there ? i : 0)) : nullptr;
       for (int64_t k = 0; k < depth; k += per) {
         V v[per];
         auto* to = out + k * step + first;
         if (there >= per && (k + per) * Kind::numbers <= width) {
 #pragma GCC unroll 16
-          for (int64_t i = 0; i < per; ++i) v[i] = read_elements<Kind, D>(from[i], k, INT64_MAX / 8);
+          for (int64_t i = 0; i < per; ++i)
+            v[i] = read_elements<Kind, D>(from[i], k, INT64_MAX / 8);  // all are there
           transpose(v);
 #pragma GCC unroll 16
           for (int64_t i = 0; i < per; ++i) store(to + i * step, v[i]);

@@ -3,9 +3,9 @@
 // al., "FlashAttention", 2022).
 //
 // Lanes are queries: scores lie [key][query], outputs [Ev][query], so that keys and values are read
-// in rows as they are, one number at a time, and only queries and outputs are transposed. The largest
-// score and the sum of a query stay in its lane, and nothing about one query depends on those beside
-// it, nor on how many threads there are.
+// in rows as they are, one number at a time, and only queries and outputs are transposed. A query's
+// largest score and sum stay in its lane, and nothing about one query depends on those beside it,
+// nor on how many threads there are.
 //
 // A task is up to 256 queries, of all heads that share a key head, and packs each chunk of keys and
 // values once for them. Memory: (E + Ev) (256 + 256) numbers and some 100 KB for each thread,
@@ -32,24 +32,24 @@ struct AttentionForward {
 
   const AttentionArgs& args;
   const int64_t group, depth;  // heads of a key head; elements of a query
-  const T factor;              // of scores, as powers of two
-  const bool scales;           // scores are multiplied by scale before
+  const bool adds;             // numbers of a mask
+  const bool scales;           // scores are multiplied by scale before anything else
+  const T unit;                // of scores, else
   const bool drops;
   const Random random;
   int64_t blocks;              // of a task
   int64_t* firsts = nullptr;   // [batches + 1], the tasks of each
   std::atomic<bool> failed{false};
 
-  static constexpr double log2e = 1.4426950408889634, ln2 = 0.6931471805599453;
+  static constexpr double log2e = 1.4426950408889634;
 
   explicit AttentionForward(const AttentionArgs& a)
       : args(a),
         group(a.key_heads ? a.heads / a.key_heads : 0),
         depth(elements_of<Kind>(a.width)),
-        factor((T)((a.mask.data && a.mask.additive) || a.scale == 0
-                       ? log2e
-                       : __builtin_fabs(a.scale) * log2e)),
-        scales((a.mask.data && a.mask.additive) || a.scale == 0),
+        adds(a.mask.data && a.mask.additive),
+        scales(adds || a.scale == 0),
+        unit(scales ? 1 : (T)__builtin_fabs(a.scale)),
         drops(a.dropout > 0),
         random(a.seed, a.offset) {}
   AttentionForward(const AttentionForward&) = delete;
@@ -65,7 +65,7 @@ struct AttentionForward {
     Element* pairs;    // [chunk / 2][block], probabilities as pairs
     T* added;          // [chunk][block]
     void* all = nullptr;
-    alignas(64) T largest[most_blocks][block];  // scores, times factor
+    alignas(64) T largest[most_blocks][block];  // scores
     alignas(64) T total[most_blocks][block];    // of exponentials
     alignas(64) T shrink[block], tile_largest[block];
     alignas(64) uint64_t attended[chunk], kept[chunk];
@@ -82,7 +82,7 @@ struct AttentionForward {
           chunk * width * (int64_t)sizeof(Element),
           chunk * block * (int64_t)sizeof(T),
           Kind::numbers == 2 ? chunk / 2 * block * (int64_t)sizeof(Element) : 0,
-          work.args.mask.data && work.args.mask.additive ? chunk * block * (int64_t)sizeof(T) : 0};
+          work.adds ? chunk * block * (int64_t)sizeof(T) : 0};
       for (int i = 0; i < 7; ++i) {
         offsets[i] = used;
         used += (sizes[i] + lines - 1) / lines * lines;
@@ -152,7 +152,6 @@ struct AttentionForward {
   // Applies what limits attention to scores of `count` keys, and finds the largest.
   void limit(Memory& memory, int64_t count, int64_t vectors, bool some) const {
     const V least = V{} - infinity, scale = V{} + (T)__builtin_fabs(args.scale);
-    const bool adds = args.mask.data && args.mask.additive;
     for (int64_t n = 0; n < vectors; ++n) {
       V most = least;
       for (int64_t j = 0; j < count; ++j) {
@@ -173,16 +172,18 @@ struct AttentionForward {
   // From scores to exponentials; the largest and the totals of block t follow.
   template <bool DROPS>
   void exponentials(Memory& memory, int64_t t, int64_t count, int64_t vectors) const {
+    const V factor = V{} + (T)((double)unit * log2e);
     for (int64_t n = 0; n < vectors; ++n) {
       const V before = load<V>(memory.largest[t] + n * per);
-      const V most = larger(load<V>(memory.tile_largest + n * per) * factor, before);
+      const V most = larger(load<V>(memory.tile_largest + n * per), before);
       const V base = most == -infinity ? V{} : most;
-      const V shrink = power_of_two(before - base);
+      const V shrink = power_of_two((before - base) * factor);
       store(memory.largest[t] + n * per, most);
       store(memory.shrink + n * per, shrink);
       const T* from = memory.scores + n * per;
       const auto one = [&](int64_t j, V& total) __attribute__((always_inline)) {
-        V p = power_of_two(fma(load<V>(from + j * block), V{} + factor, -base));
+        // The difference first: products of large scores would differ by their rounding.
+        V p = power_of_two((load<V>(from + j * block) - base) * factor);
         total += p;
         if (DROPS) p = where_bits(memory.kept[j] >> (n * per), p, V{});
         return p;
@@ -335,7 +336,7 @@ struct AttentionForward {
   Limits limits_of(Memory& memory, int64_t batch, int64_t t, int64_t n, int64_t j, int64_t count,
                    int64_t offset) const {
     const QueryRow* rows = memory.rows + t * block;
-    const bool masked = args.mask.data && !args.mask.additive;
+    const bool masked = args.mask.data && !adds;
     bool bounded = false;
     if (args.causal != Causal::none) {
       int64_t lowest = rows[0].index, highest = rows[0].index;
@@ -361,7 +362,7 @@ struct AttentionForward {
       if (!any) return Limits::none_attends;
       bounded = every != low_bits(n);
     }
-    if (scales && args.mask.data)
+    if (adds)
       for (int64_t first = 0; first < count; first += block)
         added_numbers<V>(args, batch, rows, n, j + first,
                          count - first < block ? count - first : block,
@@ -378,12 +379,12 @@ struct AttentionForward {
   // Outputs of block t.
   void finish(Memory& memory, int64_t batch, int64_t t, int64_t count) const {
     const int64_t width = args.value_width;
-    const T kept = drops ? args.dropout < 1 ? (T)(1 / (1 - (double)args.dropout)) : 0 : 1;
+    const T kept = drops ? args.dropout < 1 ? (T)(1 / (1 - args.dropout)) : 0 : 1;
     alignas(64) T inverse[block], lse[block];
     for (int64_t i = 0; i < block; i += per) {
       const V total = load<V>(memory.total[t] + i), most = load<V>(memory.largest[t] + i);
       store(inverse + i, total == 0 ? V{} : kept / total);
-      store(lse + i, total == 0 ? V{} - infinity : most * (T)ln2 + natural_logarithm(total));
+      store(lse + i, total == 0 ? V{} - infinity : fma(most, V{} + unit, natural_logarithm(total)));
     }
     const QueryRow* rows = memory.rows + t * block;
     char* outs[block];

@@ -27,8 +27,8 @@ inline Tensor new_sums(const Tensor& query, std::initializer_list<int64_t> sizes
   return torch::stable::new_empty(query, sizes, wide ? ScalarType::Double : ScalarType::Float);
 }
 
-// Views of tensors, which are copied where numbers of a row do not lie together. The copies, and the
-// lists of sequences, live as long as this.
+// Views of tensors, which are copied where numbers of a row do not lie together. The copies, and
+// the lists of sequences, live as long as this.
 class AttentionViews {
  public:
   // (B, H, L, E).
@@ -61,7 +61,9 @@ class AttentionViews {
     const bool additive = given->scalar_type() != ScalarType::Bool;
     const Dtype dtype = additive ? dtype_of(*given) : Dtype::float32;
     const int64_t size = additive ? size_of(dtype) : 1;
-    const auto stride = [&](int64_t d) { return given->size(d) == 1 ? 0 : given->stride(d) * size; };
+    const auto stride = [&](int64_t d) {
+      return given->size(d) == 1 ? 0 : given->stride(d) * size;
+    };
     return {(const char*)given->data_ptr(), additive, dtype, stride(0), stride(1), stride(2),
             stride(3)};
   }
@@ -74,8 +76,8 @@ class AttentionViews {
     return {rows, nullptr, list.data()};
   }
 
-  // From where each batch begins in `tokens` rows, and the end of the last, (B + 1,). What is out of
-  // order, out of range or beyond the longest is not there.
+  // From where each batch begins in `tokens` rows, and the end of the last, (B + 1,). What is out
+  // of order, out of range or beyond the longest is not there.
   Sequences sequences_from(const Tensor& bounds, int64_t tokens, int64_t longest) {
     std::vector<int64_t>& begins = integers(bounds);
     std::vector<int64_t>& lengths = lists_.emplace_back();

@@ -92,14 +92,14 @@ static void kept_bits(const AttentionArgs& args, const Random& random, int64_t b
     const int64_t row = (batch * args.heads + rows[i].head) * length + rows[i].index;
     fill_uniforms(random, row * keys + first, numbers, count);
     uint64_t word = 0;
-    for (int64_t j = 0; j < count; ++j) word |= (uint64_t)(numbers[j] >= args.dropout) << j;
+    for (int64_t j = 0; j < count; ++j) word |= (uint64_t)(numbers[j] >= (float)args.dropout) << j;
     words[i] = word;
   }
   for (int64_t i = queries; i < attention_block; ++i) words[i] = 0;
 }
 
-// Numbers that are added to scores: out[j * attention_block + i] of query i and key first + j. Those
-// of queries beyond theirs are any.
+// Numbers that are added to scores: out[j * attention_block + i] of query i and key first + j.
+// Those of queries beyond theirs are any.
 template <class V>
 static void added_numbers(const AttentionArgs& args, int64_t batch, const QueryRow* rows,
                           int64_t queries, int64_t first, int64_t count,

@@ -73,8 +73,8 @@ static __attribute__((noinline)) void tile_products(Broadcasts<Kind> a, Panel<Ki
   put(sums, m, n);
 }
 
-// out(m, n) for `rows` rows and `vectors` vectors of columns. For every tile of them start(sums, m, n)
-// sets its sums, m and n its first row and column, and put(sums, m, n) takes them.
+// out(m, n) for `rows` rows and `vectors` vectors of columns. For every tile of them
+// start(sums, m, n) sets its sums, m and n its first row and column; put(sums, m, n) takes them.
 template <class Kind, class Start, class Put>
 MMFAST_INLINE void products(Broadcasts<Kind> a, int64_t rows, Panel<Kind> b, int64_t vectors,
                             int64_t depth, const Start& start, const Put& put) {
@@ -85,7 +85,8 @@ MMFAST_INLINE void products(Broadcasts<Kind> a, int64_t rows, Panel<Kind> b, int
   };
   const auto columns = [&]<int N>(int64_t n) __attribute__((always_inline)) {
     int64_t m = 0;
-    for (; m + product_rows <= rows; m += product_rows) tile.template operator()<product_rows, N>(m, n);
+    for (; m + product_rows <= rows; m += product_rows)
+      tile.template operator()<product_rows, N>(m, n);
     if (rows - m >= 4) {
       tile.template operator()<4, N>(m, n);
       m += 4;
@@ -98,7 +99,8 @@ MMFAST_INLINE void products(Broadcasts<Kind> a, int64_t rows, Panel<Kind> b, int
   };
   int64_t v = 0;
   // Five as three and two: one alone would wait for what is broadcast.
-  for (; v + product_vectors <= vectors && (product_vectors < 4 || vectors - v != 5); v += product_vectors)
+  for (; v + product_vectors <= vectors && (product_vectors < 4 || vectors - v != 5);
+       v += product_vectors)
     columns.template operator()<product_vectors>(v * per);
   if constexpr (product_vectors > 3)
     for (; v + 3 <= vectors; v += 3) columns.template operator()<3>(v * per);
@@ -110,7 +112,8 @@ MMFAST_INLINE void products(Broadcasts<Kind> a, int64_t rows, Panel<Kind> b, int
 // Starts and ends of tiles: zeros, and sums in memory, rows `step` numbers apart.
 struct FromZero {
   template <class V, int M, int N>
-  inline __attribute__((always_inline)) void operator()(SumTile<V, M, N>& sums, int64_t, int64_t) const {
+  inline __attribute__((always_inline)) void operator()(SumTile<V, M, N>& sums, int64_t,
+                                                        int64_t) const {
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n) sums.v[m][n] = V{};
   }
@@ -121,7 +124,8 @@ struct FromMemory {
   const T* data;
   int64_t step;
   template <class V, int M, int N>
-  inline __attribute__((always_inline)) void operator()(SumTile<V, M, N>& sums, int64_t row, int64_t column) const {
+  inline __attribute__((always_inline)) void operator()(SumTile<V, M, N>& sums, int64_t row,
+                                                        int64_t column) const {
     constexpr int per = sizeof(V) / sizeof(T);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
@@ -136,8 +140,8 @@ struct ToMemory {
   T* data;
   int64_t step;
   template <class V, int M, int N>
-  inline __attribute__((always_inline)) void operator()(const SumTile<V, M, N>& sums, int64_t row,
-                                       int64_t column) const {
+  inline __attribute__((always_inline)) void operator()(const SumTile<V, M, N>& sums,
+                                                        int64_t row, int64_t column) const {
     constexpr int per = sizeof(V) / sizeof(T);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)

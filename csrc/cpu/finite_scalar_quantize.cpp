@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "cpu/glue.h"
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 
 namespace mmfast {
@@ -72,7 +73,7 @@ std::tuple<Tensor, Tensor> finite_scalar_quantize(const Tensor& given,
   const std::optional<Tensor> noise = for_rows(given_noise);
   const Spec spec(counts, variant, hard_clamp);
   FiniteScalarQuantizeArgs args = arguments(z, spec, hard_clamp, noise);
-  Tensor quantized = torch::stable::new_empty(z, sizes_of(z, z.dim()));
+  Tensor quantized = on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim())));
   Tensor indices = torch::stable::new_empty(z, sizes_of(z, z.dim() - 1), ScalarType::Int);
   args.quantized = (char*)quantized.data_ptr();
   args.indices = (int32_t*)indices.data_ptr();
@@ -87,7 +88,7 @@ Tensor finite_scalar_quantize_bwd(const Tensor& given_grad, const Tensor& given,
   const Tensor z = mmfast::for_rows(given), grad = mmfast::for_rows(given_grad);
   const std::optional<Tensor> noise = for_rows(given_noise);
   const Spec spec(counts, variant, hard_clamp);
-  Tensor result = torch::stable::new_empty(z, sizes_of(z, z.dim()));
+  Tensor result = on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim())));
   FiniteScalarQuantizeBwdArgs args{arguments(z, spec, hard_clamp, noise), rows_of(grad, 0, 0),
                                    (char*)result.data_ptr()};
   STD_TORCH_CHECK(kernels().finite_scalar_quantize_bwd(args, parallel()),

@@ -43,7 +43,8 @@ struct Activated {
     if constexpr (A == Activation::gelu) {
       V bell;
       normal_distribution(x, r.s, bell);
-      if constexpr (DERIVATIVE) r.derivative = fma(x * bell, V{} + root, r.s);
+      // An infinite x has no bell.
+      if constexpr (DERIVATIVE) r.derivative = bell == 0 ? r.s : fma(x * bell, V{} + root, r.s);
       return r;
     }
     // s = 1 / (1 + e^-y), with y = x, or twice the argument of the tanh.

@@ -56,7 +56,6 @@ extern const Kernels MMFAST_JOIN(MMFAST_ISA, _kernels){
     &MMFAST_ISA::sampler_step,
     &MMFAST_ISA::guidance_factors,
     &MMFAST_ISA::qk_norm_rope,
-    &MMFAST_ISA::qk_norm_rope_bwd,
     &MMFAST_ISA::timestep_embedding,
     &MMFAST_ISA::gated_activation,
     &MMFAST_ISA::attention_backward,

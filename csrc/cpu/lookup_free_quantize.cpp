@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "cpu/glue.h"
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 
 namespace mmfast {
@@ -39,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lookup_free_quantize(
       arguments(z, codebooks, scale, spherical, inv_temperature, group, mask);
   const ScalarType dtype =
       args.z.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor quantized = torch::stable::new_empty(z, sizes_of(z, z.dim()));
+  Tensor quantized = on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim())));
   std::vector<int64_t> sizes = sizes_of(z, z.dim() - 1);
   sizes.push_back(codebooks);
   Tensor indices = torch::stable::new_empty(z, sizes, ScalarType::Long);
@@ -74,7 +75,7 @@ Tensor lookup_free_quantize_bwd(const std::optional<Tensor>& given_quantized,
   const std::optional<Tensor> mask = dense(given_mask), means = dense(given_means);
   std::optional<Tensor> quantized;
   if (given_quantized) quantized = for_rows(*given_quantized);
-  Tensor result = torch::stable::new_empty(z, sizes_of(z, z.dim()));
+  Tensor result = on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim())));
   LookupFreeQuantizeBwdArgs args{};
   args.forward = arguments(z, codebooks, scale, spherical, inv_temperature, group, mask);
   if (quantized) args.quantized = rows_of(*quantized, 0, 0);

@@ -19,8 +19,11 @@ constexpr double norm_term_range = 1 << 29;
 constexpr double inflate = 1 + 1e-4;  // covers the rounding of norms
 
 // What numbers are rounded to. pairs: each is the sum of two bfloat16, and its products are three.
-enum class Form { int16, bfloat16, pairs };
+enum class Form { bytes, int16, bfloat16, pairs };
 
+constexpr int64_t byte_tiles = 32;  // tiles of a chunk of bytes, whose scores have few bits for ids
+
+constexpr int32_t byte_offset = 128;   // added to the bytes of codes, which have no sign
 constexpr int64_t matrix_depth = 32;   // bfloat16 of a row of a matrix tile
 constexpr int64_t matrix_tiles = 16;   // tiles of codes whose scores stay in the first-level cache
 
@@ -43,12 +46,13 @@ struct Codebook {
   const NearestCodeArgs& args;
   const Exact<T>& exact;
   Form form = Form::int16;    // if grouped, always
-  int64_t width, depth = 0;   // D, and packed numbers of a code
+  int64_t width, depth = 0;   // D, and int16 of a packed code
   bool beyond = false;        // a code is not finite, or so large or small that scores cannot be
   bool grouped = false;
   double max_norm = 0, mean_norm = 0;
   T* mean = nullptr;          // [D]
   double* norms = nullptr;    // [K] |c|, less the mean
+  double* peaks = nullptr;    // [K] the largest of their numbers
   uint64_t* hashes = nullptr;  // [K]
   int64_t unique = 0;
   int32_t* order = nullptr;   // [tile][tile_codes] the codes; -1 for padding
@@ -66,6 +70,7 @@ struct Codebook {
   ~Codebook() {
     std::free(mean);
     std::free(norms);
+    std::free(peaks);
     std::free(hashes);
     std::free(order);
     release();
@@ -83,9 +88,10 @@ struct Codebook {
     num_chunks = 0;
   }
 
-  int shift() const { return depth <= tagged_depth ? tag_shift : 0; }
-  // The largest int16 that rounding to multiples of 2^shift cannot pass.
-  double largest() const { return 32768 - (1 << shift()); }
+  bool whole() const { return form == Form::int16 || form == Form::bytes; }
+  int shift() const { return form == Form::int16 && depth <= tagged_depth ? tag_shift : 0; }
+  // The largest integer that rounding to multiples of 2^shift cannot pass.
+  double largest() const { return form == Form::bytes ? 127 : 32768 - (1 << shift()); }
 
   // Where the parts of a number lie in a packed code: D rounded up to pairs.
   int64_t part() const { return (width + 1) / 2 * 2; }
@@ -104,7 +110,8 @@ struct Codebook {
     grouped = group_codes > 0 && unique >= 4 * group_codes && max_norm > 1e-15 && max_norm < 1e15;
     form = grouped ? Form::int16 : wanted;
     depth = form == Form::pairs ? 3 * part() : part();
-    if (form != Form::int16) depth = (depth + matrix_depth - 1) / matrix_depth * matrix_depth;
+    if (form == Form::bytes) depth = (width + 3) / 4 * 2;
+    if (!whole()) depth = (depth + matrix_depth - 1) / matrix_depth * matrix_depth;
     if (grouped) {
       Halving<T> halving{args.codes, group_codes, order};
       if (!halving.run(unique, parallel)) return false;
@@ -123,9 +130,10 @@ struct Codebook {
   bool look(const Parallel& parallel) {
     const int64_t codes = args.codes.count;
     norms = (double*)std::malloc((size_t)codes * sizeof(double));
+    peaks = (double*)std::malloc((size_t)codes * sizeof(double));
     hashes = (uint64_t*)std::malloc((size_t)codes * sizeof(uint64_t));
     order = (int32_t*)std::malloc((size_t)codes * sizeof(int32_t));
-    if (!norms || !hashes || !order || !find_mean()) return false;
+    if (!norms || !peaks || !hashes || !order || !find_mean()) return false;
     if (!over(parallel, codes, &Codebook::measure)) return false;
     if (!representable()) {
       beyond = true;
@@ -208,10 +216,13 @@ struct Codebook {
     centre(k, centred, buffer);
     // Equal codes have equal norms and equal weighted sums: a hash with no chain of products.
     d8 squares{}, weighted{}, weight{1.0, 1.414, 1.732, 2.236, 2.646, 3.317, 3.606, 4.123};
+    d8 largest{};
     int64_t d = 0;
     for (; d + 8 <= width; d += 8) {
       const d8 v = load<d8>(centred + d);
       squares += v * v;
+      largest = v > largest ? v : largest;
+      largest = -v > largest ? -v : largest;
       weighted += v * weight;
       weight += 0.618034;
     }
@@ -219,7 +230,10 @@ struct Codebook {
     for (; d < width; ++d) {
       square += centred[d] * centred[d];
       hash += centred[d] * weight[d % 8];
+      largest[0] = std::fabs(centred[d]) > largest[0] ? std::fabs(centred[d]) : largest[0];
     }
+    peaks[k] = 0;
+    for (int j = 0; j < 8; ++j) peaks[k] = largest[j] > peaks[k] ? largest[j] : peaks[k];
     norms[k] = std::sqrt(square);
     uint64_t bits;
     std::memcpy(&bits, &hash, 8);
@@ -301,8 +315,8 @@ struct Codebook {
   // Cuts the order into chunks and fills them up to whole tiles.
   bool cut(int64_t group_codes) {
     int64_t most = chunk_bytes / (2 * depth);
-    const int64_t limit = (form == Form::int16 ? chunk_tiles : matrix_tiles) * tile_codes;
-    if (most > limit) most = limit;
+    const int64_t limit = form == Form::bytes ? byte_tiles : whole() ? chunk_tiles : matrix_tiles;
+    if (most > limit * tile_codes) most = limit * tile_codes;
     most = most < tile_codes ? tile_codes : most / tile_codes * tile_codes;
     if (grouped) most = group_codes;
     const bool falling = !grouped && spread();
@@ -356,10 +370,11 @@ struct Codebook {
     Chunk& chunk = chunks[i];
     const int32_t* codes = order + chunk.first_tile * tile_codes;
     const int64_t count = chunk.tiles * tile_codes;
-    double low = std::numeric_limits<double>::infinity(), high = 0, widest = 0;
+    double low = std::numeric_limits<double>::infinity(), high = 0, widest = 0, peak = 0;
     for (int64_t j = 0; j < count && codes[j] >= 0; ++j) {
       low = norms[codes[j]] < low ? norms[codes[j]] : low;
       high = norms[codes[j]] > high ? norms[codes[j]] : high;
+      peak = peaks[codes[j]] > peak ? peaks[codes[j]] : peak;
     }
     if (grouped) {
       find_centre(i, centred, buffer);
@@ -375,8 +390,9 @@ struct Codebook {
     }
     chunk.max_norm = widest * inflate;
     chunk.far_norm = high * inflate;
-    if (form == Form::int16)
-      chunk.scale = widest > 0 ? largest() / widest : 1;
+    const double most = form == Form::bytes ? peak : widest;
+    if (whole())
+      chunk.scale = most > 0 ? largest() / most : 1;
     else
       chunk.scale = max_norm > 0 ? std::ldexp(1.0, -std::ilogb(max_norm)) : 1;
     if (args.metric == Metric::euclidean) {
@@ -385,7 +401,7 @@ struct Codebook {
     }
     for (int64_t t = 0; t < chunk.tiles; ++t) {
       const int64_t tile = chunk.first_tile + t;
-      if (form == Form::int16)
+      if (whole())
         pack_tile(i, tile, centred, buffer);
       else
         pack_matrix_tile(i, tile, centred, buffer);
@@ -420,7 +436,7 @@ struct Codebook {
       int16_t* at = out + 2 * j;
       if (k < 0) {
         term = -std::numeric_limits<float>::infinity();
-        for (int64_t d = 0; d < depth; d += 2, at += 2 * tile_codes) store<int32_t>(at, 0);
+        for (int64_t w = 0; w < depth / 2; ++w, at += 2 * tile_codes) store<int32_t>(at, 0);
         continue;
       }
       centre_in_group(i, k, centred, buffer);
@@ -428,15 +444,23 @@ struct Codebook {
                  ? (float)((chunk.reference - norms[k] * norms[k] / 2) / chunk.half_range)
                  : 0.0f;
       d8 error{};
-      for (int64_t d = 0; d < depth; d += 8) {
+      for (int64_t d = 0; d < width; d += 8) {
         const d8 scaled = load<d8>(centred + d) * chunk.scale;
-        const d8 whole = (scaled + magic) - magic;
-        const d8 e = scaled - whole;
+        const d8 rounded = (scaled + magic) - magic;
+        const d8 e = scaled - rounded;
         error += e * e;
-        int16_t q[8];
-        store(q, __builtin_convertvector(__builtin_convertvector(whole, i32x8), i16x8));
-        for (int64_t p = 0; p < 8 && d + p < depth; p += 2, at += 2 * tile_codes)
-          store(at, load<int32_t>(q + p));
+        const i32x8 q = __builtin_convertvector(rounded, i32x8);
+        int32_t words[4];
+        int64_t count = (part() - d) / 2;
+        if (form == Form::bytes) {
+          store(words, __builtin_convertvector(q + byte_offset, i8x8));
+          count = (part() - d + 3) / 4;
+        } else {
+          store(words, __builtin_convertvector(q, i16x8));
+        }
+        const int64_t most = form == Form::bytes ? 2 : 4;
+        if (count > most) count = most;
+        for (int64_t w = 0; w < count; ++w, at += 2 * tile_codes) store(at, words[w]);
       }
       const double norm = std::sqrt(sum(error)) / chunk.scale;
       worst = norm > worst ? norm : worst;

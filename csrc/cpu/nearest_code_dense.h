@@ -12,7 +12,8 @@ struct Dense {
   Tile* tiles = nullptr;      // [block_rows / tile_rows]
   int16_t* packed = nullptr;  // [block_rows][depth]
   int32_t* order = nullptr;   // [block_rows]
-  double* squares = nullptr;    // [block_rows]
+  double* squares = nullptr;  // [block_rows]
+  double* peaks = nullptr;    // [block_rows]
   int64_t screened = 0, compared = 0;  // rows so far, and codes compared in float64
 
   Dense(const NearestCodeArgs& args, const Exact<T>& exact, const Codebook<T>& codebook,
@@ -23,6 +24,7 @@ struct Dense {
     std::free(packed);
     std::free(order);
     std::free(squares);
+    std::free(peaks);
   }
 
   static int64_t rows_per_block(int64_t rows, int threads) {
@@ -37,16 +39,24 @@ struct Dense {
     packed = (int16_t*)std::malloc(n * (size_t)screen.depth * 2);
     order = (int32_t*)std::malloc(n * sizeof(int32_t));
     squares = (double*)std::malloc(n * sizeof(double));
-    return tiles && packed && order && squares && screen.allocate();
+    peaks = (double*)std::malloc(n * sizeof(double));
+    return tiles && packed && order && squares && peaks && screen.allocate();
   }
 
-  // False if the rows are too hard and may be left to another method: nothing is decided then.
+  // False if the rows are too hard and may be left to another method, which then decides them all.
   bool run(int64_t begin, int64_t end, bool stay) {
     const int64_t n = end - begin, depth = screen.depth;
     screened += n;
     double low = infinity, high = 0;
     for (int64_t i = 0; i < n; ++i) {
-      squares[i] = screen.square(read_row<T>(screen.args.x, begin + i, screen.x));
+      const T* v = read_row<T>(screen.args.x, begin + i, screen.x);
+      if (screen.bytes) {
+        const auto size = screen.size(v);
+        squares[i] = size.square;
+        peaks[i] = size.peak;
+      } else {
+        squares[i] = screen.square(v);
+      }
       low = squares[i] < low ? squares[i] : low;
       high = squares[i] > high ? squares[i] : high;
       order[i] = (int32_t)i;
@@ -57,25 +67,26 @@ struct Dense {
     for (int64_t t = 0; t < count; ++t) {
       const int64_t first = t * tile_rows;
       screen.start(tiles[t], begin, order + first, n - first < tile_rows ? n - first : tile_rows,
-                   squares, packed + first * depth);
+                   squares, peaks, packed + first * depth);
     }
     for (int64_t c = 0; c < screen.codebook.num_chunks; ++c) {
       const d8 offset = d8{} - screen.codebook.chunks[c].reference;
       for (int64_t t = 0; t < count; ++t)
-        screen.screen(tiles[t], packed + t * tile_rows * depth, c, offset);
+        screen.screen(tiles[t], begin, packed + t * tile_rows * depth, c, offset);
     }
-    if (!stay) {
-      for (int64_t t = 0; t < count; ++t) compared += screen.pending(tiles[t]);
-      if (too_hard()) return false;
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t certain = screen.unscreened(tiles[t]) * screen.args.codes.count;
+      if (!stay && too_hard(compared + certain)) return false;
+      compared += screen.resolve(tiles[t], begin, packed + t * tile_rows * screen.depth);
     }
-    for (int64_t t = 0; t < count; ++t) screen.resolve(tiles[t], begin);
     return true;
   }
 
   // Whether comparing codes in float64 costs more than the screening of all of them.
-  bool too_hard() const {
+  bool too_hard(int64_t compared) const {
     const int64_t width = screen.width;
-    return compared * (width + 60) / 2 > screened * screen.codebook.unique * width / 32;
+    const int64_t rate = screen.bytes ? 64 : 32;
+    return compared * (width + 60) / 2 > screened * screen.codebook.unique * width / rate;
   }
 
   // Insertion sort by exponent: a block is short.

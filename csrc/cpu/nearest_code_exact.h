@@ -102,6 +102,29 @@ struct Exact {
     return finish(total, norm, k);
   }
 
+  // The squared distance to within a share rough_error() of it: a float32 sum. Negative if it
+  // could have overflowed, or vanished.
+  float rough(const float* x, const float* c) const {
+    vf total0{}, total1{};
+    int64_t d = 0;
+    for (; d + 2 * lanes <= width; d += 2 * lanes) {
+      const vf a = load<vf>(x + d) - load<vf>(c + d);
+      const vf b = load<vf>(x + d + lanes) - load<vf>(c + d + lanes);
+      total0 = fma(a, a, total0);
+      total1 = fma(b, b, total1);
+    }
+    if (d + lanes <= width) {
+      const vf a = load<vf>(x + d) - load<vf>(c + d);
+      total0 = fma(a, a, total0);
+      d += lanes;
+    }
+    float total = vsum(total0 + total1);
+    for (; d < width; ++d) total += (x[d] - c[d]) * (x[d] - c[d]);
+    return total > 1e-30f && total < 1e37f ? total : -1;
+  }
+
+  double rough_error() const { return (double)(width + 16) * 0x1p-23; }
+
   static d8 wide8(const float* p) { return widen(load<f8>(p)); }
   static d8 wide8(const double* p) { return load<d8>(p); }
 
@@ -170,7 +193,13 @@ struct Exact {
   void scan(int64_t row, const T* x, T* buffer) const {
     Nearest<T> best = start(x);
     const bool nan = has_nan(x);
-    for (int64_t k = 0; k < (nan ? 1 : args.codes.count); ++k) consider(best, k, buffer);
+    for (int64_t k = 0; k < (nan ? 1 : args.codes.count); ++k) {
+      if constexpr (sizeof(T) == 4)
+        if (k > 0 && args.metric == Metric::euclidean &&
+            rough(x, read_row<T>(args.codes, k, buffer)) * (1 - rough_error()) > best.value)
+          continue;
+      consider(best, k, buffer);
+    }
     write(row, best);
   }
 

@@ -1,6 +1,7 @@
 // Exact nearest codes by certified screening.
 //
-// Vectors and codes, less the codebook's mean, are rounded to integers; the integer dot products
+// Vectors and codes, less the codebook's mean, are rounded to integers, of 16 bits or, where their
+// products are twice as fast and not too many codes are left, of 8; the integer dot products
 // have no rounding of their own, so that the norms of the two rounding residuals bound the error
 // of every score (Cauchy-Schwarz). Each row keeps the best and the second best score of each lane;
 // the few codes that the bound cannot exclude are compared in float64.
@@ -76,6 +77,12 @@ struct Blocks {
 // Whether matrix products cost less than int16 dot products, which leave no depth unused.
 constexpr bool matrix_pays(int64_t width) { return MMFAST_MATRIX && width >= 24; }
 
+// Whether products of bytes do, whose scores leave more codes to compare: that cost as much as the
+// products of 24 Ki numbers saved.
+constexpr bool bytes_pay(int64_t codes, int64_t width) {
+  return MMFAST_BYTES && !MMFAST_MATRIX && width >= 16 && width <= 4096 && codes * width > 28 << 10;
+}
+
 // And those of pairs, as long as the rows' fit the first-level cache.
 constexpr bool pairs_pay(int64_t width) { return width <= 84; }
 
@@ -96,7 +103,8 @@ static bool direct(const Exact<T>& exact, const Parallel& parallel) {
 
 // Whether groups of codes look worth skipping: how near the nearest of a few codes is to a few
 // rows, against all of these. 0.02 on patches of photographs, 0.2 on Gaussian data of 8
-// dimensions, 0.6 of 64; pruning paid below about 0.07.
+// dimensions, 0.6 of 64; pruning paid below about 0.07 beside products of matrices, 0.1 beside those
+// of int16.
 template <class T>
 static bool clustered(const Exact<T>& exact) {
   constexpr int64_t most_rows = 32, most_codes = 128;
@@ -118,7 +126,7 @@ static bool clustered(const Exact<T>& exact) {
     total += sum > 0 ? least / sum * (double)count : 1;
   }
   std::free(buffer);
-  return total < 0.06 * (double)rows;
+  return total < (MMFAST_MATRIX ? 0.06 : 0.1) * (double)rows;
 }
 
 template <class T>
@@ -138,8 +146,11 @@ static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& para
   while (codes / group_codes > 1024) group_codes *= 2;
   const bool can_prune = args.metric == Metric::euclidean && codes >= 4 * group_codes;
   bool prune = can_prune && rows * codes > pruning_pairs && clustered(exact);
-  Form form = matrix_pays(args.x.width) ? Form::bfloat16 : Form::int16;
-  if (prune && form != Form::int16 && pairs_pay(args.x.width) && codes <= most_pairs_of_clusters) {
+  Form form = matrix_pays(args.x.width)  ? Form::bfloat16
+              : bytes_pay(codes, args.x.width) ? Form::bytes
+                                        : Form::int16;
+  if (prune && form == Form::bfloat16 && pairs_pay(args.x.width) &&
+      codes <= most_pairs_of_clusters) {
     prune = false;
     form = Form::pairs;
   }
@@ -164,12 +175,15 @@ static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& para
     }
 #endif
     Blocks<T, Dense<T>> blocks(args, exact, codebook, first, parallel.threads);
-    blocks.stay = prune || !can_prune;
+    blocks.stay = codebook.form == Form::int16 && (prune || !can_prune);
     if (!blocks.run(parallel)) return false;
     first = blocks.refused;
     if (first == rows) return true;
-    // Too many codes had to be compared exactly: groups have finer scales.
-    prune = true;
+    // Too many codes had to be compared exactly: int16 and groups have finer scales.
+    if (form == Form::bytes)
+      form = Form::int16;
+    else
+      prune = true;
   }
 }
 

@@ -72,14 +72,15 @@ struct Matrix {
                      codebook.packed + chunk.first_tile * tile_codes * depth,
                      codebook.norm_terms + chunk.first_tile * tile_codes, chunk.tiles, folded);
         for (int t = 0; t < tiles_per_strip; ++t)
-          screen(tiles[s * tiles_per_strip + t], chunk, folded + t * 8 * lanes);
+          screen(tiles[s * tiles_per_strip + t], begin, chunk, folded + t * 8 * lanes);
       }
     if (!stay) {
       for (int64_t t = 0; t < strips * tiles_per_strip; ++t)
         compared += survivors.pending(tiles[t]);
       if (too_hard()) return false;
     }
-    for (int64_t t = 0; t < strips * tiles_per_strip; ++t) survivors.resolve(tiles[t], begin);
+    const auto none = [](const auto&...) { return 0; };  // no chunk is ever looked through again
+    for (int64_t t = 0; t < strips * tiles_per_strip; ++t) survivors.resolve(tiles[t], begin, none);
     return true;
   }
 
@@ -183,7 +184,7 @@ struct Matrix {
   }
 
   // Candidates among a chunk's codes. scores: [tiles] of [8][lanes], a strip apart.
-  void screen(MatrixTile& tile, const Chunk& chunk, const float* scores) const {
+  void screen(MatrixTile& tile, int64_t begin, const Chunk& chunk, const float* scores) const {
     constexpr int64_t stride = strip_rows * lanes;
     const double per_unit = 1 / unit;
     const d8 most = (tile.norm + tile.residual) * (chunk.max_norm + chunk.max_residual);
@@ -225,8 +226,9 @@ struct Matrix {
         for (uint64_t left = hits[word]; left; left &= left - 1) {
           const int64_t t = 4 * word + __builtin_ctzll(left) / lanes;
           const int64_t lane = __builtin_ctzll(left) % lanes, at = chunk.first_tile + t;
-          survivors.add(tile, r, lowers[r],
-                        {p[t * stride + lane] * per_unit + adds[r], at * lanes + lane});
+          survivors.add(tile, begin, r, lowers[r],
+                        {p[t * stride + lane] * per_unit + adds[r],
+                         (int32_t)(at * lanes + lane), 0});
           survivors.prefetch(at * tile_codes + lane);
         }
     }

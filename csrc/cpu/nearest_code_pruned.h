@@ -141,7 +141,7 @@ struct Pruned {
   }
 
   void run_tile(int64_t begin, const int32_t* rows, int64_t n) {
-    screen.start(*tile, begin, rows, n, row_squares, packed);
+    screen.start(*tile, begin, rows, n, row_squares, nullptr, packed);
     // Distances to centres are float32, which the squares of such rows would leave.
     for (int r = 0; r < n; ++r) tile->exact[r] |= row_squares[rows[r]] > 1e30;
     load_rows(begin, rows, n);
@@ -153,7 +153,7 @@ struct Pruned {
       square[r] = total;
       find_gaps(r, (float)total, (float)tile->norm[r]);
     }
-    for (int r = 0; r < n; ++r) visit(nearest[rows[r]]);
+    for (int r = 0; r < n; ++r) visit(begin, nearest[rows[r]]);
     float reach[tile_rows];
     find_reach(square, reach);
     for (int64_t g = 0; g < groups; g += lanes) {
@@ -165,11 +165,11 @@ struct Pruned {
         bool needed = false;
         for (int r = 0; r < n; ++r) needed |= gaps[r * stride + group] <= reach[r];
         if (!needed) continue;
-        visit(group);
+        visit(begin, group);
         find_reach(square, reach);
       }
     }
-    screen.resolve(*tile, begin);
+    screen.resolve(*tile, begin, packed);
   }
 
   // gaps: lower bounds of |x - centre| - radius.
@@ -200,7 +200,7 @@ struct Pruned {
   }
 
   // Compares the tile with a group, once.
-  void visit(int64_t group) {
+  void visit(int64_t begin, int64_t group) {
     if (gaps[group] == std::numeric_limits<float>::infinity()) return;
     d8 offset{};
     for (int r = 0; r < tile_rows; ++r) {
@@ -208,7 +208,7 @@ struct Pruned {
       gaps[r * stride + group] = std::numeric_limits<float>::infinity();
     }
     offset -= screen.codebook.chunks[group].reference;
-    screen.screen(*tile, packed, group, offset);
+    screen.screen(*tile, begin, packed, group, offset);
   }
 };
 

@@ -12,23 +12,30 @@ struct RowScreen : Survivors<T> {
   using Base = Survivors<T>;
   using Base::args, Base::codebook, Base::depth, Base::exact, Base::inflation, Base::width, Base::x;
   using Base::add, Base::error_bound, Base::euclidean, Base::prefetch, Base::value, Base::value8;
+  const bool bytes;
   const Sweep sweep;
+  const Rescore rescorer;
   const float shift_magic;  // adding it rounds to whole multiples of 2^shift
   double max_factor = 0;    // limits a tile's scale so that no norm term leaves its range
 
   RowScreen(const NearestCodeArgs& a, const Exact<T>& e, const Codebook<T>& b)
-      : Base(a, e, b), sweep(sweep_for(b.depth)), shift_magic(std::ldexp(0x1.8p23f, b.shift())) {
+      : Base(a, e, b),
+        bytes(b.form == Form::bytes),
+        sweep(sweep_for(b.depth, bytes)),
+        rescorer(rescore_for(bytes)),
+        shift_magic(std::ldexp(0x1.8p23f, b.shift())) {
     for (int64_t i = 0; i < b.num_chunks; ++i) {
       const double factor = b.chunks[i].scale * b.chunks[i].half_range;
       max_factor = factor > max_factor ? factor : max_factor;
     }
   }
 
-  // Starts a tile on rows[0, n) of the block that begins at row `begin`, whose squares are known.
+  // Starts a tile on rows[0, n) of the block that begins at row `begin`, whose squares are known,
+  // and for bytes their largest numbers.
   void start(Tile& tile, int64_t begin, const int32_t* rows, int64_t n, const double* squares,
-             int16_t* packed) const {
+             const double* peaks, int16_t* packed) const {
     tile.lower = d8{} - infinity;
-    d8 square{}, error{};
+    d8 square{}, error{}, bias{};
     for (int r = 0; r < tile_rows; ++r) {
       tile.rows[r] = r < n ? rows[r] : -1;
       tile.count[r] = 0;
@@ -40,7 +47,13 @@ struct RowScreen : Survivors<T> {
     tile.norm = sqrt(square) * inflation;
     double highest = 0;
     for (int r = 0; r < tile_rows; ++r) highest = tile.norm[r] > highest ? tile.norm[r] : highest;
-    double scale = highest > 0 ? codebook.largest() / highest : infinity;
+    double peak = highest;
+    if (bytes) {
+      peak = 0;
+      for (int r = 0; r < n; ++r)
+        if (!tile.exact[r] && peaks[rows[r]] > peak) peak = peaks[rows[r]];
+    }
+    double scale = peak > 0 ? codebook.largest() / peak : infinity;
     if (norm_term_range < scale * max_factor) scale = norm_term_range / max_factor;
     if (!(scale < 1e200)) scale = 1;
     tile.scale = scale;
@@ -53,8 +66,15 @@ struct RowScreen : Survivors<T> {
         continue;
       }
       const T* v = read_row<T>(args.x, begin + tile.rows[r], x);
+#if MMFAST_BYTES
+      if (bytes) {
+        error[r] = round_bytes(v, scale, plain, (int8_t*)out, bias[r]);
+        continue;
+      }
+#endif
       error[r] = plain ? round_float(v, scale, out) : round_double(v, scale, out);
     }
+    tile.bias = bias;
     tile.residual = sqrt(error) * (inflation / scale);
   }
 
@@ -98,8 +118,42 @@ struct RowScreen : Survivors<T> {
     return rest;
   }
 
+#if MMFAST_BYTES
+  // Rounds a row to out [2 * depth]. bias: what the codes' offset adds to its scores.
+  double round_bytes(const T* v, double scale, bool plain, int8_t* out, double& bias) const {
+    double rest = 0, total = 0;
+    int64_t d = 0;
+    if constexpr (sizeof(T) == 4) {
+      if (plain) {
+        const float s = (float)scale;
+        vf error{}, wholes{};  // integers, exact in float32
+        for (; d + lanes <= width; d += lanes) {
+          const vf scaled = this->template values<vf>(v, d) * s;
+          const vf shifted = scaled + shift_magic;
+          const vf whole = shifted - shift_magic, e = scaled - whole;
+          error = fma(e, e, error);
+          wholes += whole;
+          store(out + d, low_bytes((vi)shifted));
+        }
+        rest = vsum(error);
+        total = vsum(wholes);
+      }
+    }
+    for (; d < width; ++d) {
+      const double t = (double)v[d] - (euclidean() ? (double)codebook.mean[d] : 0.0);
+      const double scaled = t * scale, whole = (scaled + 0x1.8p52) - 0x1.8p52;
+      rest += (scaled - whole) * (scaled - whole);
+      total += whole;
+      out[d] = (int8_t)whole;
+    }
+    for (; d < 2 * depth; ++d) out[d] = 0;
+    bias = byte_offset * total;
+    return rest;
+  }
+#endif
+
   // Scores of a tile against a chunk. offset: what the integer scores lack.
-  void screen(Tile& tile, const int16_t* rows, int64_t i, d8 offset) const {
+  void screen(Tile& tile, int64_t begin, const int16_t* rows, int64_t i, d8 offset) const {
     const Chunk& chunk = codebook.chunks[i];
     const double unit = tile.scale * chunk.scale, per_unit = 1 / unit;
     alignas(64) int32_t best[tile_rows][lanes], second[tile_rows][lanes];
@@ -108,7 +162,10 @@ struct RowScreen : Survivors<T> {
           (float)(chunk.half_range * unit),
           chunk.id_mask, best, second);
     // The id's bits and the rounding of the scaled norm term.
-    const double noise = (2.0 * chunk.id_mask + 256) * per_unit + 0x1p-23 * chunk.half_range;
+    const double noise = bytes
+                             ? (chunk.id_mask + 2.0) * per_unit + 0x1p-21 * chunk.half_range
+                             : (2.0 * chunk.id_mask + 256) * per_unit + 0x1p-23 * chunk.half_range;
+    if (bytes) offset -= tile.bias * per_unit;
     const d8 bound = error_bound(tile, chunk, d8{} + noise);
     // Stored as a whole and read by element: the other way round would stall.
     alignas(64) double offsets[8], bounds[8], lowers[8];
@@ -118,7 +175,8 @@ struct RowScreen : Survivors<T> {
     for (int r = 0; r < tile_rows; ++r) {
       const vi threshold = vset(smallest(lowers[r] - offsets[r] - bounds[r], unit));
       if (vge(vload(best[r]), threshold) && tile.screened(r))
-        lowers[r] = collect(tile, r, i, unit, offsets[r], bounds[r], lowers[r], best[r], second[r]);
+        lowers[r] = collect(tile, begin, r, i, unit, offsets[r], bounds[r], lowers[r], best[r],
+                            second[r]);
     }
     tile.lower = load<d8>(lowers);
   }
@@ -130,8 +188,8 @@ struct RowScreen : Survivors<T> {
   }
 
   // Adds the row's candidates in chunk i; returns what its best score now is at least.
-  double collect(Tile& tile, int r, int64_t i, double unit, double offset, double bound,
-                 double lower, const int32_t* best, const int32_t* second) const {
+  double collect(Tile& tile, int64_t begin, int r, int64_t i, double unit, double offset,
+                 double bound, double lower, const int32_t* best, const int32_t* second) const {
     const Chunk& chunk = codebook.chunks[i];
     const double per_unit = 1 / unit;
     const vi top = vload(best);
@@ -142,16 +200,47 @@ struct RowScreen : Survivors<T> {
       const int lane = __builtin_ctz(left);
       const int64_t at = chunk.first_tile + (best[lane] & chunk.id_mask);
       if (codebook.order[at * tile_codes + lane] < 0) continue;
-      add(tile, r, lower, {best[lane] * per_unit + offset + bound, at * lanes + lane});
+      add(tile, begin, r, lower,
+          {best[lane] * per_unit + offset + bound, (int32_t)(at * lanes + lane), 0});
       prefetch(at * tile_codes + lane);
     }
-    for (uint32_t left = vge(vload(second), threshold); left; left &= left - 1) {
-      const int lane = __builtin_ctz(left);
-      if (second[lane] > INT32_MIN + chunk.id_mask)
-        add(tile, r, lower,
-            {second[lane] * per_unit + offset + bound, -1 - (i * lanes + lane)});
+    if (vge(vload(second), threshold)) {
+      const int32_t most = vhmax(vload(second));
+      if (most > INT32_MIN + chunk.id_mask)
+        add(tile, begin, r, lower, {most * per_unit + offset + bound, (int32_t)(-1 - i), most});
     }
     return lower;
+  }
+
+  // Decides the tile's rows, whose rounded numbers are `rows`; returns how many codes were
+  // compared.
+  int64_t resolve(Tile& tile, int64_t begin, const int16_t* rows) const {
+    return Base::resolve(
+        tile, begin, [&](auto& contest, int r, double lower, const Candidate& candidate) {
+          return rescreen(contest, rows + r * depth, tile.scale, lower, candidate);
+        });
+  }
+
+  // Compares the codes of a chunk whose scores, made again, can be the best.
+  int64_t rescreen(typename Base::Contest& contest, const int16_t* row, double scale, double lower,
+                   const Candidate& candidate) const {
+    const Chunk& chunk = codebook.chunks[-1 - candidate.where];
+    const double unit = scale * chunk.scale;
+    const double base = candidate.upper - candidate.whole * (1 / unit);
+    const int32_t threshold = smallest(lower - base, unit);
+    int64_t codes = 0;
+    for (int64_t t = chunk.first_tile; t < chunk.first_tile + chunk.tiles; ++t) {
+      uint32_t hits[tile_vectors];
+      rescorer(row, depth, codebook.packed + t * tile_codes * depth,
+               codebook.norm_terms + t * tile_codes, (float)(chunk.half_range * unit), threshold,
+               hits);
+      for (int v = 0; v < tile_vectors; ++v)
+        for (uint32_t left = hits[v]; left; left &= left - 1, ++codes) {
+          const int32_t k = codebook.order[t * tile_codes + v * lanes + __builtin_ctz(left)];
+          if (k >= 0) this->enter_code(contest, k);
+        }
+    }
+    return codes + chunk.tiles * tile_vectors;  // as much work as some more
   }
 };
 

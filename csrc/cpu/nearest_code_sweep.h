@@ -16,17 +16,25 @@ constexpr int64_t tagged_depth = 16;
 constexpr int tag_shift = 4;
 constexpr int64_t chunk_tiles = 1 << 2 * tag_shift;  // limits the bits that an id takes
 
+template <bool bytes>
+MMFAST_INLINE vi multiply(vi acc, vi c, vi b) {
+#if MMFAST_BYTES
+  if constexpr (bytes) return vdot8(acc, c, b);
+#endif
+  return vdot16(acc, c, b);
+}
+
 // Best and second best score of each lane for tile_rows rows x [tile_rows][depth] over `tiles`
 // tiles of codes. The low bits of a score, as id_mask says, hold the number of its tile.
-// Few pairs are a template parameter, so that the compiler unrolls them. Reads the terms of one
-// tile more.
-template <int known_pairs, bool tagged>
+// Few words, of two int16 or four bytes, are a template parameter, so that the compiler unrolls
+// them. Reads the terms of one tile more.
+template <int known_words, bool tagged, bool bytes>
 static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, const int16_t* codes,
                                             const float* terms, int64_t tiles, float term_unit,
                                             int32_t id_mask, int32_t (*best)[lanes],
                                             int32_t (*second)[lanes]) {
-  const int64_t pairs = known_pairs ? known_pairs : depth / 2;
-  if (known_pairs) depth = 2 * known_pairs;
+  const int64_t words = known_words ? known_words : depth / 2;
+  if (known_words) depth = 2 * known_words;
   const vi mask = vset(id_mask);
   vi high[tile_rows], low[tile_rows];
 #pragma GCC unroll 8
@@ -48,7 +56,7 @@ static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, con
   };
   prepare(0);
   for (int64_t t = 0; t < tiles; ++t) {
-    if constexpr (vector_by_vector && known_pairs > 0) {
+    if constexpr (vector_by_vector && known_words > 0) {
       vi first[tile_vectors];
 #pragma GCC unroll 8
       for (int v = 0; v < tile_vectors; ++v) first[v] = start[v];
@@ -59,11 +67,11 @@ static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, con
 #pragma GCC unroll 8
         for (int r = 0; r < tile_rows; ++r) acc[r] = first[v];
 #pragma GCC unroll 16
-        for (int64_t p = 0; p < known_pairs; ++p) {
+        for (int64_t p = 0; p < known_words; ++p) {
           const vi c = vload(codes + (p * tile_vectors + v) * lanes * 2);
 #pragma GCC unroll 8
           for (int r = 0; r < tile_rows; ++r)
-            acc[r] = vdot16(acc[r], c, vbroadcast(x + r * depth + 2 * p));
+            acc[r] = multiply<bytes>(acc[r], c, vbroadcast(x + r * depth + 2 * p));
         }
 #pragma GCC unroll 8
         for (int r = 0; r < tile_rows; ++r) take(r, acc[r], t);
@@ -86,14 +94,14 @@ static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, con
       for (int r = 0; r < tile_rows; ++r) {
         const vi b = vbroadcast(x + r * depth + 2 * p);
 #pragma GCC unroll 8
-        for (int v = 0; v < tile_vectors; ++v) acc[r][v] = vdot16(acc[r][v], c[v], b);
+        for (int v = 0; v < tile_vectors; ++v) acc[r][v] = multiply<bytes>(acc[r][v], c[v], b);
       }
     };
-    if constexpr (known_pairs > 0) {
+    if constexpr (known_words > 0) {
 #pragma GCC unroll 16
-      for (int64_t p = 0; p < known_pairs; ++p) accumulate(p);
+      for (int64_t p = 0; p < known_words; ++p) accumulate(p);
     } else {
-      for (int64_t p = 0; p < pairs; ++p) accumulate(p);
+      for (int64_t p = 0; p < words; ++p) accumulate(p);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < tile_rows; ++r) {
@@ -111,10 +119,53 @@ static __attribute__((noinline)) void sweep(const int16_t* x, int64_t depth, con
   }
 }
 
-using Sweep = decltype(&sweep<0, false>);
+// Which codes of a tile have scores from threshold on, for one row, without ids in them.
+template <bool bytes>
+static __attribute__((noinline)) void rescore(const int16_t* x, int64_t depth, const int16_t* codes,
+                                              const float* terms, float term_unit,
+                                              int32_t threshold, uint32_t* hits) {
+  const int64_t words = depth / 2;
+  vi acc[tile_vectors][2];  // two sums, which need not wait for each other
+#pragma GCC unroll 8
+  for (int v = 0; v < tile_vectors; ++v) {
+    acc[v][0] = vscale(terms + v * lanes, term_unit);
+    acc[v][1] = vset(0);
+  }
+  const auto accumulate = [&](int64_t p, int i) __attribute__((always_inline)) {
+    const vi b = vbroadcast(x + 2 * p);
+#pragma GCC unroll 8
+    for (int v = 0; v < tile_vectors; ++v)
+      acc[v][i] = multiply<bytes>(acc[v][i], vload(codes + (p * tile_vectors + v) * lanes * 2), b);
+  };
+  int64_t p = 0;
+  for (; p + 2 <= words; p += 2) {
+    accumulate(p, 0);
+    accumulate(p + 1, 1);
+  }
+  if (p < words) accumulate(p, 0);
+#pragma GCC unroll 8
+  for (int v = 0; v < tile_vectors; ++v)
+    hits[v] = vge(vadd(acc[v][0], acc[v][1]), vset(threshold));
+}
 
-static Sweep sweep_for(int64_t depth) {
-  return depth == 8 ? sweep<4, true> : depth <= tagged_depth ? sweep<0, true> : sweep<0, false>;
+using Sweep = decltype(&sweep<0, false, false>);
+
+using Rescore = decltype(&rescore<false>);
+
+static Rescore rescore_for(bool bytes) {
+#if MMFAST_BYTES
+  if (bytes) return rescore<true>;
+#endif
+  return rescore<false>;
+}
+
+static Sweep sweep_for(int64_t depth, bool bytes) {
+#if MMFAST_BYTES
+  if (bytes) return sweep<0, false, true>;
+#endif
+  return depth == 8              ? sweep<4, true, false>
+         : depth <= tagged_depth ? sweep<0, true, false>
+                                 : sweep<0, false, false>;
 }
 
 }  // namespace mmfast::MMFAST_ISA

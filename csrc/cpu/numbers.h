@@ -34,15 +34,18 @@ MMFAST_INLINE vd fma(vd a, vd b, vd c) {
 #endif
 }
 
+using bits16 = uint16_t __attribute__((vector_size(2 * lanes)));
+using bits32 = uint32_t __attribute__((vector_size(4 * lanes)));
+
 MMFAST_INLINE void read_numbers(const char* at, Dtype dtype, vf& v) {
   using bits16 [[maybe_unused]] = uint16_t __attribute__((vector_size(2 * lanes)));
-  using bits32 = uint32_t __attribute__((vector_size(4 * lanes)));
+  using bits32 [[maybe_unused]] = uint32_t __attribute__((vector_size(4 * lanes)));
   switch (dtype) {
     case Dtype::float32: v = load<vf>(at); return;
     case Dtype::bfloat16:
 #if defined(__AVX512F__)
       // GCC 12 converts in halves.
-      v = (vf)((bits32)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)) << 16);
+      v = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)), 16);
 #else
       v = (vf)(__builtin_convertvector(load<bits16>(at), bits32) << 16);
 #endif
@@ -81,13 +84,24 @@ MMFAST_INLINE void write_numbers(char* at, Dtype dtype, vf v) {
   switch (dtype) {
     case Dtype::float32: store(at, v); return;
     case Dtype::bfloat16: {
-      const bits32 bits = (bits32)v, nan = (bits32)(v != v);
+#if defined(__AVX512BF16__)
+      // Rounds as below, but for NaN and what is below the normal numbers.
+      constexpr int odd = 0x80 | 0x20 | 0x01;
+      if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, odd) == 0, 1)) {
+        store(at, _mm512_cvtneps_pbh((__m512)v));
+        return;
+      }
+#endif
+      const bits32 bits = (bits32)v;
       const bits32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-      const bits32 kept = (rounded & ~nan) | (nan & 0x7FC0);
 #if defined(__AVX512F__)
-      store(at, _mm512_cvtepi32_epi16((__m512i)kept));
+      // GCC 12 makes vectors of its masks.
+      const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+      const __m512i kept = _mm512_mask_mov_epi32((__m512i)rounded, nan, _mm512_set1_epi32(0x7FC0));
+      store(at, _mm512_cvtepi32_epi16(kept));
 #else
-      store(at, __builtin_convertvector(kept, bits16));
+      const bits32 nan = (bits32)(v != v);
+      store(at, __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), bits16));
 #endif
       return;
     }

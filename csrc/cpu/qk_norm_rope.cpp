@@ -83,10 +83,8 @@ class Call {
     };
     row(grad_weight, args.grad_weight, args.weight_dtype);
     row(grad_bias, args.grad_bias, args.bias_dtype);
-    const bool done =
-        grad ? kernels().qk_norm_rope_bwd(args, parallel()) : kernels().qk_norm_rope(args, parallel());
-    STD_TORCH_CHECK(done, "qk_norm_rope: out of memory for ", args.heads, " heads of dimension ",
-                    args.num_dims);
+    STD_TORCH_CHECK(kernels().qk_norm_rope(args, parallel()), "qk_norm_rope: out of memory for ",
+                    args.heads, " heads of dimension ", args.num_dims);
   }
 
  private:

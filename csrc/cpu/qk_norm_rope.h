@@ -18,7 +18,7 @@ struct HeadsView {
 // T is double for float64, else float.
 struct QkNormRopeArgs {
   HeadsView x, out;
-  HeadsView grad;  // for gradients: of what `x` became; `out` is the gradient of x
+  HeadsView grad;  // of what x becomes, if `out` is to be the gradient of x
   Dtype dtype;     // of these
   int64_t batch, length, heads, num_dims;
 

@@ -1,4 +1,5 @@
-// Heads are normalised and rotated in the first cache: numbers are read once, and written once.
+// Heads are normalised and rotated some at a time, so that their sums, roots and divisions overlap:
+// numbers come from memory once, and from the first cache again.
 //
 // The last vector of a head overlaps the one before it where E is no multiple of the vectors'
 // width. A head that is narrower than a vector is padded with zeros.
@@ -11,113 +12,155 @@
 
 namespace mmfast::MMFAST_ISA {
 
-template <class T, Dtype DTYPE>
+// COUNT: vectors of a head, 0 if the compiler is not to know.
+template <class T, Dtype DTYPE, int COUNT>
 struct QkNormRope {
   using V = typename Native<T>::V;
   static constexpr int64_t W = native_width<T>;
   static constexpr int64_t size = DTYPE == Dtype::float64 ? 8 : DTYPE == Dtype::float32 ? 4 : 2;
   static constexpr int64_t block = 16;  // tokens whose tables are made at once
+  static constexpr int64_t together = 16;  // heads, unless a norm is of more
   static constexpr int64_t most_parts = 64, least_part = 64;  // of a sum over tokens, and tokens
 
   const QkNormRopeArgs& args;
   const int64_t E, R, stride;  // stride: numbers from one head to the next in our memory
-  const int64_t vectors, tail;  // of a head; lanes of the last one that the others have not
-  const int64_t blocks_per_sample, blocks;
-  const bool backward;
+  const int64_t tail;          // lanes of the last vector that the others have not
+  const int64_t blocks_per_sample, blocks, group;  // group: heads of a norm
+  const bool layer;
+  const bool folded;  // weights are in the tables
   int64_t part_blocks = 1, parts = 0;
   double* sums = nullptr;  // [parts][2][rows_width]
   std::atomic<bool> failed{false};
 
-  QkNormRope(const QkNormRopeArgs& a, bool is_backward)
+  explicit QkNormRope(const QkNormRopeArgs& a)
       : args(a),
         E(a.num_dims),
         R(a.cos ? a.rotary_dim : 0),
         stride((a.num_dims + 15) / 16 * 16),
-        vectors((a.num_dims + W - 1) / W),
-        tail(a.num_dims - (vectors - 1) * W),
+        tail(a.num_dims - (a.num_dims - 1) / W * W),
         blocks_per_sample((a.length + block - 1) / block),
         blocks(a.batch * blocks_per_sample),
-        backward(is_backward) {}
+        group(a.across_heads ? a.heads : 1),
+        layer(a.norm == Norm::layer),
+        folded(R == E && a.weight && !a.bias && !a.across_heads && !a.grad.data) {}
   QkNormRope(const QkNormRope&) = delete;
   ~QkNormRope() { std::free(sums); }
 
+  __attribute__((always_inline)) int64_t vectors() const {
+    return COUNT ? COUNT : (E + W - 1) / W;
+  }
+
+  // A head of a token.
+  struct Row {
+    const char *x, *grad;
+    char* out;
+    const T *table, *weight, *bias;
+    T *to_weight, *to_bias, *to_xhat;
+    T mean, inverse;
+    T average, along;  // of the gradient, and of its products with xhat
+  };
+
   // A thread's memory.
   struct Work {
-    T* memory;
-    T* tables;            // [block][2][stride]
-    T *x, *grad;          // [H or 1][stride]
-    T* pairs;             // [2 stride]: a head and its beginning once more
-    T *to_weight, *to_bias;  // [H or 1][stride], of a block
-    double* sums;         // of a part
+    void* memory;
+    Row* rows;
+    T* tables;               // [block][2][stride]
+    T *weight, *bias;        // [group][stride]
+    T *to_weight, *to_bias;  // [group][stride], of a block
+    T* to_xhat;              // [rows][stride]
+    T* pairs;                // [2 stride]: a head and its beginning once more
+    double* sums;            // of a part
   };
 
   bool sums_rows() const { return args.grad_weight || args.grad_bias; }
-  int64_t group() const { return args.across_heads ? args.heads : 1; }  // heads of a norm
 
   bool prepare(Work& work) const {
-    const int64_t heads = group() * stride, tables = block * 2 * stride;
-    work.memory = allocate<T>(tables + 4 * heads + 2 * stride);
-    if (!work.memory) return false;
-    T* at = work.memory;
+    const int64_t most = group > together ? group : together;
+    const int64_t rows = (most * (int64_t)sizeof(Row) + 63) / 64 * 64 / (int64_t)sizeof(T);
+    const int64_t numbers = rows + (2 * block + 4 * group + most + 2) * stride;
+    T* at = allocate<T>(numbers);
+    if (!at) return false;
+    // Padding is read, though nothing follows from it.
+    std::memset(at, 0, (size_t)numbers * sizeof(T));
+    work.memory = at;
+    work.rows = (Row*)at;
+    at += rows;
     const auto take = [&](int64_t count) {
       T* taken = at;
-      at += count;
+      at += count * stride;
       return taken;
     };
-    work.tables = take(tables);
-    work.x = take(heads);
-    work.grad = take(heads);
-    work.to_weight = take(heads);
-    work.to_bias = take(heads);
-    work.pairs = take(2 * stride);
-    // Padding is read, though nothing follows from it.
-    std::memset(work.memory, 0, (size_t)(at - work.memory) * sizeof(T));
+    work.tables = take(2 * block);
+    work.weight = take(group);
+    work.bias = take(group);
+    work.to_weight = take(group);
+    work.to_bias = take(group);
+    work.to_xhat = take(most);
+    work.pairs = take(2);
+    for (int64_t i = 0; i < group; ++i)
+      for (int64_t e = 0; e < E; ++e) {
+        work.weight[i * stride + e] = args.weight ? ((const T*)args.weight)[i * E + e] : 1;
+        if (args.bias) work.bias[i * stride + e] = ((const T*)args.bias)[i * E + e];
+      }
     return true;
   }
 
   // Where vector v of a head begins.
-  MMFAST_INLINE int64_t place(int64_t v, int64_t width) {
-    const int64_t last = width - W;
-    return v * W < last || last < 0 ? v * W : last;
+  __attribute__((always_inline)) int64_t place(int64_t v) const {
+    return v + 1 < vectors() || (!COUNT && E < W) ? v * W : E - W;
   }
 
-  MMFAST_INLINE V take(const char* at, int64_t e, int64_t width) {
+  __attribute__((always_inline)) V take(const char* at, int64_t e) const {
     V v;
-    if (width >= W) {
+    if (COUNT || E >= W) {
       read_numbers(at + e * size, DTYPE, v);
       return v;
     }
     char padded[W * sizeof(double)]{};
-    std::memcpy(padded, at, (size_t)(width * size));
+    std::memcpy(padded, at, (size_t)(E * size));
     read_numbers(padded, DTYPE, v);
     return v;
   }
 
-  MMFAST_INLINE void put(char* at, int64_t e, int64_t width, V v) {
-    if (width >= W) {
+  __attribute__((always_inline)) void put(char* at, int64_t e, V v) const {
+#if defined(__AVX512BF16__)
+    // One instruction for ten; it takes denormals for zeros.
+    if constexpr (DTYPE == Dtype::bfloat16 && COUNT) {
+      store(at + e * size, _mm512_cvtneps_pbh((__m512)v));
+      return;
+    }
+#endif
+    if (COUNT || E >= W) {
       write_numbers(at + e * size, DTYPE, v);
       return;
     }
     char padded[W * sizeof(double)];
     write_numbers(padded, DTYPE, v);
-    std::memcpy(at, padded, (size_t)(width * size));
+    std::memcpy(at, padded, (size_t)(E * size));
   }
 
-  // Vector v without the lanes that belong to the one before it.
+  // Vector v with zeros for what is no number of the head, or belongs to the vector before it.
   __attribute__((always_inline)) V own(V value, int64_t v) const {
-    if (v + 1 < vectors || tail == W || E < W) return value;
+    if (v + 1 < vectors() || tail == W) return value;
+    if (!COUNT && E < W) return first(tail, value, V{});
+    return first(W - tail, V{}, value);
+  }
+
+  // The first count lanes of a, the others of b.
+  MMFAST_INLINE V first(int64_t count, V a, V b) {
     V lane;
     for (int i = 0; i < W; ++i) lane[i] = (T)i;
-    return lane >= V{} + (T)(W - tail) ? value : V{};
+    return lane < V{} + (T)count ? a : b;
   }
 
   // cos and sin of a token as factors of a number and of its partner, for each number of a head.
-  void expand(T* to, int64_t b, int64_t l) const {
+  void expand(T* to, const T* weight, int64_t b, int64_t l) const {
     const int64_t row = b * args.table_stride + l * args.table_width, h = R / 2;
     const T *cos = (const T*)args.cos + row, *sin = (const T*)args.sin + row;
     T *c = to, *s = to + stride;
     const bool pairs = args.table_width != R;
     // Gradients take the partner's sine.
+    const bool backward = args.grad.data != nullptr;
     if (args.half) {
       const int64_t second = pairs ? 0 : h;
       const T *first_sin = backward ? sin + second : sin, *second_sin = backward ? sin : sin + second;
@@ -128,200 +171,232 @@ struct QkNormRope {
         s[i] = sign * first_sin[i];
         s[i + h] = -sign * second_sin[i];
       }
-      return;
+    } else {
+      for (int64_t i = 0; i < h; ++i) {
+        const int64_t a = pairs ? i : 2 * i, z = pairs ? i : 2 * i + 1;
+        c[2 * i] = cos[a];
+        c[2 * i + 1] = cos[z];
+        s[2 * i] = backward ? sin[z] : -sin[a];
+        s[2 * i + 1] = backward ? -sin[a] : sin[z];
+      }
     }
+    if (!folded) return;
     for (int64_t i = 0; i < h; ++i) {
-      const int64_t a = pairs ? i : 2 * i, z = pairs ? i : 2 * i + 1;
-      c[2 * i] = cos[a];
-      c[2 * i + 1] = cos[z];
-      s[2 * i] = backward ? sin[z] : -sin[a];
-      s[2 * i + 1] = backward ? -sin[a] : sin[z];
+      const int64_t a = args.half ? i : 2 * i, z = args.half ? i + h : 2 * i + 1;
+      c[a] *= weight[a];
+      c[z] *= weight[z];
+      s[a] *= weight[z];
+      s[z] *= weight[a];
     }
   }
 
+  enum class Way { none, neighbours, halves, memory };  // in which partners are found
+
+  Way way() const {
+    if (R == 0) return Way::none;
+    if (!args.half) return E % 2 == 0 || E < W ? Way::neighbours : Way::memory;
+    return R == E && E % (2 * W) == 0 ? Way::halves : Way::memory;
+  }
+
   // Calls give(v, e, rotated) for the vectors of a head, whose numbers are at(v, e).
-  template <class At, class Give>
+  template <Way WAY, class At, class Give>
   __attribute__((always_inline)) void rotate(const T* table, T* pairs, const At& at,
                                              const Give& give) const {
     const int64_t h = R / 2;
     const T *c = table, *s = table + stride;
-    if (R == 0) {
-      for (int64_t v = 0; v < vectors; ++v) give(v, place(v, E), at(v, place(v, E)));
-      return;
-    }
     const auto turned = [&](int64_t e, V n, V partner) __attribute__((always_inline)) {
-      V r = fma(n, load<V>(c + e), partner * load<V>(s + e));
-      if (e + W > R)
-        for (int64_t i = R > e ? R - e : 0; i < W; ++i) r[i] = n[i];
-      return r;
+      const V r = fma(n, load<V>(c + e), partner * load<V>(s + e));
+      return R < E ? first(R - e, r, n) : r;
     };
-    if (!args.half) {
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t e = place(v, E);
+    if constexpr (WAY == Way::none) {
+      for (int64_t v = 0; v < vectors(); ++v) give(v, place(v), at(v, place(v)));
+    } else if constexpr (WAY == Way::neighbours) {
+      for (int64_t v = 0; v < vectors(); ++v) {
+        const int64_t e = place(v);
         const V n = at(v, e);
         give(v, e, turned(e, n, swap_pairs(n)));
       }
-      return;
-    }
-    if (R == E && h % W == 0) {
-      for (int64_t v = 0, u = vectors / 2; u < vectors; ++v, ++u) {
+    } else if constexpr (WAY == Way::halves) {
+      for (int64_t v = 0, u = vectors() / 2; u < vectors(); ++v, ++u) {
         const V a = at(v, v * W), b = at(u, u * W);
         give(v, v * W, fma(a, load<V>(c + v * W), b * load<V>(s + v * W)));
         give(u, u * W, fma(b, load<V>(c + u * W), a * load<V>(s + u * W)));
       }
-      return;
-    }
-    for (int64_t v = 0; v < vectors; ++v) store(pairs + place(v, E), at(v, place(v, E)));
-    // What follows the rotated numbers makes room for their beginning: it is not needed.
-    T beginning[W];
-    for (int64_t i = 0; i < h; i += W) {
-      std::memcpy(beginning, pairs + i, sizeof beginning);
-      std::memcpy(pairs + R + i, beginning, sizeof beginning);
-    }
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t e = place(v, E);
-      give(v, e, turned(e, at(v, e), load<V>(pairs + e + h)));
-    }
-  }
-
-  // Of the heads [h, h + group) of a token, which stay in work.x; for a layer's norm less their
-  // mean.
-  __attribute__((always_inline)) T read_normed(const Work& work, int64_t b, int64_t l,
-                                               int64_t h) const {
-    const bool layer = args.norm == Norm::layer;
-    V squares[2]{}, total{};
-    for (int64_t i = 0; i < group(); ++i) {
-      const char* from = args.x.head(b, l, h + i);
-      T* x = work.x + i * stride;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t e = place(v, E);
-        const V value = take(from, e, E), mine = own(value, v);
-        store(x + e, value);
-        if (layer)
-          total += mine;
-        else
-          squares[v & 1] = fma(mine, mine, squares[v & 1]);
-      }
-    }
-    const T count = (T)(E * group());
-    if (layer) {
-      const T mean = sum_lanes(total) / count;
-      for (int64_t i = 0; i < group(); ++i) {
-        T* x = work.x + i * stride;
-        // The last vector, which overlaps, must not be centred twice.
-        const V last = load<V>(x + place(vectors - 1, E)) - mean;
-        for (int64_t v = 0; v < vectors; ++v) {
-          const int64_t e = place(v, E);
-          V value = v + 1 < vectors ? load<V>(x + e) - mean : last;
-          if (E < W)
-            for (int64_t k = E; k < W; ++k) value[k] = 0;
-          const V mine = own(value, v);
-          store(x + e, value);
-          squares[v & 1] = fma(mine, mine, squares[v & 1]);
+    } else {
+      for (int64_t v = 0; v < vectors(); ++v) store(pairs + place(v), at(v, place(v)));
+      int64_t offset = 0;  // from a number to its partner
+      if (args.half) {
+        // What follows the rotated numbers makes room for their beginning: it is not needed.
+        T beginning[W];
+        for (int64_t i = 0; i < h; i += W) {
+          std::memcpy(beginning, pairs + i, sizeof beginning);
+          std::memcpy(pairs + R + i, beginning, sizeof beginning);
+        }
+        offset = h;
+      } else {
+        for (int64_t i = 0; i < R; i += 2) {
+          const T a = pairs[i];
+          pairs[i] = pairs[i + 1];
+          pairs[i + 1] = a;
         }
       }
+      for (int64_t v = 0; v < vectors(); ++v) {
+        const int64_t e = place(v);
+        give(v, e, turned(e, at(v, e), load<V>(pairs + e + offset)));
+      }
     }
-    if (args.norm == Norm::none) return 1;
-    const T mean = sum_lanes(squares[0] + squares[1]) / count + (T)args.eps;
-    return 1 / (sizeof(T) == 4 ? (T)__builtin_sqrtf((float)mean) : (T)__builtin_sqrt((double)mean));
   }
 
-  MMFAST_INLINE V row_at(const T* row, int64_t e, int64_t width) {
-    if (width >= W) return load<V>(row + e);
-    V v{};
-    std::memcpy(&v, row, (size_t)width * sizeof(T));
-    return v;
+  // Means and inverses of the rows.
+  void measure(Row* rows, int64_t count) const {
+    if (args.norm == Norm::none) return;
+    const T numbers = (T)(E * group);
+    if (layer) {
+      for (int64_t i = 0; i < count; ++i) {
+        V total{};
+        for (int64_t v = 0; v < vectors(); ++v) total += own(take(rows[i].x, place(v)), v);
+        rows[i].mean = sum_lanes(total);
+      }
+      share(rows, count, &Row::mean);
+      for (int64_t i = 0; i < count; ++i) rows[i].mean /= numbers;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const V mean = V{} + rows[i].mean;
+      V squares[2]{};
+      for (int64_t v = 0; v < vectors(); ++v) {
+        const V x = take(rows[i].x, place(v)), mine = own(layer ? x - mean : x, v);
+        squares[v & 1] = fma(mine, mine, squares[v & 1]);
+      }
+      rows[i].inverse = sum_lanes(squares[0] + squares[1]);
+    }
+    share(rows, count, &Row::inverse);
+    for (int64_t i = 0; i < count; ++i) {
+      const T mean = rows[i].inverse / numbers + (T)args.eps;
+      rows[i].inverse =
+          1 / (sizeof(T) == 4 ? (T)__builtin_sqrtf((float)mean) : (T)__builtin_sqrt((double)mean));
+    }
   }
 
-  void forward_group(const Work& work, const T* table, int64_t b, int64_t l, int64_t h) const {
-    const V inverse = V{} + read_normed(work, b, l, h);
-    for (int64_t i = 0; i < group(); ++i) {
-      const T* x = work.x + i * stride;
-      const T* weight = args.weight ? (const T*)args.weight + i * E : nullptr;
-      const T* bias = args.bias ? (const T*)args.bias + i * E : nullptr;
-      char* to = args.out.head(b, l, h + i);
+  // What heads that are normalised together have is summed over them.
+  void share(Row* rows, int64_t count, T Row::*of) const {
+    if (!args.across_heads) return;
+    T total = 0;
+    for (int64_t i = 0; i < count; ++i) total += rows[i].*of;
+    for (int64_t i = 0; i < count; ++i) rows[i].*of = total;
+  }
+
+  template <Way WAY>
+  void forward(Row* rows, int64_t count, T* pairs) const {
+    measure(rows, count);
+    const bool biased = args.bias != nullptr;
+    for (int64_t i = 0; i < count; ++i) {
+      const Row row = rows[i];
+      const V mean = V{} + row.mean, inverse = V{} + row.inverse;
       const auto normed = [&](int64_t, int64_t e) __attribute__((always_inline)) {
-        V n = load<V>(x + e) * inverse;
-        if (weight) n *= row_at(weight, e, E);
-        if (bias) n += row_at(bias, e, E);
-        return n;
+        const V x = layer ? take(row.x, e) - mean : take(row.x, e);
+        if (folded) return x;
+        const V n = x * inverse * load<V>(row.weight + e);
+        return biased ? n + load<V>(row.bias + e) : n;
       };
       const auto write = [&](int64_t, int64_t e, V v) __attribute__((always_inline)) {
-        put(to, e, E, v);
+        put(row.out, e, folded ? v * inverse : v);
       };
-      rotate(table, work.pairs, normed, write);
+      rotate<WAY>(row.table, pairs, normed, write);
     }
   }
 
-  void backward_group(const Work& work, const T* table, int64_t b, int64_t l, int64_t h) const {
-    const bool plain = args.norm == Norm::none, layer = args.norm == Norm::layer;
-    const T inverse = plain ? 1 : read_normed(work, b, l, h);
-    V products{}, total{};
-    for (int64_t i = 0; i < group(); ++i) {
-      const T* x = work.x + i * stride;
-      T *grad = work.grad + i * stride, *to_weight = work.to_weight + i * stride;
-      T* to_bias = work.to_bias + i * stride;
-      const T* weight = args.weight ? (const T*)args.weight + i * E : nullptr;
-      const char* from = args.grad.head(b, l, h + i);
-      char* to = args.out.head(b, l, h + i);
+  template <Way WAY>
+  void backward(Row* rows, int64_t count, T* pairs) const {
+    measure(rows, count);
+    const bool plain = args.norm == Norm::none, of_weight = args.grad_weight, of_bias = args.grad_bias;
+    for (int64_t i = 0; i < count; ++i) {
+      const Row row = rows[i];
+      const V mean = V{} + row.mean, inverse = V{} + row.inverse;
+      V products[2]{}, total{};
       const auto read = [&](int64_t, int64_t e) __attribute__((always_inline)) {
-        return take(from, e, E);
+        return take(row.grad, e);
       };
       const auto use = [&](int64_t v, int64_t e, V g) __attribute__((always_inline)) {
         if (plain) {
-          put(to, e, E, g);
+          put(row.out, e, g);
           return;
         }
-        const V xhat = load<V>(x + e) * inverse, mine = own(g, v);
-        if (args.grad_weight) store(to_weight + e, fma(mine, xhat, load<V>(to_weight + e)));
-        if (args.grad_bias) store(to_bias + e, load<V>(to_bias + e) + mine);
-        const V w = weight ? row_at(weight, e, E) : V{} + (T)1;
-        store(grad + e, g * w);
-        products = fma(mine * w, xhat, products);
-        if (layer) total = fma(mine, w, total);
+        const V x = take(row.x, e), xhat = (layer ? x - mean : x) * inverse, mine = own(g, v);
+        const V w = load<V>(row.weight + e), mine_w = mine * w;
+        if (of_weight) store(row.to_weight + e, fma(mine, xhat, load<V>(row.to_weight + e)));
+        if (of_bias) store(row.to_bias + e, load<V>(row.to_bias + e) + mine);
+        store(row.to_xhat + e, g * w);
+        products[v & 1] = fma(mine_w, xhat, products[v & 1]);
+        if (layer) total += mine_w;
       };
-      rotate(table, work.pairs, read, use);
+      rotate<WAY>(row.table, pairs, read, use);
+      rows[i].along = sum_lanes(products[0] + products[1]);
+      rows[i].average = layer ? sum_lanes(total) : 0;
     }
     if (plain) return;
-    const T count = (T)(E * group());
-    const V along = V{} + sum_lanes(products) / count * inverse;
-    const V mean = V{} + (layer ? sum_lanes(total) / count : 0);
-    for (int64_t i = 0; i < group(); ++i) {
-      const T *x = work.x + i * stride, *grad = work.grad + i * stride;
-      char* to = args.out.head(b, l, h + i);
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t e = place(v, E);
-        put(to, e, E, inverse * (load<V>(grad + e) - mean - load<V>(x + e) * along));
+    share(rows, count, &Row::along);
+    share(rows, count, &Row::average);
+    const T per_number = 1 / (T)(E * group);
+    for (int64_t i = 0; i < count; ++i) {
+      const Row row = rows[i];
+      const V mean = V{} + row.mean, inverse = V{} + row.inverse;
+      const V average = V{} + row.average * per_number;
+      const V along = V{} + row.along * per_number * row.inverse;
+      for (int64_t v = 0; v < vectors(); ++v) {
+        const int64_t e = place(v);
+        const V x = take(row.x, e);
+        V to_x = fma(layer ? x - mean : x, -along, load<V>(row.to_xhat + e));
+        if (layer) to_x -= average;
+        put(row.out, e, to_x * inverse);
       }
     }
   }
 
+  template <Way WAY>
   void run_block(const Work& work, int64_t index) const {
     const int64_t b = index / blocks_per_sample, first = index % blocks_per_sample * block;
     const int64_t last = first + block < args.length ? first + block : args.length;
     if (R)
-      for (int64_t l = first; l < last; ++l) expand(work.tables + (l - first) * 2 * stride, b, l);
-    const auto one = [&](int64_t l, int64_t h) {
-      const T* table = work.tables + (l - first) * 2 * stride;
-      backward ? backward_group(work, table, b, l, h) : forward_group(work, table, b, l, h);
+      for (int64_t l = first; l < last; ++l) expand(work.tables + (l - first) * 2 * stride, work.weight, b, l);
+    int64_t count = 0;
+    const auto finish = [&] {
+      args.grad.data ? backward<WAY>(work.rows, count, work.pairs)
+                     : forward<WAY>(work.rows, count, work.pairs);
+      count = 0;
     };
-    if (args.across_heads) {
-      for (int64_t l = first; l < last; ++l) one(l, 0);
-    } else if (args.x.strides[1] < args.x.strides[2]) {
+    const auto add = [&](int64_t l, int64_t h) {
+      const int64_t offset = args.across_heads ? h * stride : 0;
+      Row& row = work.rows[count];
+      row.x = args.x.head(b, l, h);
+      row.grad = args.grad.data ? args.grad.head(b, l, h) : nullptr;
+      row.out = args.out.head(b, l, h);
+      row.table = work.tables + (l - first) * 2 * stride;
+      row.weight = work.weight + offset;
+      row.bias = work.bias + offset;
+      row.to_weight = work.to_weight + offset;
+      row.to_bias = work.to_bias + offset;
+      row.to_xhat = work.to_xhat + count * stride;
+      row.mean = 0;
+      row.inverse = 1;
+      ++count;
+      if (args.across_heads ? h + 1 == args.heads : count == together) finish();
+    };
+    if (args.x.strides[1] < args.x.strides[2] && !args.across_heads) {
       for (int64_t h = 0; h < args.heads; ++h)
-        for (int64_t l = first; l < last; ++l) one(l, h);
+        for (int64_t l = first; l < last; ++l) add(l, h);
     } else {
       for (int64_t l = first; l < last; ++l)
-        for (int64_t h = 0; h < args.heads; ++h) one(l, h);
+        for (int64_t h = 0; h < args.heads; ++h) add(l, h);
     }
+    if (count) finish();
     if (!work.sums) return;
     const int64_t width = args.rows_width();
-    for (int64_t i = 0; i < group(); ++i)
+    for (int64_t i = 0; i < group; ++i)
       for (int64_t e = 0; e < E; ++e) {
         work.sums[i * E + e] += work.to_weight[i * stride + e];
         work.sums[width + i * E + e] += work.to_bias[i * stride + e];
       }
-    const size_t bytes = (size_t)(group() * stride) * sizeof(T);
+    const size_t bytes = (size_t)(group * stride) * sizeof(T);
     std::memset(work.to_weight, 0, bytes);
     std::memset(work.to_bias, 0, bytes);
   }
@@ -332,10 +407,16 @@ struct QkNormRope {
       failed = true;
       return;
     }
+    const Way found = way();
     for (int64_t part = begin; part < end; ++part) {
       if (sums) work.sums = sums + part * 2 * args.rows_width();
       const int64_t last = (part + 1) * part_blocks;
-      for (int64_t i = part * part_blocks; i < last && i < blocks; ++i) run_block(work, i);
+      for (int64_t i = part * part_blocks; i < last && i < blocks; ++i) {
+        if (found == Way::none) run_block<Way::none>(work, i);
+        if (found == Way::neighbours) run_block<Way::neighbours>(work, i);
+        if (found == Way::halves) run_block<Way::halves>(work, i);
+        if (found == Way::memory) run_block<Way::memory>(work, i);
+      }
     }
     std::free(work.memory);
   }
@@ -380,22 +461,27 @@ struct QkNormRope {
   }
 };
 
-static bool run_qk_norm_rope(const QkNormRopeArgs& args, const Parallel& parallel, bool backward) {
+template <class T, Dtype DTYPE>
+static bool run_qk_norm_rope(const QkNormRopeArgs& args, const Parallel& parallel) {
+  // E = 64, 65 to 80, 96 and 128 with the widest vectors.
+  switch ((args.num_dims + native_width<T> - 1) / native_width<T>) {
+    case 4: return QkNormRope<T, DTYPE, 4>(args).run(parallel);
+    case 5: return QkNormRope<T, DTYPE, 5>(args).run(parallel);
+    case 6: return QkNormRope<T, DTYPE, 6>(args).run(parallel);
+    case 8: return QkNormRope<T, DTYPE, 8>(args).run(parallel);
+    default: return QkNormRope<T, DTYPE, 0>(args).run(parallel);
+  }
+}
+
+// The gradients, if args have any; else the op.
+static bool qk_norm_rope(const QkNormRopeArgs& args, const Parallel& parallel) {
   switch (args.dtype) {
-    case Dtype::float32: return QkNormRope<float, Dtype::float32>(args, backward).run(parallel);
-    case Dtype::float16: return QkNormRope<float, Dtype::float16>(args, backward).run(parallel);
-    case Dtype::bfloat16: return QkNormRope<float, Dtype::bfloat16>(args, backward).run(parallel);
-    case Dtype::float64: return QkNormRope<double, Dtype::float64>(args, backward).run(parallel);
+    case Dtype::float32: return run_qk_norm_rope<float, Dtype::float32>(args, parallel);
+    case Dtype::float16: return run_qk_norm_rope<float, Dtype::float16>(args, parallel);
+    case Dtype::bfloat16: return run_qk_norm_rope<float, Dtype::bfloat16>(args, parallel);
+    case Dtype::float64: return QkNormRope<double, Dtype::float64, 0>(args).run(parallel);
   }
   return false;
-}
-
-static bool qk_norm_rope(const QkNormRopeArgs& args, const Parallel& parallel) {
-  return run_qk_norm_rope(args, parallel, false);
-}
-
-static bool qk_norm_rope_bwd(const QkNormRopeArgs& args, const Parallel& parallel) {
-  return run_qk_norm_rope(args, parallel, true);
 }
 
 }  // namespace mmfast::MMFAST_ISA

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/glue.h"
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 
 namespace mmfast {
@@ -42,7 +43,7 @@ Tensor of_kernel(const Tensor& like, bool wide, bool needed) {
     shape.clear();
     for (int64_t d = 0; d < like.dim(); ++d) shape.push_back(like.size(d));
   }
-  return torch::stable::new_empty(like, shape, wide_type(wide));
+  return on_huge_pages(torch::stable::new_empty(like, shape, wide_type(wide)));
 }
 
 Tensor narrowed(const Tensor& tensor, const Tensor& like) {

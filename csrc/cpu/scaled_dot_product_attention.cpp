@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention(
   args.keys[0].value = views.heads(value);
   args.causal = causal ? Causal::top_left : Causal::none;
   args.mask = views.mask(mask);
-  args.dropout = (float)dropout;
+  args.dropout = dropout;
   args.seed = integer_of(seed);
   args.offset = integer_of(offset);
   check_memory(kernels().attention_forward(args, parallel()));

@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scaled_dot_product_attention_bwd(
   args.keys[0] = {views.sequences(key.size(2), {}), views.heads(key), views.heads(value),
                   views.heads(grad_key), views.heads(grad_value)};
   args.causal = causal ? Causal::top_left : Causal::none;
-  args.dropout = (float)dropout;
+  args.dropout = dropout;
   args.seed = integer_of(seed);
   args.offset = integer_of(offset);
   // A mask that was expanded has a gradient for every number of its shape.

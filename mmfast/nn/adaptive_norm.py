@@ -8,7 +8,8 @@ from mmfast.ops.gated_residual import gated_residual
 from mmfast.ops.gated_residual_modulate import gated_residual_modulate
 from mmfast.ops.layer_norm_modulate import layer_norm_modulate
 
-# A branch's gate and output, which have not yet been added to the residual.
+# A branch's gate and output, which have not yet been added to the residual. Under autocast the
+# output may be of another dtype than the residual.
 Pending = tuple[Tensor | None, Tensor]
 
 
@@ -48,7 +49,7 @@ def next_branch(
         return x, layer_norm_modulate(x, shift, scale, eps=eps, weight=weight, bias=bias)
     gate, y = pending
     residual, branch = gated_residual_modulate(
-        x, gate, y, shift, scale, eps=eps, weight=weight, bias=bias
+        x, gate, y.to(x.dtype), shift, scale, eps=eps, weight=weight, bias=bias
     )
     return residual, branch
 
@@ -56,4 +57,4 @@ def next_branch(
 def settled(x: Tensor, pending: Pending) -> Tensor:
     """The residual, with what is pending added to it."""
     gate, y = pending
-    return x + y if gate is None else gated_residual(x, gate, y)
+    return x + y if gate is None else gated_residual(x, gate, y.to(x.dtype))

@@ -176,8 +176,9 @@ def _weights(scores: Tensor, lse: Tensor) -> Tensor:
 
 def _rounding(dtype: torch.dtype) -> tuple[float, float]:
     """Of what is multiplied: relative, and below the normal numbers absolute."""
-    info = torch.finfo(dtype)
-    return (info.eps if info.bits == 16 else 0.0), info.smallest_normal * info.eps
+    info, wide = torch.finfo(dtype), torch.finfo(wide_dtype(dtype))
+    tiny = max(info.smallest_normal * info.eps, wide.smallest_normal)
+    return (info.eps if info.bits == 16 else 0.0), tiny
 
 
 def _unsure(query: Tensor, key: Tensor, scale: float, limits: Limits, dtype: torch.dtype) -> Tensor:

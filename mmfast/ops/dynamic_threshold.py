@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -212,6 +212,17 @@ def samples() -> Iterable[Sample]:
     yield _sample((3, 0), False, 0.5, 2.0)
 
 
+def _load_triton() -> Callable[..., Tensor]:
+    from mmfast.kernels.dynamic_threshold import dynamic_threshold as launch
+
+    return launch
+
+
+def _triton_supported(x: Tensor, *_: object) -> list[str]:
+    numbers = x.shape[1:].numel()
+    return [f"{numbers} numbers a sample: counts are of 32 bits"] if numbers >= 1 << 31 else []
+
+
 OP = register(
     Op(
         name="dynamic_threshold",
@@ -219,7 +230,10 @@ OP = register(
         "Tensor? guidance, Tensor table, Tensor step, float ratio, float maximum) -> Tensor",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("dynamic_threshold")},
+        backends={
+            "cpp": backends.cpp("dynamic_threshold"),
+            "triton": backends.triton(_load_triton, _triton_supported),
+        },
         samples=samples,
         cost=cost,
         compare=compare,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmfast import backends
 from mmfast.checks import FLOATING, check_choice, check_device, check_floating
@@ -18,6 +18,8 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 
 # What x holds: the gate alone, or both halves of one projection, in this order.
 LAYOUTS = ("gate", "gate_value", "value_gate")
+
+_LINEAR = 2 * math.sqrt(2 / math.pi)  # of twice the argument of the tanh
 
 
 def gated_activation(
@@ -116,18 +118,21 @@ def _parts(x: Tensor, value: Tensor | None, layout: str) -> tuple[Tensor, Tensor
     return (first, last) if layout == "gate_value" else (last, first)
 
 
-def _activated(gate: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return F.silu(gate)
-    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _passed(grad: Tensor, gate: Tensor, activation: str) -> Tensor:
-    """The gradient behind the activation."""
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, gate)
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(grad, gate, approximate=approximate)
+def _activated(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The activation x s(x) and its derivative."""
+    if activation == "gelu":
+        s = torch.erfc(x * -math.sqrt(0.5)) / 2
+        bend = (x * x / -2).exp() / math.sqrt(2 * math.pi)
+        slope: Tensor | float = 1.0
+    else:
+        # tanh(z) = 2 sigmoid(2 z) - 1
+        linear, cubic = (1.0, 0.0) if activation == "silu" else (_LINEAR, _LINEAR * 0.044715)
+        y = x if activation == "silu" else x * (linear + cubic * x * x)
+        s = y.sigmoid()
+        bend = s * (-y).sigmoid()
+        slope = linear + 3 * cubic * x * x
+    # Where nothing bends any more, x and the slope may be infinite.
+    return x * s, torch.where(bend == 0, s, s + x * bend * slope)
 
 
 def _wide(tensor: Tensor | None) -> Tensor | None:
@@ -144,9 +149,10 @@ def reference(
     layout: str,
 ) -> Tensor:
     """The specification."""
-    gate, value = _parts(_wide(x), _wide(value), layout)  # type: ignore[arg-type]
-    result = _activated(gate, activation)  # [..., C]
-    result = result if value is None else result * value
+    gate, of = map(_wide, _parts(x, value, layout))  # [..., C]
+    assert gate is not None
+    result, _ = _activated(gate, activation)
+    result = result if of is None else result * of
     return result.to(x.dtype).contiguous()
 
 
@@ -181,13 +187,14 @@ def reference_bwd(
     """The gradients of x and value; empty, (0,), where they are not wanted."""
     wide = _wide(grad)
     assert wide is not None
-    gate, of = _parts(_wide(x), _wide(value), layout)  # type: ignore[arg-type]
-    grad_gate = _passed(wide if of is None else wide * of, gate, activation)  # [..., C]
-    grad_x = grad_gate
+    gate, of = map(_wide, _parts(x, value, layout))  # [..., C]
+    assert gate is not None
+    active, derivative = _activated(gate, activation)
+    grad_value = wide * active  # [..., C]
+    grad_x = (wide if of is None else wide * of) * derivative
     if layout != "gate":
-        halves = [grad_gate, wide * _activated(gate, activation)]
+        halves = [grad_x, grad_value]
         grad_x = torch.cat(halves if layout == "gate_value" else halves[::-1], -1)  # [..., 2 C]
-    grad_value = wide * _activated(gate, activation) if want_value else grad_x
     return (
         grad_x.to(x.dtype).contiguous() if want_x else x.new_empty((0,)),
         grad_value.to(x.dtype).contiguous() if want_value else x.new_empty((0,)),

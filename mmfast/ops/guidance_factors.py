@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -261,6 +261,12 @@ def samples() -> Iterable[Sample]:
     yield _sample((2, 3, 43), eta=0.0, norm_threshold=2.5, momentum=-0.5)
 
 
+def _load_triton() -> Callable[..., None]:
+    from mmfast.kernels.guidance_factors import guidance_factors as launch
+
+    return launch
+
+
 OP = register(
     Op(
         name="guidance_factors",
@@ -269,7 +275,10 @@ OP = register(
         "Tensor(b!) factors) -> ()",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("guidance_factors")},
+        backends={
+            "cpp": backends.cpp("guidance_factors"),
+            "triton": backends.triton(_load_triton, backends.always),
+        },
         samples=samples,
         cost=cost,
         compare=compare,

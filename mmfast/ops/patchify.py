@@ -243,6 +243,12 @@ def samples_unpatchify() -> Iterable[Sample]:
     return [of(sample) for sample in samples()]
 
 
+def _supported(tensor: Tensor, *_: Any) -> list[str]:
+    if tensor.shape[1:].numel() < 1 << 31:
+        return []
+    return [f"samples must have less than 2^31 numbers, got {tensor.shape[1:].numel()}"]
+
+
 def _load_triton() -> Callable[..., Tensor]:
     from mmfast.kernels.patchify import patchify as launch
 
@@ -263,7 +269,7 @@ OP = register(
         fake=fake,
         backends={
             "cpp": backends.cpp("patchify"),
-            "triton": backends.triton(_load_triton, backends.always),
+            "triton": backends.triton(_load_triton, _supported),
         },
         samples=samples,
         cost=cost,
@@ -281,7 +287,7 @@ INVERSE = register(
         fake=fake_unpatchify,
         backends={
             "cpp": backends.cpp("unpatchify"),
-            "triton": backends.triton(_load_triton_unpatchify, backends.always),
+            "triton": backends.triton(_load_triton_unpatchify, _supported),
         },
         samples=samples_unpatchify,
         cost=cost,

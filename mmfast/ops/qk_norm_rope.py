@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -637,6 +637,18 @@ def samples_bwd() -> Iterable[Sample]:
     yield _sample_bwd(_ODD[4], rows=False)
 
 
+def _load_triton() -> Callable[..., tuple[Tensor, Tensor]]:
+    from mmfast.kernels.qk_norm_rope import qk_norm_rope as launch
+
+    return launch
+
+
+def _load_triton_bwd() -> Callable[..., tuple[Tensor, ...]]:
+    from mmfast.kernels.qk_norm_rope import qk_norm_rope_bwd as launch
+
+    return launch
+
+
 OP = register(
     Op(
         name="qk_norm_rope",
@@ -645,7 +657,10 @@ OP = register(
         "int rotary_dim, float eps) -> (Tensor, Tensor)",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("qk_norm_rope")},
+        backends={
+            "cpp": backends.cpp("qk_norm_rope"),
+            "triton": backends.triton(_load_triton, backends.always),
+        },
         samples=samples,
         cost=cost,
         compare=compare,
@@ -663,7 +678,10 @@ BACKWARD = register(
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=reference_bwd,
         fake=fake_bwd,
-        backends={"cpp": backends.cpp("qk_norm_rope_bwd")},
+        backends={
+            "cpp": backends.cpp("qk_norm_rope_bwd"),
+            "triton": backends.triton(_load_triton_bwd, backends.always),
+        },
         samples=samples_bwd,
         cost=cost_bwd,
         compare=compare_bwd,

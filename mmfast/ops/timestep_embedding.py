@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -222,6 +222,12 @@ def samples_bwd() -> Iterable[Sample]:
     yield _sample_bwd(0, 8, 10000.0, True, 0.0, 1.0)
 
 
+def _load_triton() -> Callable[..., Tensor]:
+    from mmfast.kernels.timestep_embedding import timestep_embedding as launch
+
+    return launch
+
+
 OP = register(
     Op(
         name="timestep_embedding",
@@ -229,7 +235,10 @@ OP = register(
         "float downscale_freq_shift, float scale, ScalarType dtype) -> Tensor",
         reference=reference,
         fake=fake,
-        backends={"cpp": backends.cpp("timestep_embedding")},
+        backends={
+            "cpp": backends.cpp("timestep_embedding"),
+            "triton": backends.triton(_load_triton, backends.always),
+        },
         samples=samples,
         cost=cost,
         compare=compare,

@@ -8,7 +8,7 @@ that the scheduler itself has set, so that what differs from it is only its roun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -312,10 +312,18 @@ def deis(s: Any, begin: int, options: Options) -> Program:
 
 
 def dpm_multistep(s: Any, begin: int, options: Options) -> Program:
+    return _multistep(s, schedule.dpm_solver, preserving(s, begin), _prediction(s))
+
+
+def edm_dpm(s: Any, begin: int, options: Options) -> Program:
+    return _multistep(s, schedule.edm_dpm, _edm(s, begin), _edm_prediction(s))
+
+
+def _multistep(s: Any, solver: Callable[..., SamplerTable], grid: Grid, prediction: str) -> Program:
     order = min(s.config.solver_order, 3)
-    table = schedule.dpm_solver(
-        preserving(s, begin),
-        prediction=_prediction(s),
+    table = solver(
+        grid,
+        prediction=prediction,
         clip=_unclipped(s),
         order=order,
         algorithm=s.config.algorithm_type,
@@ -336,21 +344,6 @@ def dpm_singlestep(s: Any, begin: int, options: Options) -> Program:
         algorithm=s.config.algorithm_type,
         solver_type=s.config.solver_type,
         lower_order_final=s.config.lower_order_final,
-    )
-    return _program(table, draws=s.config.algorithm_type.startswith("sde"), ring=order - 1)
-
-
-def edm_dpm(s: Any, begin: int, options: Options) -> Program:
-    order = min(s.config.solver_order, 3)
-    table = schedule.edm_dpm(
-        _edm(s, begin),
-        prediction=_edm_prediction(s),
-        clip=_unclipped(s),
-        order=order,
-        algorithm=s.config.algorithm_type,
-        solver_type=s.config.solver_type,
-        lower_order_final=s.config.lower_order_final,
-        euler_at_final=s.config.euler_at_final,
     )
     return _program(table, draws=s.config.algorithm_type.startswith("sde"), ring=order - 1)
 

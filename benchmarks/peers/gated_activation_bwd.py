@@ -1,0 +1,44 @@
+"""Peers of gated_activation_bwd: autograd's backward, its forward having been run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import Peer
+from benchmarks.peers.gated_activation import plain
+from mmfast.ops import gated_activation
+
+
+def _of(forward: Callable[..., Tensor]) -> Callable[..., Callable[[], Any]]:
+    def make(
+        grad: Tensor, x: Tensor, value: Tensor | None, activation: str, layout: str, *_: bool
+    ) -> Callable[[], Any]:
+        leaf = x.detach().requires_grad_()
+        result = forward(leaf, value, activation, layout)
+        return lambda: torch.autograd.grad(result, leaf, grad, retain_graph=True)[0]
+
+    return make
+
+
+def _compiled(*arguments: Any) -> Tensor:
+    return torch.compile(plain, dynamic=True)(*arguments)
+
+
+def _traffic(*arguments: Any) -> Callable[[], Any]:
+    x = arguments[1]
+    numbers = gated_activation.BACKWARD.cost(*arguments).bytes // x.element_size() // 3
+    a, b, out = (torch.ones(numbers, dtype=x.dtype, device=x.device) for _ in range(3))
+    return lambda: torch.add(a, b, out=out)
+
+
+PEERS = {
+    "plain torch": Peer(_of(plain), cut=False),
+    "torch.compile": Peer(_of(_compiled), cut=False, note="compiling is not timed"),
+    "torch.add(out=)": Peer(
+        _traffic, cut=False, floor=True, note="the same bytes, read twice and written once"
+    ),
+}
