@@ -584,7 +584,7 @@ def backward(
             channels, frames, parts, *of("gate", "scale"),
             TANH=tanh, **has, BIASED=bias is not None,
             **{name: needs[name] for name in ("TO_GATE", "TO_SHIFT", "TO_SCALE")}, AFFINE=affine,
-            FACTOR=factor, BLOCK=_COLUMNS, **num_threads(32),
+            FACTOR=factor, BLOCK=_COLUMNS, **num_threads(64),
         )  # fmt: skip
     if affine:
         modulation_affine_kernel[(triton.cdiv(channels, _COLUMNS),)](
