@@ -28,6 +28,10 @@ _INSIDE = (
     "lookup_free_quantize_bwd",
     "finite_scalar_quantize",
     "finite_scalar_quantize_bwd",
+    "gated_residual",
+    "gated_residual_bwd",
+    "layer_norm_modulate",
+    "layer_norm_modulate_bwd",
     # Peers take seconds.
     "soft_assignment_statistics",
     "soft_assignment_statistics_bwd",

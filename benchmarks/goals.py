@@ -31,6 +31,7 @@ MODULE_RATIOS = {
     "lfq_step": {"n": 4.0},
 }
 SAMPLER_OF_FLOOR = 1.3  # times moving the bytes, and drawing the noise where it is drawn
+_ONE_PASS = ("sampler_step", "add_noise", "gated_residual_modulate")
 STEP_OF_FLOOR = 1.5  # times the lookup alone, or moving the bytes
 PART_OF_MEMORY = 20  # times less than vector-quantize-pytorch
 KMEANS_RATIO = 3.0  # than scikit-learn
@@ -207,7 +208,7 @@ def _samplers(rows: list[Row]) -> Iterator[Goal]:
         if r.kind == "mmfast" and (r.op, r.case) == ("randn", "1x16x21x60x104")
     }
     for own in rows:
-        if own.kind != "mmfast" or own.op not in ("sampler_step", "add_noise"):
+        if own.kind != "mmfast" or own.op not in _ONE_PASS:
             continue
         noise = drawn.get(own.threads, 0.0) if "seed" in own.case else 0.0
         for floor in rows:

@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels.common import (
+    at_most,
     common_multiple,
     load_used,
     lying_together,
@@ -457,8 +458,8 @@ class _Views:
         return common_multiple(*self._strides)
 
 
-def _threads(sizes: dict[str, int]) -> dict[str, int]:
-    return num_threads(256 if sizes["BLOCK_D"] > 1024 else 128)
+def _threads(sizes: dict[str, int], registers: int) -> dict[str, int]:
+    return num_threads(256 if sizes["BLOCK_D"] > 1024 else 128) | at_most(registers)
 
 
 def forward(
@@ -496,7 +497,7 @@ def forward(
         *(stride for _, *strides in given for stride in strides),
         EPS=eps, ADDS=y is not None, GATED=gate is not None, TANH=tanh, NORM=NORMS[norm],
         SHIFTS=shift is not None, SCALES=scale is not None, WEIGHTS=weight is not None,
-        BIASED=bias is not None, FACTOR=views.factor(), **sizes, **_threads(sizes),
+        BIASED=bias is not None, FACTOR=views.factor(), **sizes, **_threads(sizes, 128),
     )  # fmt: skip
 
 
@@ -563,7 +564,7 @@ def backward(
         modulation_row_sums_kernel[(triton.cdiv(batch * length, sizes["BLOCK_N"]),)](
             given["passed"][0], given["x"][0], means, rstds, given["scale"][0], weights, row,
             batch * length, length, each, channels, *of("passed", "x", "scale"),
-            NORM=NORMS[norm], **has, FACTOR=factor, **sizes, **_threads(sizes),
+            NORM=NORMS[norm], **has, FACTOR=factor, **sizes, **_threads(sizes, 128),
         )  # fmt: skip
     to = [outputs.get(name, x) for name in ("x", "y", "gate", "shift", "scale")]
     grid = (batch * frames * parts * (sizes["WIDTH"] // sizes["BLOCK_D"]),)
@@ -574,7 +575,7 @@ def backward(
         *of("own", "passed", "x", "y", "gate", "scale"),
         ADDS=own is not None, GATED=gate is not None, TANH=tanh, NORM=NORMS[norm], **has,
         BIASED=bias is not None, **needs, AFFINE=affine, KEPT=kept,
-        DIRECT=direct and modulated, FACTOR=factor, PART=_PART, **sizes, **_threads(sizes),
+        DIRECT=direct and modulated, FACTOR=factor, PART=_PART, **sizes, **_threads(sizes, 255),
     )  # fmt: skip
     if kept and not direct:
         blocks = triton.cdiv(channels, _COLUMNS)
@@ -583,7 +584,7 @@ def backward(
             channels, frames, parts, *of("gate", "scale"),
             TANH=tanh, **has, BIASED=bias is not None,
             **{name: needs[name] for name in ("TO_GATE", "TO_SHIFT", "TO_SCALE")}, AFFINE=affine,
-            FACTOR=factor, BLOCK=_COLUMNS, **num_threads(32),
+            FACTOR=factor, BLOCK=_COLUMNS, **num_threads(64),
         )  # fmt: skip
     if affine:
         modulation_affine_kernel[(triton.cdiv(channels, _COLUMNS),)](
