@@ -268,8 +268,8 @@ def nearest_code_screen_kernel(
         scale = _scale(largest)  # [BN]
         ratio = tl.full([BLOCK_N], 1.0, tl.float32)
         if EUCLIDEAN:
-            # Of the norm term's unit to the product's. Rows beside which the codes are large need no
-            # precision of their own.
+            # Of the norm term's unit to the product's. Rows beside which the codes are large need
+            # no precision of their own.
             scale = tl.minimum(scale, code_scale * _MAX_RATIO)
             ratio = scale / code_scale
         if BLOCK_D == PADDED_D:
@@ -355,7 +355,8 @@ def nearest_code_screen_kernel(
         if tl.max(unsure.to(tl.int32), 0) > 0:
             limit = top - margin
             number = tl.sum((best >= limit[:, None]).to(tl.int32), 1)
-            # A row with a NaN may have no score that passes the limit, and has all codes to look at.
+            # A row with a NaN may have no score that passes the limit, and has all codes to look
+            # at.
             some = unsure & known & (number < _NEAR)
             item = _items(count_ptr, some).to(tl.int64)
             tl.store(list_ptr + item, rows.to(tl.int32), mask=some)
