@@ -44,7 +44,6 @@ _MOST_HEADS = 65535
 # Rows of up to so many dimensions stay on the chip in float16; longer ones are walked in steps.
 _WHOLE_D = 256
 _STEP_D = 64
-_CHUNK = 1 << 16  # these rows at a time are in memory in float16
 # Codes are padded to a multiple of this, the largest tile of the screening.
 _TILE = tl.constexpr(128)
 # A tile is folded onto so many places: 2 k and 2 k + 1 of each 64 codes share place k.
@@ -192,19 +191,18 @@ def _keep(best, second, b_score, number, low):
     return tl.maximum(best, b_score), tl.maximum(second, tl.minimum(best, b_score))
 
 
-@triton.jit(do_not_specialize=["start", "N", "K"])
+@triton.jit(do_not_specialize=["N", "K"])
 def nearest_code_screen_kernel(
     x_ptr,
     mean_ptr,  # [H, D]
     code_ptr,  # [H, padded K, PADDED_D] float16
     term_ptr,  # [H, padded K]
     stats_ptr,  # [H, 4]
-    half_ptr,  # [H, rows of this launch, PADDED_D] float16, if BLOCK_D < PADDED_D
+    half_ptr,  # [H, programs, BLOCK_N, PADDED_D] float16, if BLOCK_D < PADDED_D
     index_ptr,  # [H, N]
     list_ptr,  # [H, N] from the front, rows with several codes; from the back, with any
     near_ptr,  # [H, N, NEAR] these codes, in the order of the list
     count_ptr,  # [H, 4] lengths of the two parts
-    start,
     N,
     K,
     D: tl.constexpr,
@@ -246,133 +244,137 @@ def nearest_code_screen_kernel(
     o_k = tl.arange(0, BLOCK_K)
     o_p = tl.arange(0, _PLACES)[None, :]
     o_d = tl.arange(0, BLOCK_D)[None, :]
-    rows = start + tl.program_id(0) * BLOCK_N + o_n.to(tl.int64)  # [BN]
-    m_n = rows < N
-    p_x = x_ptr + rows[:, None] * stride_xn
-    p_half = half_ptr + o_n[:, None] * PADDED_D
-    if BLOCK_D == PADDED_D:
-        b_x = _centred(
-            p_x + o_d.to(tl.int64) * stride_xd, mean_ptr + o_d, m_n[:, None], o_d < D,
-            EUCLIDEAN, WIDE,
-        )  # fmt: skip
-        largest = tl.max(tl.abs(b_x), 1)
-    else:
-        largest = tl.zeros([BLOCK_N], tl.float32)
-        for d in range(0, D, BLOCK_D):
-            o_x = d + o_d
+    # Persistent: the launch has as many programs as the device runs at once.
+    for first in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        rows = first * BLOCK_N + o_n.to(tl.int64)  # [BN]
+        m_n = rows < N
+        p_x = x_ptr + rows[:, None] * stride_xn
+        p_half = half_ptr + o_n[:, None] * PADDED_D
+        if BLOCK_D == PADDED_D:
             b_x = _centred(
-                p_x + o_x.to(tl.int64) * stride_xd, mean_ptr + o_x, m_n[:, None], o_x < D,
+                p_x + o_d.to(tl.int64) * stride_xd, mean_ptr + o_d, m_n[:, None], o_d < D,
                 EUCLIDEAN, WIDE,
             )  # fmt: skip
-            largest = tl.maximum(largest, tl.max(tl.abs(b_x), 1))
-    scale = _scale(largest)  # [BN]
-    ratio = tl.full([BLOCK_N], 1.0, tl.float32)
-    if EUCLIDEAN:
-        # Of the norm term's unit to the product's. Rows beside which the codes are large need no
-        # precision of their own.
-        scale = tl.minimum(scale, code_scale * _MAX_RATIO)
-        ratio = scale / code_scale
-    if BLOCK_D == PADDED_D:
-        b_half, norm, residual = _rounded(b_x, scale[:, None])
-    else:
-        norm = tl.zeros([BLOCK_N], tl.float32)
-        residual = tl.zeros([BLOCK_N], tl.float32)
-        for d in range(0, PADDED_D, BLOCK_D):
-            o_x = d + o_d
-            b_x = _centred(
-                p_x + o_x.to(tl.int64) * stride_xd, mean_ptr + o_x, m_n[:, None], o_x < D,
-                EUCLIDEAN, WIDE,
-            )  # fmt: skip
-            b_rounded, b_norm, b_residual = _rounded(b_x, scale[:, None])
-            tl.store(p_half + o_x, b_rounded)
-            norm += b_norm
-            residual += b_residual
-        tl.debug_barrier()
-    # Rounding of the factors.
-    norm = tl.sqrt(norm) * 1.001
-    residual = tl.sqrt(residual) * 1.001 + scale * _LEAST_NORMAL * D
-    bound = residual * max_code + (norm + residual) * max_residual
-    # Of the sums, which tensor cores may truncate; of x - mean, the norm terms and their
-    # difference.
-    bound += (D + 64) * 2.4e-7 * (norm * max_code + ratio * max_term)
-    # Of the definition in float64, which does not see the mean; of normalised codes.
-    if EUCLIDEAN:
-        bound += (D + 8) * 2.3e-16 * norm * (norm / ratio)
-    else:
-        bound += ((D + 8) * 2.3e-16 + 1.2e-7) * norm * max_whole
-    # False for NaN.
-    known = (bound < 1e30) & (ratio * _MAX_RATIO >= 1)
-    bound = tl.where(known, bound, float("inf"))
-
-    # Bits for the number of a code within its place.
-    low = padded // _PLACES - 1
-    low |= low >> 1
-    low |= low >> 2
-    low |= low >> 4
-    low |= low >> 8
-    low |= low >> 16
-    best = tl.full([BLOCK_N, _PLACES], -3e38, tl.float32)
-    second = tl.full([BLOCK_N, _PLACES], -3e38, tl.float32)
-    o_s = tl.arange(0, STEP_D)
-    if BLOCK_D < STEP_D:
-        b_half = tl.load(p_half + o_s[None, :])
-    step = tl.full([], PADDED_D, tl.int64)
-    for k in range(0, padded, BLOCK_K):
-        b_term = tl.load(term_ptr + k + o_k)
-        p_c = code_ptr + k * step + (o_k[None, :] * PADDED_D + o_s[:, None])
-        if STEP_D == PADDED_D:
-            b_score = tl.dot(b_half, tl.load(p_c))  # [BN, BK]
+            largest = tl.max(tl.abs(b_x), 1)
         else:
-            b_score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-            for d in range(0, PADDED_D, STEP_D):
-                b_step = tl.load(p_half + (d + o_s)[None, :])
-                b_score = tl.dot(b_step, tl.load(p_c + d), b_score)
-        b_score -= ratio[:, None] * b_term[None, :]
-        number = k // _PLACES
-        b_even, b_odd = _split(b_score, True)
-        if BLOCK_K == 64:
-            best, second = _keep(best, second, b_even, number, low)
-            best, second = _keep(best, second, b_odd, number + 1, low)
+            largest = tl.zeros([BLOCK_N], tl.float32)
+            for d in range(0, D, BLOCK_D):
+                o_x = d + o_d
+                b_x = _centred(
+                    p_x + o_x.to(tl.int64) * stride_xd, mean_ptr + o_x, m_n[:, None], o_x < D,
+                    EUCLIDEAN, WIDE,
+                )  # fmt: skip
+                largest = tl.maximum(largest, tl.max(tl.abs(b_x), 1))
+        scale = _scale(largest)  # [BN]
+        ratio = tl.full([BLOCK_N], 1.0, tl.float32)
+        if EUCLIDEAN:
+            # Of the norm term's unit to the product's. Rows beside which the codes are large need
+            # no precision of their own.
+            scale = tl.minimum(scale, code_scale * _MAX_RATIO)
+            ratio = scale / code_scale
+        if BLOCK_D == PADDED_D:
+            b_half, norm, residual = _rounded(b_x, scale[:, None])
         else:
-            b_even, b_even_2 = _split(b_even, False)
-            b_odd, b_odd_2 = _split(b_odd, False)
-            best, second = _keep(best, second, b_even, number, low)
-            best, second = _keep(best, second, b_odd, number + 1, low)
-            best, second = _keep(best, second, b_even_2, number + 2, low)
-            best, second = _keep(best, second, b_odd_2, number + 3, low)
+            norm = tl.zeros([BLOCK_N], tl.float32)
+            residual = tl.zeros([BLOCK_N], tl.float32)
+            tl.debug_barrier()  # the rows before have been read
+            for d in range(0, PADDED_D, BLOCK_D):
+                o_x = d + o_d
+                b_x = _centred(
+                    p_x + o_x.to(tl.int64) * stride_xd, mean_ptr + o_x, m_n[:, None], o_x < D,
+                    EUCLIDEAN, WIDE,
+                )  # fmt: skip
+                b_rounded, b_norm, b_residual = _rounded(b_x, scale[:, None])
+                tl.store(p_half + o_x, b_rounded)
+                norm += b_norm
+                residual += b_residual
+            tl.debug_barrier()
+        # Rounding of the factors.
+        norm = tl.sqrt(norm) * 1.001
+        residual = tl.sqrt(residual) * 1.001 + scale * _LEAST_NORMAL * D
+        bound = residual * max_code + (norm + residual) * max_residual
+        # Of the sums, which tensor cores may truncate; of x - mean, the norm terms and their
+        # difference.
+        bound += (D + 64) * 2.4e-7 * (norm * max_code + ratio * max_term)
+        # Of the definition in float64, which does not see the mean; of normalised codes.
+        if EUCLIDEAN:
+            bound += (D + 8) * 2.3e-16 * norm * (norm / ratio)
+        else:
+            bound += ((D + 8) * 2.3e-16 + 1.2e-7) * norm * max_whole
+        # False for NaN.
+        known = (bound < 1e30) & (ratio * _MAX_RATIO >= 1)
+        bound = tl.where(known, bound, float("inf"))
 
-    top = tl.max(best, 1)
-    place = tl.min(tl.where(best == top[:, None], o_p, _PLACES - 1), 1)
-    rest = tl.max(tl.where(o_p == place[:, None], second, best), 1)
-    # The numbers in the lowest bits, too, are an error.
-    numbers = (low + 1).to(tl.float32) * 2.5e-7
-    margin = (2 * bound + numbers * tl.abs(top)) * (1 + numbers) + 1e-20
-    certain = top - rest > margin
-    index = _code(place, top.to(tl.int32, bitcast=True) & low)
-    tl.store(index_ptr + head * N + rows, index.to(tl.int64), mask=m_n)
-    unsure = m_n & (certain == 0)
-    if tl.max(unsure.to(tl.int32), 0) > 0:
-        limit = top - margin
-        number = tl.sum((best >= limit[:, None]).to(tl.int32), 1)
-        # A row with a NaN may have no score that passes the limit, and has all codes to look at.
-        some = unsure & known & (number < _NEAR)
-        item = _items(count_ptr, some).to(tl.int64)
-        tl.store(list_ptr + item, rows.to(tl.int32), mask=some)
-        p_near = near_ptr + item * _NEAR
-        tl.store(p_near, number, mask=some)
-        for i in range(0, tl.max(tl.where(some, number, 0), 0)):
-            top = tl.max(best, 1)
-            place = tl.min(tl.where(best == top[:, None], o_p, _PLACES - 1), 1)
-            code = _code(place, top.to(tl.int32, bitcast=True) & low)
-            b_here = o_p == place[:, None]
-            # Where the second best is near as well, any of the place's codes may be.
-            behind = tl.max(tl.where(b_here, second, -3e38), 1)
-            code = tl.where(behind >= limit, -1 - place, code)
-            tl.store(p_near + 1 + i, code, mask=some & (i < number))
-            best = tl.where(b_here, -3e38, best)
-        others = unsure & (some == 0)
-        item = N - 1 - _items(count_ptr + 1, others).to(tl.int64)
-        tl.store(list_ptr + item, rows.to(tl.int32), mask=others)
+        # Bits for the number of a code within its place.
+        low = padded // _PLACES - 1
+        low |= low >> 1
+        low |= low >> 2
+        low |= low >> 4
+        low |= low >> 8
+        low |= low >> 16
+        best = tl.full([BLOCK_N, _PLACES], -3e38, tl.float32)
+        second = tl.full([BLOCK_N, _PLACES], -3e38, tl.float32)
+        o_s = tl.arange(0, STEP_D)
+        if BLOCK_D < STEP_D:
+            b_half = tl.load(p_half + o_s[None, :])
+        step = tl.full([], PADDED_D, tl.int64)
+        for k in range(0, padded, BLOCK_K):
+            b_term = tl.load(term_ptr + k + o_k)
+            p_c = code_ptr + k * step + (o_k[None, :] * PADDED_D + o_s[:, None])
+            if STEP_D == PADDED_D:
+                b_score = tl.dot(b_half, tl.load(p_c))  # [BN, BK]
+            else:
+                b_score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+                for d in range(0, PADDED_D, STEP_D):
+                    b_step = tl.load(p_half + (d + o_s)[None, :])
+                    b_score = tl.dot(b_step, tl.load(p_c + d), b_score)
+            b_score -= ratio[:, None] * b_term[None, :]
+            number = k // _PLACES
+            b_even, b_odd = _split(b_score, True)
+            if BLOCK_K == 64:
+                best, second = _keep(best, second, b_even, number, low)
+                best, second = _keep(best, second, b_odd, number + 1, low)
+            else:
+                b_even, b_even_2 = _split(b_even, False)
+                b_odd, b_odd_2 = _split(b_odd, False)
+                best, second = _keep(best, second, b_even, number, low)
+                best, second = _keep(best, second, b_odd, number + 1, low)
+                best, second = _keep(best, second, b_even_2, number + 2, low)
+                best, second = _keep(best, second, b_odd_2, number + 3, low)
+
+        top = tl.max(best, 1)
+        place = tl.min(tl.where(best == top[:, None], o_p, _PLACES - 1), 1)
+        rest = tl.max(tl.where(o_p == place[:, None], second, best), 1)
+        # The numbers in the lowest bits, too, are an error.
+        numbers = (low + 1).to(tl.float32) * 2.5e-7
+        margin = (2 * bound + numbers * tl.abs(top)) * (1 + numbers) + 1e-20
+        certain = top - rest > margin
+        index = _code(place, top.to(tl.int32, bitcast=True) & low)
+        tl.store(index_ptr + head * N + rows, index.to(tl.int64), mask=m_n)
+        unsure = m_n & (certain == 0)
+        if tl.max(unsure.to(tl.int32), 0) > 0:
+            limit = top - margin
+            number = tl.sum((best >= limit[:, None]).to(tl.int32), 1)
+            # A row with a NaN may have no score that passes the limit, and has all codes to look
+            # at.
+            some = unsure & known & (number < _NEAR)
+            item = _items(count_ptr, some).to(tl.int64)
+            tl.store(list_ptr + item, rows.to(tl.int32), mask=some)
+            p_near = near_ptr + item * _NEAR
+            tl.store(p_near, number, mask=some)
+            for i in range(0, tl.max(tl.where(some, number, 0), 0)):
+                top = tl.max(best, 1)
+                place = tl.min(tl.where(best == top[:, None], o_p, _PLACES - 1), 1)
+                code = _code(place, top.to(tl.int32, bitcast=True) & low)
+                b_here = o_p == place[:, None]
+                # Where the second best is near as well, any of the place's codes may be.
+                behind = tl.max(tl.where(b_here, second, -3e38), 1)
+                code = tl.where(behind >= limit, -1 - place, code)
+                tl.store(p_near + 1 + i, code, mask=some & (i < number))
+                best = tl.where(b_here, -3e38, best)
+            others = unsure & (some == 0)
+            item = N - 1 - _items(count_ptr + 1, others).to(tl.int64)
+            tl.store(list_ptr + item, rows.to(tl.int32), mask=others)
 
 
 @triton.jit
@@ -730,19 +732,15 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
 
     listed = x.new_empty((num_heads, num_rows), dtype=torch.int32)
     near = x.new_empty((num_heads, num_rows, _NEAR.value), dtype=torch.int32)
-    # Rows of a launch, a multiple of any BLOCK_N.
-    scratch = block_d < padded
-    chunk = triton.cdiv(_CHUNK, num_heads * 128) * 128 if scratch else num_rows
-    size = num_heads * min(chunk, triton.cdiv(num_rows, 128) * 128) * padded if scratch else 0
-    rounded = x.new_empty(size, dtype=torch.float16)
-    for start in range(0, num_rows, chunk):
-        count = min(chunk, num_rows - start)
-        _screen[lambda meta, n=count: (triton.cdiv(n, meta["BLOCK_N"]), num_heads)](
-            rows, mean, half, terms, statistics, rounded, indices, listed, near, counts,
-            start, num_rows, num_codes, num_dims, *x_strides, EUCLIDEAN=euclidean, WIDE=wide,
-            PACKED=packed_rows, PADDED_D=padded, BLOCK_D=block_d,
-            STEP_D=step_d, **at_most(255),
-        )  # fmt: skip
+    programs = triton.cdiv(num_programs(x.device), num_heads)
+    scratch = num_heads * programs * 128 * padded if block_d < padded else 0
+    rounded = x.new_empty(scratch, dtype=torch.float16)
+    _screen[lambda meta: (min(programs, triton.cdiv(num_rows, meta["BLOCK_N"])), num_heads)](
+        rows, mean, half, terms, statistics, rounded, indices, listed, near, counts,
+        num_rows, num_codes, num_dims, *x_strides, EUCLIDEAN=euclidean, WIDE=wide,
+        PACKED=packed_rows, PADDED_D=padded, BLOCK_D=block_d,
+        STEP_D=step_d, **at_most(255),
+    )  # fmt: skip
     programs = triton.cdiv(num_programs(x.device, 4), num_heads)
     both = (num_rows, num_codes, num_dims, *x_strides, *code_strides)
     four = not any(n % 4 for n in (num_dims, *x_strides[:2], *code_strides[:2]))
