@@ -110,6 +110,8 @@ def test_compare_sees_a_wrong_element(op):
     leaves, spec = tree_flatten(result)
     assert op.compare(result, arguments) == []
     for i, leaf in enumerate(leaves):
+        if leaf.numel() == 0:  # a gradient that this sample does not ask for
+            continue
         wrong = leaf.clone()
         wrong.view(-1)[-1] += 1
         changed = [wrong if j == i else other for j, other in enumerate(leaves)]

@@ -113,10 +113,16 @@ def build_wheel(source: Path, to: Path, **variables: str) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel, built once, with the extension where this system can have it."""
+    """The wheel, built once, with the extension where this system can have it.
+
+    What the checkout has compiled is not compiled again; the editable install compiles it all.
+    """
     path = tmp_path_factory.mktemp("wheel")
     require = "1" if NATIVE else "0"
-    return build_wheel(copy_source(path / "source"), path, MMFAST_REQUIRE_EXTENSION=require)
+    source = copy_source(path / "source")
+    if (ROOT / "build").exists():
+        shutil.copytree(ROOT / "build", source / "build")
+    return build_wheel(source, path, MMFAST_REQUIRE_EXTENSION=require)
 
 
 def modules_of_the_checkout() -> set[str]:

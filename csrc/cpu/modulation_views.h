@@ -4,9 +4,8 @@
 #include <optional>
 #include <string>
 
-#include "cpu/huge_pages.h"
 #include "cpu/gated_residual_modulate.h"
-#include "cpu/glue.h"
+#include "cpu/huge_pages.h"
 
 namespace mmfast {
 

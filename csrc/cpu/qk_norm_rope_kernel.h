@@ -357,7 +357,8 @@ struct QkNormRope {
     const int64_t b = index / blocks_per_sample, first = index % blocks_per_sample * block;
     const int64_t last = first + block < args.length ? first + block : args.length;
     if (R)
-      for (int64_t l = first; l < last; ++l) expand(work.tables + (l - first) * 2 * stride, work.weight, b, l);
+      for (int64_t l = first; l < last; ++l)
+        expand(work.tables + (l - first) * 2 * stride, work.weight, b, l);
     int64_t count = 0;
     const auto finish = [&] {
       args.grad.data ? backward<WAY>(work.rows, count, work.pairs)
@@ -381,7 +382,8 @@ struct QkNormRope {
       ++count;
       if (args.across_heads ? h + 1 == args.heads : count == together) finish();
     };
-    if (args.x.strides[1] < args.x.strides[2] && !args.across_heads) {
+    // Sums have one order, whatever the strides.
+    if (args.x.strides[1] < args.x.strides[2] && !args.across_heads && !work.sums) {
       for (int64_t h = 0; h < args.heads; ++h)
         for (int64_t l = first; l < last; ++l) add(l, h);
     } else {

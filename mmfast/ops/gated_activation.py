@@ -299,7 +299,7 @@ def _inputs(
 
 def _sizes(shape: tuple[int, ...], bench: bool) -> dict[str, Any]:
     rows = torch.Size(shape[:-1]).numel()
-    return {"shape": {"N": rows, "D": shape[-1], "H": 1}, "bench": bench}
+    return {"shape": {"N": rows, "K": 2, "D": shape[-1], "H": 1}, "bench": bench}
 
 
 def _sample(

@@ -212,7 +212,7 @@ def _sample(shape: tuple[int, ...], patch: tuple[int, ...], channels_last: bool)
 
     name = f"{'x'.join(map(str, shape))}_by_{'x'.join(map(str, patch))}"
     numbers = math.prod(shape)
-    sizes = {"N": numbers // max(1, shape[1]), "K": 1, "D": shape[1], "H": 1}
+    sizes = {"N": numbers // max(1, shape[1]), "K": 2, "D": shape[1], "H": 1}
     return Sample(name + "_last" * channels_last, make, sizes, numbers >= 1 << 18)
 
 
