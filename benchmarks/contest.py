@@ -46,6 +46,8 @@ COMPILED = (
     "nearest_code",
     "vector_quantize_step",
     "fsq_step",
+    "sampler_step",
+    "gated_residual_modulate",
 )
 
 
@@ -140,7 +142,8 @@ def enter(
     effort: Effort,
 ) -> Entry | str:
     """The contender, warm and judged, or why it does not run."""
-    if subject.kind == "compile" and not effort.full and case.op not in COMPILED:
+    compiled = subject.kind == "compile" or subject.name == "torch.compile"
+    if compiled and not effort.full and case.op not in COMPILED:
         return NOT_COMPILED
     reasons = subject.reasons(arguments)
     if reasons:

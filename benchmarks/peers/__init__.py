@@ -16,7 +16,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
+
+# Gradients are taken again and again of one compiled forward.
+torch._functorch.config.donated_buffer = False
 
 
 def nothing(*_: Any) -> list[str]:
