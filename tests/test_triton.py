@@ -242,8 +242,12 @@ def sample_of(op: Op, seed: int) -> Arguments:
     return sample.make(DEVICE, torch.float32, seed)
 
 
+# Heads as the first dimension of all tensors, not somewhere inside.
 WITH_HEADS = [
-    op for op in TRITON_OPS.values() if any(s.shape.get("H", 1) > 1 for s in op.samples())
+    op
+    for name, op in TRITON_OPS.items()
+    if any(s.shape.get("H", 1) > 1 for s in op.samples())
+    and not name.removesuffix("_bwd").endswith(("attention", "qk_norm_rope"))
 ]
 
 each_op = pytest.mark.parametrize("op", TRITON_OPS.values(), ids=TRITON_OPS.keys())
