@@ -33,9 +33,14 @@ def normed(
     return result if shift is None else result + shift
 
 
+def gated(x: Tensor, gate: Tensor, y: Tensor, activation: str) -> Tensor:
+    """Likewise."""
+    return x + (gate.tanh() if activation == "tanh" else gate) * y
+
+
 def _plain(x: Tensor, gate: Tensor, y: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     *norm, activation = others
-    residual = x + (gate.tanh() if activation == "tanh" else gate) * y
+    residual = gated(x, gate, y, activation)
     return residual, normed(residual, *norm)
 
 
@@ -62,6 +67,28 @@ def written_plainly(name: str, plain: Callable[..., Any]) -> dict[str, Peer]:
         ),
         "torch.add(out=)": traffic(name),
     }
+
+
+def by_autograd(name: str, forward: Callable[..., tuple[Any, Any, Any]]) -> dict[str, Peer]:
+    """autograd's gradients, the forward having been run, and the floor.
+
+    Args:
+        name: of the op that computes gradients.
+        forward: takes its arguments; what the plain forward gives, what its gradients are wanted
+            for, as the op returns them, and the gradients of the outputs.
+    """
+
+    def make(*arguments: Any) -> Callable[[], Any]:
+        outputs, leaves, grads = forward(*arguments)
+        return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)[0]
+
+    note = "autograd, its forward not timed"
+    return {"plain torch": Peer(make, cut=False, note=note), "torch.add(out=)": traffic(name)}
+
+
+def leaves_of(*tensors: Tensor | None) -> list[Any]:
+    """Tensors whose gradients are wanted."""
+    return [None if t is None else t.detach().requires_grad_() for t in tensors]
 
 
 PEERS = written_plainly("gated_residual_modulate", _plain)

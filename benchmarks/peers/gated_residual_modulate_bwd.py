@@ -1,7 +1,28 @@
-"""Peers of gated_residual_modulate's gradients: the memory traffic alone."""
+"""Peers of gated_residual_modulate's gradients: autograd, and the memory traffic alone."""
 
 from __future__ import annotations
 
-from benchmarks.peers.gated_residual_modulate import traffic
+from typing import Any
 
-PEERS = {"torch.add(out=)": traffic("gated_residual_modulate_bwd")}
+from torch import Tensor
+
+from benchmarks.peers.gated_residual_modulate import by_autograd, gated, leaves_of, normed
+
+
+def _forward(
+    grad_residual: Tensor, grad_modulated: Tensor, residual: Tensor, *others: Any
+) -> tuple[Any, ...]:
+    _, _, gate, y, *affine, norm, activation = others[:10]
+    leaves = leaves_of(residual, gate, y, *affine)
+    x, of_gate, of_y, *rest = leaves
+    if of_gate is None or of_y is None:
+        total = x + 0
+    else:  # the residual's own value, through which gate and y get their gradients
+        branch = gated(x.new_zeros(()), of_gate, of_y, activation)
+        total = x + branch - branch.detach()
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    outputs = total, normed(total, *rest, 1e-6, norm)
+    return outputs, wanted, (grad_residual, grad_modulated)
+
+
+PEERS = by_autograd("gated_residual_modulate_bwd", _forward)
