@@ -14,14 +14,14 @@ def _forward(
 ) -> tuple[Any, ...]:
     _, _, gate, y, *affine, norm, activation = others[:10]
     leaves = leaves_of(residual, gate, y, *affine)
-    x, of_gate, of_y, *rest = leaves
+    x, of_gate, of_y, shift, scale, weight, bias = leaves
     if of_gate is None or of_y is None:
         total = x + 0
     else:  # the residual's own value, through which gate and y get their gradients
         branch = gated(x.new_zeros(()), of_gate, of_y, activation)
         total = x + branch - branch.detach()
     wanted = [leaf for leaf in leaves if leaf is not None]
-    outputs = total, normed(total, *rest, 1e-6, norm)
+    outputs = total, normed(total, shift, scale, weight, bias, 1e-6, norm)
     return outputs, wanted, (grad_residual, grad_modulated)
 
 

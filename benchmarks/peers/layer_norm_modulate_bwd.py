@@ -13,7 +13,8 @@ def _forward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *others: Any) 
     *affine, norm, _, _, _, _, _ = others
     leaves = leaves_of(x, *affine)
     wanted = [leaf for leaf in leaves if leaf is not None]
-    return normed(*leaves, 1e-6, norm), wanted, grad
+    of_x, shift, scale, weight, bias = leaves
+    return normed(of_x, shift, scale, weight, bias, 1e-6, norm), wanted, grad
 
 
 PEERS = by_autograd("layer_norm_modulate_bwd", _forward)
