@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.peers import Peer, needs
 
 
-def _plain(
+def plain(
     timesteps: Tensor, dim: int, period: float, flip: bool, shift: float, scale: float,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -46,7 +46,7 @@ def _compiled(*arguments: Any) -> Callable[[], Tensor]:
 
 
 PEERS = {
-    "plain torch": Peer(lambda *arguments: lambda: _plain(*arguments), cut=False),
+    "plain torch": Peer(lambda *arguments: lambda: plain(*arguments), cut=False),
     # Its angles are float32: near, but not what compare() asks for.
     "diffusers": Peer(_diffusers, needs("diffusers"), cut=False, floor=True, note="float32 angles"),
     "torch.compile": Peer(
