@@ -72,7 +72,10 @@ def with_gradients(run: Callable[..., Any], tensors: list[Tensor], **options: An
 def assert_as_good(
     got: list[Tensor], theirs: list[Tensor], exact: list[Tensor], slack: float = 1.0
 ) -> None:
-    """Errors are at most twice those of PyTorch at this dtype, but for a little."""
+    """Errors are at most twice those of PyTorch at this dtype, but for a little.
+
+    That of gradients is ``slack`` times as much.
+    """
     # Of the dtype that is the coarsest, which a mask's need not be.
     coarsest = max((t.dtype for t in theirs), key=lambda d: torch.finfo(d).eps)
     little = {torch.float64: 1e-13, torch.float32: 1e-6}.get(coarsest, 2e-3)
@@ -83,7 +86,7 @@ def assert_as_good(
         errors = [(t.double() - want).square().sum().sqrt().item() for t in (a, b)]
         size = want.square().sum().sqrt().item() + want.numel() ** 0.5
         # Where a gradient of a mask is a sum of many that cancel, their rounding is all of it.
-        share = slack * little * (5 if i == 4 and len(got) == 5 else 1)
+        share = (slack if i else 1.0) * little * (5 if i == 4 and len(got) == 5 else 1)
         assert errors[0] <= 2 * errors[1] + share * size, (i, errors, size)
 
 
@@ -459,10 +462,10 @@ def test_samples_of_pytorch(backend):
                 )
                 continue
             options.pop("dropout_p", None)
-            # Scores, and the logarithms of their sums, go into the hundreds. Their rounding is in
-            # the probabilities that a backward makes again, and of outputs of 16 bits in the sums
-            # that it starts from; PyTorch keeps all of it here.
-            check(backend, *tensors, slack=40, **options)
+            # Scores go into the hundreds. A backward starts from sums over the outputs, of which
+            # 16 bits were kept; PyTorch keeps probabilities here, and none of that.
+            slack = 12.0 if dtype == torch.bfloat16 else 1.0
+            check(backend, *tensors, slack=slack, **options)
             count += 1
     assert count > 10
 
