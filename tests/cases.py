@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,6 +30,21 @@ def backends_here(op: Op) -> list[str]:
         if not backend.missing() and (torch.cuda.is_available() or not on_gpu):
             names.append(name)
     return names
+
+
+def samples_of_pytorch(
+    name: str, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """The inputs, positional and by name, that PyTorch tests its function ``name`` with.
+
+    Skips the test where what PyTorch's tests need is not installed.
+    """
+    pytest.importorskip("expecttest", reason="PyTorch's own samples need it")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (info,) = (op for op in op_db if op.name == name)
+    for sample in info.sample_inputs(device, dtype, requires_grad=False):
+        yield [sample.input, *sample.args], dict(sample.kwargs)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

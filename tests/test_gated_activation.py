@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import backends_here, device_of, normal
+from cases import backends_here, device_of, normal, samples_of_pytorch
 from test_determinism import assert_same_bits
 from torch.nn import functional as F
 
@@ -48,6 +48,23 @@ def test_error_is_at_most_twice_torchs(backend, activation, dtype):
     for our, their in zip(ours, theirs, strict=True):
         for part in (x < -1, x.abs() <= 1, x > 1):
             assert our[part].max() <= 2 * their[part].max() + 1e-9
+
+
+def test_samples_of_pytorch(backend):
+    count = 0
+    for (x, *_), options in samples_of_pytorch(
+        "nn.functional.gelu", torch.float64, device_of(backend)
+    ):
+        if x.dim() < 1:
+            continue
+        leaf = x.detach().requires_grad_()
+        name = "gelu_tanh" if options.get("approximate") == "tanh" else "gelu"
+        got, want = mmfast.gated_activation(leaf, activation=name), F.gelu(leaf, **options)
+        torch.testing.assert_close(got, want)
+        grads = (torch.autograd.grad(y, leaf, torch.ones_like(y)) for y in (got, want))
+        torch.testing.assert_close(*grads)
+        count += 1
+    assert count > 1
 
 
 @pytest.mark.parametrize("activation", gated_activation.ACTIVATIONS)

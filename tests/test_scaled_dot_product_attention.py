@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import backends_here, device_of, normal
+from cases import backends_here, device_of, normal, samples_of_pytorch
 from test_determinism import assert_same_bits
 from torch import Tensor
 from torch.nn import functional
@@ -445,28 +445,21 @@ def test_compile_of_dropout_without_a_seed():
     assert not torch.equal(compiled(*tensors), compiled(*tensors))
 
 
-def test_samples_of_pytorch(backend):
-    pytest.importorskip("expecttest", reason="PyTorch's own samples need it")
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    (info,) = (o for o in op_db if o.name == "nn.functional.scaled_dot_product_attention")
-    count = 0
-    for dtype in (torch.float32, torch.bfloat16):
-        for sample in info.sample_inputs(device_of(backend), dtype, requires_grad=False):
-            options = dict(sample.kwargs)
-            tensors = [sample.input, *sample.args]
-            if options.get("dropout_p", 0.0):
-                out = mmfast.scaled_dot_product_attention(*tensors, **options)
-                assert (
-                    out.shape == functional.scaled_dot_product_attention(*tensors, **options).shape
-                )
-                continue
-            options.pop("dropout_p", None)
-            # Scores go into the hundreds. A backward starts from sums over the outputs, of which
-            # 16 bits were kept; PyTorch keeps probabilities here, and none of that.
-            slack = 12.0 if dtype == torch.bfloat16 else 1.0
-            check(backend, *tensors, slack=slack, **options)
-            count += 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_samples_of_pytorch(backend, dtype):
+    name, count = "nn.functional.scaled_dot_product_attention", 0
+    for tensors, options in samples_of_pytorch(name, dtype, device_of(backend)):
+        if options.get("dropout_p", 0.0):
+            out = mmfast.scaled_dot_product_attention(*tensors, **options)
+            theirs = functional.scaled_dot_product_attention(*tensors, **options)
+            assert out.shape == theirs.shape
+            continue
+        options.pop("dropout_p", None)
+        # Scores go into the hundreds. A backward starts from sums over the outputs, of which 16
+        # bits were kept; PyTorch keeps probabilities here, and none of that.
+        slack = 12.0 if dtype == torch.bfloat16 else 1.0
+        check(backend, *tensors, slack=slack, **options)
+        count += 1
     assert count > 10
 
 
