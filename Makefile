@@ -13,7 +13,7 @@ export MMFAST_REQUIRE_EXTENSION ?= 1
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c .ci/constraints.txt
-extras := triton,test,bench,examples,integrations,lint
+extras := triton,test,bench,train,examples,integrations,lint
 # pytest exits with 5 when TEST_ARGS select nothing in a file.
 none_selected := $(if $(TEST_ARGS),|| test $$$$? -eq 5)
 workers := --numprocesses auto --maxprocesses 8

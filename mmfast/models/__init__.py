@@ -1,6 +1,17 @@
 """Whole models made of mmfast's modules."""
 
+from mmfast.models.configured import Configured, describe_model, load_model, save_model
 from mmfast.models.dit import DiT
 from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage
 
-__all__ = ["VQVAE", "DiT", "Usage", "VQVAEOutput", "code_usage"]
+__all__ = [
+    "VQVAE",
+    "Configured",
+    "DiT",
+    "Usage",
+    "VQVAEOutput",
+    "code_usage",
+    "describe_model",
+    "load_model",
+    "save_model",
+]

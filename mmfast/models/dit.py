@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfast.models.configured import Configured
 from mmfast.nn.adaptive_norm import Pending, zero
 from mmfast.nn.dit_block import DiTBlock, FinalLayer
 from mmfast.nn.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_positions
@@ -23,7 +24,7 @@ SIZES = {
 }
 
 
-class DiT(nn.Module):
+class DiT(Configured):
     """A diffusion transformer with adaLN-Zero blocks, conditioned on timesteps and class labels.
 
     Its parameters have the names of facebookresearch/DiT; :meth:`load_state_dict` also takes the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import mmfast
 import mmfast.nn
 from mmfast.checks import check_choice, check_floating
+from mmfast.models.configured import Configured
 from mmfast.models.convolutions import decoder, encoder
 
 _LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
@@ -36,12 +37,25 @@ class VQVAEOutput(NamedTuple):
     quantizer_loss: Tensor
 
 
-class VQVAE(nn.Module):
+def _built(description: Mapping[str, Any]) -> nn.Module:
+    """The quantiser of :mod:`mmfast.nn` that a mapping describes."""
+    options = dict(description)
+    made = getattr(mmfast.nn, str(options.pop("type", None)), None)
+    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+        raise ValueError(
+            f"quantizer must have a type of mmfast.nn, such as 'VectorQuantize', got {description}"
+        )
+    return made(**options)
+
+
+class VQVAE(Configured):
     """A convolutional encoder and decoder with a quantiser between them.
 
     Args:
         quantizer: of :mod:`mmfast.nn`, for vectors ``(B, L, latent_dim)``: a ``VectorQuantize``, a
-            ``ResidualVQ``, an ``FSQ``, an ``LFQ``, ...
+            ``ResidualVQ``, an ``FSQ``, an ``LFQ``, ...; or its class and arguments, such as
+            ``{"type": "VectorQuantize", "dim": 64, "codebook_size": 1024}``, with which the model
+            can be saved by :func:`mmfast.models.save_model`.
         latent_dim: D, of the vectors.
         channels: of the data.
         spatial_dims: 1 for audio, 2 for images, 3 for videos.
@@ -55,7 +69,7 @@ class VQVAE(nn.Module):
 
     def __init__(
         self,
-        quantizer: nn.Module,
+        quantizer: nn.Module | Mapping[str, Any],
         latent_dim: int,
         *,
         channels: int = 3,
@@ -74,7 +88,7 @@ class VQVAE(nn.Module):
         check_choice("reconstruction", reconstruction, tuple(_LOSSES))
         shape = spatial_dims, channels, tuple(widths), num_blocks, latent_dim
         self.encoder = encoder(*shape)
-        self.quantizer = quantizer
+        self.quantizer = quantizer if isinstance(quantizer, nn.Module) else _built(quantizer)
         self.decoder = decoder(*shape)
         self.channels, self.spatial_dims = channels, spatial_dims
         self.downsampling = 2 ** (len(widths) - 1)

@@ -1,0 +1,14 @@
+"""The commands of ``mmfast``, one file each.
+
+A command's module has ``add_arguments(parser)`` and ``run(given) -> int``, the exit status. It is
+imported only when its command is given. ``run`` raises :class:`CommandError` for what is the
+user's to mend: it is printed as one line, without a traceback, and the status is 1.
+"""
+
+COMMANDS = {
+    "info": "show versions, devices, and which backend runs each op here and why",
+}
+
+
+class CommandError(Exception):
+    """A failure that the user can mend; the message says what and how."""

@@ -1,0 +1,1 @@
+"""Readers of images, videos, sound and text, and datasets of them."""
