@@ -153,8 +153,8 @@ class DiT(Configured):
         """The weights by the names of diffusers' ``DiTTransformer2DModel``."""
         return dit_to_diffusers(self.state_dict())
 
-    def null_condition(self, y: Tensor) -> dict[str, Tensor]:
-        """The labels of no class, as ``forward`` takes them.
+    def for_guidance(self, y: Tensor) -> dict[str, Tensor]:
+        """What ``forward`` takes for a batch twice as long, whose first half is of no class.
 
         Args:
             y: labels, ``(B,)``.
@@ -163,7 +163,7 @@ class DiT(Configured):
             ValueError: the model was built without ``class_dropout_prob``.
         """
         self._check_null()
-        return {"y": torch.full_like(y, self.y_embedder.num_classes)}
+        return {"y": torch.cat([torch.full_like(y, self.y_embedder.num_classes), y])}
 
     def _check_null(self) -> None:
         if self.y_embedder.dropout_prob <= 0:
