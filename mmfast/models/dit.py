@@ -161,13 +161,32 @@ class DiT(Configured):
         """The weights by the names of diffusers' ``DiTTransformer2DModel``."""
         return dit_to_diffusers(self.state_dict())
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def for_guidance(self, y: Tensor) -> dict[str, Tensor]:
+        """What ``forward`` takes for a batch twice as long, whose first half is of no class.
+
+        Args:
+            y: labels, ``(B,)``.
+
+        Raises:
+            ValueError: the model was built without ``class_dropout_prob``.
+        """
+        self._check_null()
+        return {"y": torch.cat([torch.full_like(y, self.y_embedder.num_classes), y])}
+
+    def _check_null(self) -> None:
+        if self.y_embedder.dropout_prob <= 0:
+            raise ValueError("the label of no class needs class_dropout_prob above 0, got 0")
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, drop: Tensor | None = None
+    ) -> Tensor:
         """The prediction.
 
         Args:
             x: noisy samples, ``(B, in_channels, *input_size)``.
             t: timesteps, ``(B,)``, whole or not.
-            y: labels, ``(B,)``, int64.
+            y: labels, ``(B,)``, int64; all of no class where None.
+            drop: which labels to drop, ``(B,)``, bool; drawn in training by default.
 
         Returns:
             ``(B, in_channels, *input_size)``, twice the channels with ``learn_sigma``.
@@ -179,7 +198,10 @@ class DiT(Configured):
             expected = ", ".join(map(str, (self.in_channels, *self.input_size)))
             raise ValueError(f"x must be (B, {expected}), got {tuple(x.shape)}")
         tokens = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y)
+        if y is None:
+            self._check_null()
+            y = t.new_full((len(t),), self.y_embedder.num_classes, dtype=torch.int64)
+        c = self.t_embedder(t) + self.y_embedder(y, drop)
         pending: Pending | None = None
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
