@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmfast.models.configured import Configured
 from mmfast.nn.adaptive_norm import Pending, zero
@@ -44,8 +46,14 @@ class DiT(Configured):
         mlp_eps: of the norms before the MLPs; 1e-5 in diffusers' DiT.
         downscale_freq_shift: of :func:`mmfast.timestep_embedding`; 1 in diffusers' DiT.
 
+    Attributes:
+        gradient_checkpointing: compute what is inside of the blocks again in the backward, instead
+            of keeping it.
+
     Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023).
     """
+
+    gradient_checkpointing = False
 
     def __init__(
         self,
@@ -195,8 +203,10 @@ class DiT(Configured):
             y = t.new_full((len(t),), self.y_embedder.num_classes, dtype=torch.int64)
         c = self.t_embedder(t) + self.y_embedder(y, drop)
         pending: Pending | None = None
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            tokens, pending = block(tokens, c, pending, defer=True)
+            run = functools.partial(checkpoint, block, use_reentrant=False) if again else block
+            tokens, pending = run(tokens, c, pending, defer=True)
         tokens = self.final_layer(tokens, c, pending)
         return unpatchify(tokens, self.patch_size, self.input_size, order="channels_last")
 
