@@ -9,10 +9,10 @@
 
 Needs the packages of ``pip install '.[examples]'``.
 
-A compressed file is, all little-endian: HEADER; the codebook, or the SHA-256 of a shared one;
-the indices; CRC-32 of all that. Codes are bytes, ordered by brightness, so that neighbouring
-patches have similar indices. Indices are stored as all low bytes, then all high bytes. Both are
-compressed with Zstandard, which includes its entropy coder.
+A compressed file is a header; the codebook, or the SHA-256 of a shared one; the indices; CRC-32 of
+all that. Codes are bytes, ordered by brightness, so that neighbouring patches have similar indices.
+Indices are stored as all low bytes, then all high bytes. Both are compressed with Zstandard, which
+includes its entropy coder. Learned compression, with more than a codebook: mmfast compress.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ import argparse
 import contextlib
 import hashlib
 import io
-import os
 import struct
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
@@ -38,6 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 import mmfast
+from mmfast.files import write_whole
+from mmfast.sealed import SealedFormat
 
 try:
     import zstandard
@@ -45,11 +45,9 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}; pip install '.[examples]' brings it") from None
 
-MAGIC = b"\x89MMF\r\n\x1a\n"  # as PNG's: a transfer as text or through 7 bits breaks it
-VERSION = 1
-# Magic, version, patch, channels, shared, width, height, codes, bytes of codebook and of indices.
-HEADER = struct.Struct("<8s4B5I")
-CRC = struct.Struct("<I")
+MAGIC = b"\x89MMF\r\n\x1a\n"
+# Patch, channels, shared, width, height, codes; the codebook, the indices.
+FORMAT = SealedFormat(MAGIC, 1, "3B3I", 2, "a file that this program compressed")
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 MAX_PIXELS = 1 << 28
 MAX_CODES = 1 << 16
@@ -129,22 +127,7 @@ def write_image(path: Path, image: Image.Image) -> None:
         image.save(buffer, formats[path.suffix.lower()])
     except (OSError, KeyError, ValueError) as error:
         raise RefusedError(f"{path}: cannot be written in this format ({error})") from None
-    write_file(path, buffer.getvalue())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """All of it or nothing: a file that exists is replaced only by a complete one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, buffer.getvalue())
 
 
 def to_patches(pixels: np.ndarray, patch: int) -> np.ndarray:
@@ -188,7 +171,7 @@ def write_codebook(path: Path, codebook: Codebook) -> None:
     """Save a codebook to share, as an .npz file."""
     buffer = io.BytesIO()
     np.savez(buffer, codes=codebook.codes, patch=codebook.patch, channels=codebook.channels)
-    write_file(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
 def read_codebook(path: Path) -> Codebook:
@@ -251,28 +234,17 @@ def compress(pixels: np.ndarray, codebook: Codebook, *, shared: bool) -> Compres
     pack = zstandard.ZstdCompressor(level=19).compress
     book = codebook.digest() if shared else pack(codebook.codes.tobytes())
     body = pack(indices.view(np.uint8).reshape(-1, 2).T.tobytes())
-    sizes = (width, height, len(codebook.codes), len(book), len(body))
-    header = HEADER.pack(MAGIC, VERSION, codebook.patch, channels, shared, *sizes)
-    data = header + book + body
-    return Compressed(data + CRC.pack(zlib.crc32(data)), len(book), indices)
+    sizes = (width, height, len(codebook.codes))
+    data = FORMAT.seal((codebook.patch, channels, shared, *sizes), (book, body))
+    return Compressed(data, len(book), indices)
 
 
 def decompress(data: bytes, shared: Codebook | None = None) -> np.ndarray:
     """The picture in a compressed file, uint8 (height, width, channels)."""
-    if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
-        raise RefusedError("not a file that this program compressed")
-    if len(data) < HEADER.size + CRC.size:
-        raise RefusedError(f"truncated: {len(data)} bytes are less than the header")
-    _, version, patch, channels, is_shared, *sizes = HEADER.unpack_from(data)
-    width, height, num_codes, book_size, body_size = sizes
-    if version != VERSION:
-        raise RefusedError(f"version {version} of the format; this program reads {VERSION}")
-    expected = HEADER.size + book_size + body_size + CRC.size
-    if len(data) != expected:
-        kind = "truncated" if len(data) < expected else "damaged"
-        raise RefusedError(f"{kind}: {len(data)} bytes, the header says {expected}")
-    if zlib.crc32(data[: -CRC.size]) != CRC.unpack(data[-CRC.size :])[0]:
-        raise RefusedError("damaged: the checksum does not match")
+    try:
+        (patch, channels, is_shared, width, height, num_codes), (book, body) = FORMAT.open(data)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
     sane = (
         1 <= patch <= MAX_PATCH
         and channels in CHANNELS
@@ -281,8 +253,6 @@ def decompress(data: bytes, shared: Codebook | None = None) -> np.ndarray:
     )
     if not sane:
         raise RefusedError("the header makes no sense, though its checksum matches")
-    book = data[HEADER.size : HEADER.size + book_size]
-    body = data[HEADER.size + book_size : -CRC.size]
     if is_shared:
         codebook = shared_codebook(book, shared)
     else:
@@ -374,7 +344,7 @@ def round_trip(arguments: argparse.Namespace) -> None:
             codebook = learn([pixels], arguments.codes, arguments.patch)
     with stage("compress"):
         packed = compress(pixels, codebook, shared=arguments.codebook is not None)
-        write_file(target, packed.data)
+        write_whole(target, packed.data)
     with stage("decompress"):
         restored = decompress(target.read_bytes(), codebook)
     with stage("write the picture"):
@@ -435,7 +405,7 @@ def run_compress(arguments: argparse.Namespace) -> None:
     else:
         codebook = learn([pixels], arguments.codes, arguments.patch)
     packed = compress(pixels, codebook, shared=arguments.codebook is not None)
-    write_file(arguments.output, packed.data)
+    write_whole(arguments.output, packed.data)
 
 
 def run_decompress(arguments: argparse.Namespace) -> None:

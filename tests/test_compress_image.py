@@ -119,9 +119,9 @@ def test_foreign_data_is_refused(data):
 
 def sealed(position: int, form: str, value: int) -> bytes:
     """A file with one field of the header changed, and the checksum made to match."""
-    data = bytearray(PACKED[False][: -example.CRC.size])
+    data = bytearray(PACKED[False][:-4])
     struct.pack_into(form, data, position, value)
-    return bytes(data) + example.CRC.pack(zlib.crc32(data))
+    return bytes(data) + struct.pack("<I", zlib.crc32(data))
 
 
 @pytest.mark.parametrize(
@@ -252,20 +252,6 @@ def test_unusable_inputs(tmp_path, capsys):
     assert "not a file that this program" in refused(capsys, "decompress", text, tmp_path / "r.png")
     assert run(capsys, "compress", whole, out)[0] == 0
     assert "picture format" in refused(capsys, "decompress", out, tmp_path / "restored.xyz")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    target = tmp_path / "a.mmf"
-    target.write_bytes(b"old")
-
-    def fail(*_):
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(example.os, "replace", fail)
-    with pytest.raises(OSError, match="full"):
-        example.write_file(target, b"new")
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("arguments", [[], ["a.png", "--demo"], ["a.png", "--codes", "0"]])

@@ -7,6 +7,7 @@ user's to mend: it is printed as one line, without a traceback, and the status i
 
 COMMANDS = {
     "info": "show versions, devices, and which backend runs each op here and why",
+    "bench": "compare a few ops with plain PyTorch, or run the repository's benchmarks",
 }
 
 

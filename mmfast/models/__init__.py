@@ -1,5 +1,12 @@
 """Whole models made of mmfast's modules."""
 
+from mmfast.models.compression import (
+    Decompressed,
+    codebook_sizes,
+    compress,
+    decompress,
+    model_digest,
+)
 from mmfast.models.configured import Configured, describe_model, load_model, save_model
 from mmfast.models.dit import DiT
 from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage
@@ -7,11 +14,16 @@ from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage
 __all__ = [
     "VQVAE",
     "Configured",
+    "Decompressed",
     "DiT",
     "Usage",
     "VQVAEOutput",
     "code_usage",
+    "codebook_sizes",
+    "compress",
+    "decompress",
     "describe_model",
     "load_model",
+    "model_digest",
     "save_model",
 ]
