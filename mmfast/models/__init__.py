@@ -8,6 +8,7 @@ from mmfast.models.compression import (
     model_digest,
 )
 from mmfast.models.configured import Configured, describe_model, load_model, save_model
+from mmfast.models.diffusion import Diffusion, Losses, Noised
 from mmfast.models.dit import DiT
 from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage
 
@@ -16,6 +17,9 @@ __all__ = [
     "Configured",
     "Decompressed",
     "DiT",
+    "Diffusion",
+    "Losses",
+    "Noised",
     "Usage",
     "VQVAEOutput",
     "code_usage",
