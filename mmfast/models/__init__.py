@@ -10,7 +10,7 @@ from mmfast.models.compression import (
 from mmfast.models.configured import Configured, describe_model, load_model, save_model
 from mmfast.models.diffusion import Diffusion, Losses, Noised
 from mmfast.models.dit import DiT
-from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage
+from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage, usage_of_counts
 
 __all__ = [
     "VQVAE",
@@ -30,4 +30,5 @@ __all__ = [
     "load_model",
     "model_digest",
     "save_model",
+    "usage_of_counts",
 ]
