@@ -26,7 +26,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,12 +36,16 @@ from rich.console import Console
 from rich.table import Table
 
 import mmfast
+from mmfast.commands.options import within
+from mmfast.data import to_float, to_pillow, write_image
+from mmfast.data.images import open_image
 from mmfast.files import write_whole
+from mmfast.quality import psnr
 from mmfast.sealed import SealedFormat
 
 try:
     import zstandard
-    from PIL import Image, ImageDraw, ImageOps
+    from PIL import Image, ImageDraw
 except ImportError as error:
     raise SystemExit(f"error: {error}; pip install '.[examples]' brings it") from None
 
@@ -55,7 +59,7 @@ MAX_PATCH = 32
 LEARNING_PATCHES = 1 << 18  # a codebook is learned from so many patches at most
 
 
-class RefusedError(Exception):
+class RefusedError(ValueError):
     """An input that cannot be used; the message is for the user."""
 
 
@@ -87,47 +91,20 @@ class Compressed:
 
 def read_image(path: Path) -> np.ndarray:
     """uint8 (height, width, channels), upright, from any 8-bit picture that Pillow reads."""
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            if mode.startswith(("I", "F")):
-                raise RefusedError(
-                    f"{path}: pixels of mode {mode} (more than 8 bits) are not supported, "
-                    "convert the picture to 8 bits a channel first"
-                )
-            upright = ImageOps.exif_transpose(image)
-            if upright.width * upright.height > MAX_PIXELS:
-                raise RefusedError(f"{path}: more than {MAX_PIXELS} pixels")
-            if mode in ("1", "L"):
-                target = "L"
-            elif mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info:
-                target = "RGBA"
-            else:
-                target = "RGB"
-            pixels = np.asarray(upright.convert(target))
-    except FileNotFoundError:
-        raise RefusedError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RefusedError(f"{path}: cannot be read as a picture ({error})") from None
+    image = open_image(path)
+    if image.mode.startswith(("I", "F")):
+        raise RefusedError(
+            f"{path}: pixels of mode {image.mode} (more than 8 bits) are not supported, "
+            "convert the picture to 8 bits a channel first"
+        )
+    if image.mode in ("1", "L"):
+        target = "L"
+    elif image.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info:
+        target = "RGBA"
+    else:
+        target = "RGB"
+    pixels = np.asarray(image.convert(target))
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
-
-
-def to_image(pixels: np.ndarray) -> Image.Image:
-    """The reverse of :func:`read_image`."""
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-
-
-def write_image(path: Path, image: Image.Image) -> None:
-    """Save in the format that the file's name asks for."""
-    formats = Image.registered_extensions()
-    if path.suffix.lower() not in formats:
-        raise RefusedError(f"{path}: the name must end in that of a picture format, such as .png")
-    buffer = io.BytesIO()
-    try:
-        image.save(buffer, formats[path.suffix.lower()])
-    except (OSError, KeyError, ValueError) as error:
-        raise RefusedError(f"{path}: cannot be written in this format ({error})") from None
-    write_whole(path, buffer.getvalue())
 
 
 def to_patches(pixels: np.ndarray, patch: int) -> np.ndarray:
@@ -296,14 +273,9 @@ def unpack(data: bytes, size: int) -> bytes:
 # The report
 
 
-def psnr(original: np.ndarray, restored: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal pictures."""
-    error = float(np.square(original.astype(np.float64) - restored).mean())
-    return 10 * float(np.log10(255**2 / error)) if error else float("inf")
-
-
-def side_by_side(pictures: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
-    """The pictures in a row, each under its caption, transparent pixels on white."""
+def side_by_side(pictures: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
+    """The pictures in a row, each under its caption, transparent pixels on white: uint8
+    (height, width, 3)."""
     gap, line = 8, 16
     height, width = pictures[0][1].shape[:2]
     size = (len(pictures) * (width + gap) - gap, height + line)
@@ -311,10 +283,10 @@ def side_by_side(pictures: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     for i, (caption, pixels) in enumerate(pictures):
         left = i * (width + gap)
-        image = to_image(pixels).convert("RGBA")
+        image = to_pillow(to_float(pixels)).convert("RGBA")
         canvas.paste(image, (left, line), image)
         draw.text((left + 2, 2), caption, fill="black")
-    return canvas
+    return np.asarray(canvas)
 
 
 def round_trip(arguments: argparse.Namespace) -> None:
@@ -348,18 +320,18 @@ def round_trip(arguments: argparse.Namespace) -> None:
     with stage("decompress"):
         restored = decompress(target.read_bytes(), codebook)
     with stage("write the picture"):
-        write_image(restored_path, to_image(restored))
+        write_image(to_float(restored), restored_path)
 
     height, width, channels = pixels.shape
     bits = 8 / (height * width)
-    quality = psnr(pixels, restored)
+    quality = psnr(torch.tensor(pixels), torch.tensor(restored), 255)
     decibels = "no difference" if quality == float("inf") else f"{quality:.2f} dB"
     total = len(packed.data) * bits
     pictures = (
         (f"original, {8 * channels} bits per pixel", pixels),
         (f"restored, {total:.3f} bits per pixel, {decibels}", restored),
     )
-    write_image(compared_path, side_by_side(pictures))
+    write_image(to_float(side_by_side(pictures)), compared_path)
 
     console = Console()
     sizes = Table(title=f"{source.name}, {width} x {height} {CHANNELS[channels]}")
@@ -415,7 +387,7 @@ def run_decompress(arguments: argparse.Namespace) -> None:
         pixels = decompress(arguments.input.read_bytes(), codebook)
     except RefusedError as error:
         raise RefusedError(f"{arguments.input}: {error}") from None
-    write_image(arguments.output, to_image(pixels))
+    write_image(to_float(pixels), arguments.output)
 
 
 def run_learn(arguments: argparse.Namespace) -> None:
@@ -429,18 +401,6 @@ def run_learn(arguments: argparse.Namespace) -> None:
                 f"{CHANNELS[channels]}: a codebook is for one of them"
             )
     write_codebook(arguments.output, learn(pictures, arguments.codes, arguments.patch))
-
-
-def within(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: an integer from ``low`` to ``high``."""
-
-    def parse(text: str) -> int:
-        value = int(text) if text.isdecimal() else low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
-        return value
-
-    return parse
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -493,7 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         parsed.run(parsed)
-    except (RefusedError, OSError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -56,9 +56,10 @@ def test_every_quantizer(name):
 @pytest.mark.parametrize(("spatial_dims", "sizes"), [(1, (35,)), (2, (1, 3)), (3, (3, 8, 5))])
 def test_every_number_of_dimensions(spatial_dims, sizes):
     model, x = vqvae(spatial_dims=spatial_dims), normal(3, *sizes)
-    got, about = decompress(model, compress(model, x, rate=16000))
+    got, indices, about = decompress(model, compress(model, x, rate=16000))
     cut = tuple(slice(size) for size in sizes)
     assert torch.equal(got, restored(model, x)[(slice(None), *cut)])
+    assert indices.shape == tuple(-(-size // 2) for size in sizes)
     assert about == {"rate": 16000}
 
 

@@ -1,8 +1,8 @@
 """Whole models made of mmfast's modules."""
 
+from mmfast.models.codes import codebook_sizes, count_codes
 from mmfast.models.compression import (
     Decompressed,
-    codebook_sizes,
     compress,
     decompress,
     model_digest,
@@ -25,6 +25,7 @@ __all__ = [
     "code_usage",
     "codebook_sizes",
     "compress",
+    "count_codes",
     "decompress",
     "describe_model",
     "load_model",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import mmfast
 from mmfast.checks import check_floating
 from mmfast.entropy_coding import decode_indices, encode_indices
+from mmfast.models.codes import by_stage, stage_sizes
 from mmfast.models.vqvae import VQVAE
 from mmfast.ops.pack_indices import packed_size
 from mmfast.sealed import SealedFormat
@@ -31,25 +32,13 @@ class Decompressed(NamedTuple):
 
     Attributes:
         x: float32 ``(channels, *sizes)``, as the model decodes it.
+        indices: ``(*grid)``, behind it ``Q`` for quantisers of several stages.
         about: what was given to :func:`compress`.
     """
 
     x: Tensor
+    indices: Tensor
     about: dict[str, Any]
-
-
-def codebook_sizes(quantizer: Any) -> tuple[int, ...]:
-    """K of each stage of a quantiser; one for those that have the same codes everywhere.
-
-    Raises:
-        TypeError: it does not say.
-    """
-    sizes = getattr(quantizer, "codebook_sizes", None) or getattr(quantizer, "codebook_size", None)
-    if sizes is None and hasattr(quantizer, "codebooks"):
-        sizes = quantizer.codebooks.shape[-2]
-    if sizes is None:
-        raise TypeError(f"a {type(quantizer).__name__} does not say how many codes it has")
-    return (sizes,) if isinstance(sizes, int) else tuple(sizes)
 
 
 def model_digest(model: nn.Module) -> str:
@@ -95,10 +84,9 @@ def compress(model: VQVAE, x: Tensor, **about: Any) -> bytes:
     if x.dim() != 1 + model.spatial_dims:
         dims = ", ".join(["channels", *["size"] * model.spatial_dims])
         raise ValueError(f"x must be ({dims}), got {tuple(x.shape)}")
-    indices = model.encode(padded(x[None], model.downsampling))[0].cpu()
-    stages = indices.shape[model.spatial_dims :]  # (Q,) or ()
-    grids = indices.reshape(*indices.shape[: model.spatial_dims], -1).movedim(-1, 0).long()
-    counts = _counts(model, len(grids))
+    indices = model.encode(padded(x[None], model.downsampling)).cpu().long()
+    grids = by_stage(model, indices)[:, 0]
+    counts = stage_sizes(model, len(grids))
     coding, codes = _MODELLED, encode_indices(grids.numpy(), counts)
     packed = _pack(grids, counts)
     if len(packed) < len(codes):
@@ -106,7 +94,13 @@ def compress(model: VQVAE, x: Tensor, **about: Any) -> bytes:
     sizes = [*x.shape[1:], 0, 0][:3]
     note = json.dumps(about).encode() if about else b""
     digest = bytes.fromhex(model_digest(model))[:_DIGEST]
-    fields = digest, coding, model.spatial_dims, len(grids) if stages else 0, *sizes
+    fields = (
+        digest,
+        coding,
+        model.spatial_dims,
+        len(grids) if indices.dim() > x.dim() else 0,
+        *sizes,
+    )
     return _FORMAT.seal(fields, (note, codes))
 
 
@@ -131,7 +125,7 @@ def decompress(model: VQVAE, data: bytes) -> Decompressed:
     if not (sane and 0 < np.prod(sizes, dtype=object) * model.channels <= _MOST):
         raise ValueError("the header makes no sense, though its checksum matches")
     shape = [-(-size // model.downsampling) for size in sizes]
-    counts = _counts(model, max(stages, 1))
+    counts = stage_sizes(model, max(stages, 1))
     if coding == _MODELLED:
         grids = torch.from_numpy(decode_indices(codes, shape, counts))
     else:
@@ -140,14 +134,7 @@ def decompress(model: VQVAE, data: bytes) -> Decompressed:
     device = next(model.parameters()).device
     decoded = model.decode(indices[None].to(device))[0].float()
     cropped = decoded[(slice(None), *(slice(size) for size in sizes))]
-    return Decompressed(cropped, json.loads(note) if note else {})
-
-
-def _counts(model: VQVAE, stages: int) -> list[int]:
-    sizes = codebook_sizes(model.quantizer)
-    if len(sizes) not in (1, stages):
-        raise ValueError(f"the model's quantizer has {len(sizes)} stages, not {stages}")
-    return list(sizes if len(sizes) == stages else sizes * stages)
+    return Decompressed(cropped, indices, json.loads(note) if note else {})
 
 
 def _bits(count: int) -> int:
