@@ -153,13 +153,32 @@ class DiT(Configured):
         """The weights by the names of diffusers' ``DiTTransformer2DModel``."""
         return dit_to_diffusers(self.state_dict())
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def null_condition(self, y: Tensor) -> dict[str, Tensor]:
+        """The labels of no class, as ``forward`` takes them.
+
+        Args:
+            y: labels, ``(B,)``.
+
+        Raises:
+            ValueError: the model was built without ``class_dropout_prob``.
+        """
+        self._check_null()
+        return {"y": torch.full_like(y, self.y_embedder.num_classes)}
+
+    def _check_null(self) -> None:
+        if self.y_embedder.dropout_prob <= 0:
+            raise ValueError("the label of no class needs class_dropout_prob above 0, got 0")
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, drop: Tensor | None = None
+    ) -> Tensor:
         """The prediction.
 
         Args:
             x: noisy samples, ``(B, in_channels, *input_size)``.
             t: timesteps, ``(B,)``, whole or not.
-            y: labels, ``(B,)``, int64.
+            y: labels, ``(B,)``, int64; all of no class where None.
+            drop: which labels to drop, ``(B,)``, bool; drawn in training by default.
 
         Returns:
             ``(B, in_channels, *input_size)``, twice the channels with ``learn_sigma``.
@@ -171,7 +190,10 @@ class DiT(Configured):
             expected = ", ".join(map(str, (self.in_channels, *self.input_size)))
             raise ValueError(f"x must be (B, {expected}), got {tuple(x.shape)}")
         tokens = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y)
+        if y is None:
+            self._check_null()
+            y = t.new_full((len(t),), self.y_embedder.num_classes, dtype=torch.int64)
+        c = self.t_embedder(t) + self.y_embedder(y, drop)
         pending: Pending | None = None
         for block in self.blocks:
             tokens, pending = block(tokens, c, pending, defer=True)
