@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmfast.models import VQVAE, Diffusion, DiT
 from mmfast.nn.ranks import add_up, several
+from mmfast.train.about import modality_of
 from mmfast.train.grids import as_images, grid
 from mmfast.train.task import Step, Task
 
@@ -29,8 +30,8 @@ class DiTTask(Task):
     Args:
         model: to be trained.
         diffusion: what it learns.
-        data: what the samples are: see docs/training.md; ``data["modality"]`` is their name in a
-            batch, beside ``"label"`` if they have labels.
+        data: what the samples are, of one modality, by which a batch has them, beside ``"label"``
+            if they have labels: see :func:`mmfast.train.about_data`.
         vqvae: in whose latent space the model works; without, on the data itself.
         guidance: of the samples that are shown.
         sampler: of those; see :meth:`mmfast.models.Diffusion.table`.
@@ -81,7 +82,7 @@ class DiTTask(Task):
         """What is to be noised."""
         if LATENT in batch:
             return batch[LATENT]
-        x = batch[self._data["modality"]]
+        x = batch[modality_of(self._data)]
         return x if self._vqvae is None else latents_of(self._vqvae, x)
 
     def wants(self, step: int) -> int:
@@ -152,7 +153,7 @@ def latent_shape(vqvae: VQVAE | None, data: Mapping[str, Any]) -> tuple[int, ...
     Raises:
         ValueError: the VQ-VAE is for other data.
     """
-    size, channels = tuple(data["size"]), data["channels"]
+    channels, *size = data["shape"]
     if vqvae is None:
         return (channels, *size)
     if len(size) != vqvae.spatial_dims or channels != vqvae.channels:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from mmfast.files import replacing
 
 
 def grid(images: Tensor, *, columns: int | None = None, gap: int = 2) -> Tensor:
@@ -36,25 +33,6 @@ def grid(images: Tensor, *, columns: int | None = None, gap: int = 2) -> Tensor:
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         picture[:, top : top + height, left : left + width] = image
     return picture
-
-
-def write_png(path: Path, picture: Tensor) -> None:
-    """Write a picture ``(C, H, W)``, C 1 or 3, in [-1, 1], as a PNG file, whole or not at all.
-
-    Raises:
-        ImportError: Pillow is not installed.
-        ValueError: the picture has another shape.
-    """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ImportError("Pillow is not installed: pip install 'mmfast[train]'") from None
-    if picture.dim() != 3 or picture.shape[0] not in (1, 3):
-        raise ValueError(f"a picture must be (1 or 3, H, W), got {tuple(picture.shape)}")
-    levels = (picture.detach().float().cpu() + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    pixels = levels[0] if levels.shape[0] == 1 else levels.permute(1, 2, 0)
-    with replacing(path) as temporary:
-        Image.fromarray(pixels.numpy()).save(temporary, "PNG")
 
 
 def as_images(samples: Tensor, *, frames: int = 4) -> Tensor:
@@ -89,10 +67,11 @@ def as_images(samples: Tensor, *, frames: int = 4) -> Tensor:
 
 
 def _drawn(waveforms: Tensor, height: int = 64, width: int = 256) -> Tensor:
-    """Waveforms ``(N, T)`` as black on white: in each column, from the least value to the largest."""
+    """Waveforms ``(N, T)`` in black on white: each column from the least value to the largest."""
     pieces = waveforms.float().cpu().tensor_split(min(width, waveforms.shape[1]), dim=1)
     low, high = (
-        torch.stack([by(piece, 1) for piece in pieces], 1)[:, None] for by in (torch.amin, torch.amax)
+        torch.stack([by(piece, 1) for piece in pieces], 1)[:, None]
+        for by in (torch.amin, torch.amax)
     )
     rows = torch.linspace(1, -1, height)[None, :, None]
     half = 1 / height

@@ -14,6 +14,7 @@ from mmfast.models import VQVAE, usage_of_counts
 from mmfast.nn import VectorQuantize
 from mmfast.nn.codebook import Codebook
 from mmfast.nn.ranks import add_up, several
+from mmfast.train.about import modality_of
 from mmfast.train.grids import as_images, grid
 from mmfast.train.task import Step, Task
 
@@ -29,8 +30,8 @@ class VQVAETask(Task):
 
     Args:
         model: to be trained.
-        data: what the samples are: see docs/training.md; ``data["modality"]`` is their name in a
-            batch.
+        data: what the samples are, of one modality, by which a batch has them: see
+            :func:`mmfast.train.about_data`.
         pictures: samples ``(N, C, ...)`` whose reconstructions are shown; none without.
         codebook_start: so many steps are trained without a quantiser, so that k-means starts from
             an encoder that has learnt something.
@@ -50,8 +51,9 @@ class VQVAETask(Task):
         if codebook_start < 0:
             raise ValueError(f"codebook_start must be at least 0, got {codebook_start}")
         self.model: VQVAE = model
-        self.about = {"data": dict(data), "objective": None, "latents": None}
-        self._modality = data["modality"]
+        self._data = dict(data)
+        self.about = {"data": self._data, "objective": None, "latents": None}
+        self._modality = modality_of(data)
         self._pictures = pictures
         self._start = codebook_start
         self._num_codes: int = model.quantizer.codebook_size  # type: ignore[assignment]
@@ -63,8 +65,8 @@ class VQVAETask(Task):
             return 0
         if all(bool(m.initted) for m in self.model.modules() if isinstance(m, Codebook)):
             return 0
-        shape = self.about["data"]["size"]
-        vectors = math.prod(size // self.model.downsampling for size in shape)
+        sizes = self._data["shape"][1:]
+        vectors = math.prod(size // self.model.downsampling for size in sizes)
         return math.ceil(_VECTORS_PER_CODE * self._num_codes / vectors)
 
     def begin(self, batch: Mapping[str, Tensor], step: int) -> None:
@@ -117,8 +119,6 @@ class VQVAETask(Task):
             return None
         assert isinstance(model, VQVAE)
         x = self._pictures.to(next(model.parameters()).device)
-        if step <= self._start:
-            made = model.decoder(model.latents(x))
-        else:
-            made = model(x).reconstruction
+        quantised = step > self._start
+        made = model(x).reconstruction if quantised else model.decoder(model.latents(x))
         return grid(torch.cat([as_images(x), as_images(made)]), columns=len(x))
