@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from media import SOUNDS, sound_file
 
 from mmfast.data import (
     Dataset,
@@ -24,7 +24,6 @@ from mmfast.data.mel import hertz_of_mel, mel_filters, mel_of_hertz
 
 soundfile = pytest.importorskip("soundfile")
 
-FORMATS = ["wav", "flac", "ogg", "opus", "mp3", "aiff", "au"]
 LOSSY = {"ogg": 0.03, "opus": 0.03, "mp3": 0.03}
 
 
@@ -42,7 +41,7 @@ def tone(frequency=440.0, seconds=0.5, rate=16000, amplitude=0.5):
     return (amplitude * torch.sin(2 * torch.pi * frequency * times)).float()[None]
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", SOUNDS)
 def test_there_and_back(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     reader = WaveformReader(16000)
@@ -109,19 +108,10 @@ def test_random_start(tmp_path):
     assert float(reader.read(tmp_path / "a.flac")[0, 0]) == 0
 
 
-def data_of(suffix):
-    noise = torch.rand(1, 16000, generator=torch.Generator().manual_seed(0)) - 0.5
-    buffer = io.BytesIO()
-    kind = {"opus": "OGG"}.get(suffix, suffix.upper())
-    subtype = "OPUS" if suffix == "opus" else None
-    soundfile.write(buffer, noise[0].numpy(), 16000, subtype, format=kind)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", SOUNDS)
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.99])
 def test_truncated(tmp_path, suffix, share):
-    path, data = tmp_path / f"a.{suffix}", data_of(suffix)
+    path, data = tmp_path / f"a.{suffix}", sound_file(suffix)
     path.write_bytes(data)
     WaveformReader().verify(path)
     path.write_bytes(data[: int(share * len(data))])
@@ -134,10 +124,10 @@ def test_truncated(tmp_path, suffix, share):
     [
         ("a.wav", b"", "is empty"),
         ("a.wav", b"this is no sound, but text, of some length", "is no sound file"),
-        ("a.wav", data_of("flac"), "is named .wav, but holds FLAC"),
-        ("a.flac", data_of("wav"), "is named .flac, but holds WAV"),
-        ("a.mp3", data_of("wav"), "is named .mp3, but holds WAV"),
-        ("a.wav", data_of("wav")[:40] + bytes(4), "is truncated"),
+        ("a.wav", sound_file("flac"), "is named .wav, but holds FLAC"),
+        ("a.flac", sound_file("wav"), "is named .flac, but holds WAV"),
+        ("a.mp3", sound_file("wav"), "is named .mp3, but holds WAV"),
+        ("a.wav", sound_file("wav")[:40] + bytes(4), "is truncated"),
     ],
 )
 def test_broken(tmp_path, name, data, message):
@@ -167,7 +157,7 @@ def test_other_refusals(tmp_path):
 
 def test_endless_header(tmp_path):
     """Programs that write to a pipe do not know the length: such files are whole."""
-    data = bytearray(data_of("wav"))
+    data = bytearray(sound_file("wav"))
     data[4:8] = b"\xff\xff\xff\xff"
     (tmp_path / "a.wav").write_bytes(data)
     assert WaveformReader().read(tmp_path / "a.wav").shape == (1, 16000)
@@ -260,7 +250,7 @@ def test_dataset(tmp_path):
     """Both readers read the same files, and say how long each is."""
     for i in range(3):
         write_sound(tone(seconds=0.1 * (i + 1)), 16000, tmp_path / f"{i}.wav")
-    (tmp_path / "3.wav").write_bytes(data_of("wav")[:9000])
+    (tmp_path / "3.wav").write_bytes(sound_file("wav")[:9000])
     readers = {"waveform": WaveformReader(), "mel": MelReader(frames=24, n_mels=40)}
     data = Dataset.from_folder(tmp_path, readers, on_error="skip")
     assert "3.wav: is truncated" in str(data.report)

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from media import HEIGHT, READ, WIDTH, T, movie, video_file
 
 from mmfast.data import Dataset, FileError, VideoReader, reader_from, to_uint8, write_video
 from mmfast.data.video import decoded
 
 av = pytest.importorskip("av")
 pytest.importorskip("PIL")
-
-T, HEIGHT, WIDTH = 20, 32, 48
-WRITTEN = ["mp4", "mkv", "webm", "mov"]
-READ = [*WRITTEN, "avi", "mpg"]
-
-
-def movie():
-    """A picture that gets brighter, by 8 levels of 256 a frame, the left half more so."""
-    levels = torch.arange(T)[None, :, None, None] * 8.0 + 20
-    video = levels.expand(3, T, HEIGHT, WIDTH).clone()
-    video[..., : WIDTH // 2] += 60
-    return video / 127.5 - 1
 
 
 def number(frame):
@@ -41,31 +27,11 @@ def numbers(video):
     return [number(video[:, i]) for i in range(video.shape[1])]
 
 
-@functools.cache
-def data_of(suffix):
-    """A file's bytes; of the formats that are only read, by PyAV alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f"a.{suffix}")
-        if suffix in WRITTEN:
-            write_video(movie(), path)
-        else:
-            with av.open(str(path), "w") as container:
-                stream = container.add_stream("mpeg4" if suffix == "avi" else "mpeg1video", 25)
-                stream.width, stream.height, stream.bit_rate = WIDTH, HEIGHT, 4_000_000
-                stream.pix_fmt = "yuv420p"
-                for i in range(T):
-                    pixels = to_uint8(movie()[:, i]).permute(1, 2, 0).contiguous().numpy()
-                    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                    container.mux(stream.encode(frame))
-                container.mux(stream.encode())
-        return path.read_bytes()
-
-
 @pytest.fixture
 def file(tmp_path):
     def make(suffix="mp4", name="a"):
         path = tmp_path / f"{name}.{suffix}"
-        path.write_bytes(data_of(suffix))
+        path.write_bytes(video_file(suffix))
         return path
 
     return make
@@ -197,7 +163,7 @@ def test_rotation(tmp_path, turns):
 @pytest.mark.parametrize("share", [0.005, 0.2, 0.5, 0.8, 0.99])
 def test_truncated(file, suffix, share):
     path = file(suffix)
-    path.write_bytes(data_of(suffix)[: int(share * len(data_of(suffix)))])
+    path.write_bytes(video_file(suffix)[: int(share * len(video_file(suffix)))])
     with pytest.raises(FileError, match=f"a.{suffix}: "):
         VideoReader().verify(path)
 
@@ -207,8 +173,8 @@ def test_truncated(file, suffix, share):
     [
         ("a.mp4", lambda: b"", "is empty"),
         ("a.mp4", lambda: b"no video, but text " * 50, "cannot be decoded|holds no video"),
-        ("a.mkv", lambda: data_of("mp4"), r"is named \.mkv, but holds mov,mp4"),
-        ("a.mp4", lambda: data_of("webm"), r"is named \.mp4, but holds matroska,webm"),
+        ("a.mkv", lambda: video_file("mp4"), r"is named \.mkv, but holds mov,mp4"),
+        ("a.mp4", lambda: video_file("webm"), r"is named \.mp4, but holds matroska,webm"),
     ],
 )
 def test_broken(tmp_path, name, data, message):
@@ -219,7 +185,7 @@ def test_broken(tmp_path, name, data, message):
 
 def test_undecodable(file):
     """Whole as a container, but the pictures in it are noise."""
-    data = bytearray(data_of("mp4"))
+    data = bytearray(video_file("mp4"))
     start = data.index(b"mdat") + 4
     end = start - 8 + int.from_bytes(data[start - 8 : start - 4], "big")
     noise = np.random.default_rng(0).integers(0, 256, end - start, dtype=np.uint8)
@@ -271,7 +237,7 @@ def test_refuses(make, message):
 
 def test_dataset(file, tmp_path):
     file(name="one"), file(name="two", suffix="webm")
-    (tmp_path / "three.mp4").write_bytes(data_of("mp4")[:700])
+    (tmp_path / "three.mp4").write_bytes(video_file("mp4")[:700])
     reader = VideoReader(4, 16, stride=2)
     data = Dataset.from_folder(tmp_path, {"video": reader}, on_error="skip")
     assert [record.name for record in data.records] == ["one", "two"]

@@ -29,7 +29,7 @@ def check_whole(path: str | os.PathLike[str]) -> None:
         elif head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
             end = _boxes(file, size)
         elif head[:4] == b"\x1a\x45\xdf\xa3":
-            end = _matroska(file)
+            end = _matroska(file, size)
         elif head[:4] == b"OggS":
             end = _ogg(file, size)
         else:
@@ -65,13 +65,16 @@ def _boxes(file: BinaryIO, size: int) -> int:
     return position
 
 
-def _matroska(file: BinaryIO) -> int:
+def _matroska(file: BinaryIO, size: int) -> int:
     """Where the first segment ends. Source: RFC 8794, RFC 9559."""
     file.seek(4)
     length = _variable(file)
     if length is None:
         return 0
-    file.seek(length, os.SEEK_CUR)
+    start = file.tell() + length
+    if start > size:
+        return start
+    file.seek(start)
     if file.read(4) != b"\x18\x53\x80\x67":
         return 0
     length = _variable(file)

@@ -45,8 +45,9 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
     file = checked_file(path)
     check_whole(file)
     try:
-        # Frames that do not decode are an error, not concealed.
-        with av.open(str(file), options={"err_detect": "explode"}) as container:
+        # Frames that do not decode are an error, not concealed; titles in other encodings are none.
+        options = {"err_detect": "explode"}
+        with av.open(str(file), options=options, metadata_errors="replace") as container:
             named, found = _FORMATS.get(file.suffix.lower()), container.format.name
             if named and named not in found.split(","):
                 raise FileError(path, f"is named {file.suffix}, but holds {found}")
