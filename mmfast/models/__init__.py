@@ -1,6 +1,7 @@
 """Whole models made of mmfast's modules."""
 
 from mmfast.models.configured import Configured, describe_model, load_model, save_model
+from mmfast.models.diffusion import Diffusion, Losses, Noised
 from mmfast.models.dit import DiT
 from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage
 
@@ -8,6 +9,9 @@ __all__ = [
     "VQVAE",
     "Configured",
     "DiT",
+    "Diffusion",
+    "Losses",
+    "Noised",
     "Usage",
     "VQVAEOutput",
     "code_usage",

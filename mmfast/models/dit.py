@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmfast.models.configured import Configured
 from mmfast.nn.adaptive_norm import Pending, zero
@@ -44,8 +46,14 @@ class DiT(Configured):
         mlp_eps: of the norms before the MLPs; 1e-5 in diffusers' DiT.
         downscale_freq_shift: of :func:`mmfast.timestep_embedding`; 1 in diffusers' DiT.
 
+    Attributes:
+        gradient_checkpointing: compute what is inside of the blocks again in the backward, instead
+            of keeping it.
+
     Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023).
     """
+
+    gradient_checkpointing = False
 
     def __init__(
         self,
@@ -153,13 +161,32 @@ class DiT(Configured):
         """The weights by the names of diffusers' ``DiTTransformer2DModel``."""
         return dit_to_diffusers(self.state_dict())
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def for_guidance(self, y: Tensor) -> dict[str, Tensor]:
+        """What ``forward`` takes for a batch twice as long, whose first half is of no class.
+
+        Args:
+            y: labels, ``(B,)``.
+
+        Raises:
+            ValueError: the model was built without ``class_dropout_prob``.
+        """
+        self._check_null()
+        return {"y": torch.cat([torch.full_like(y, self.y_embedder.num_classes), y])}
+
+    def _check_null(self) -> None:
+        if self.y_embedder.dropout_prob <= 0:
+            raise ValueError("the label of no class needs class_dropout_prob above 0, got 0")
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, drop: Tensor | None = None
+    ) -> Tensor:
         """The prediction.
 
         Args:
             x: noisy samples, ``(B, in_channels, *input_size)``.
             t: timesteps, ``(B,)``, whole or not.
-            y: labels, ``(B,)``, int64.
+            y: labels, ``(B,)``, int64; all of no class where None.
+            drop: which labels to drop, ``(B,)``, bool; drawn in training by default.
 
         Returns:
             ``(B, in_channels, *input_size)``, twice the channels with ``learn_sigma``.
@@ -171,10 +198,15 @@ class DiT(Configured):
             expected = ", ".join(map(str, (self.in_channels, *self.input_size)))
             raise ValueError(f"x must be (B, {expected}), got {tuple(x.shape)}")
         tokens = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y)
+        if y is None:
+            self._check_null()
+            y = t.new_full((len(t),), self.y_embedder.num_classes, dtype=torch.int64)
+        c = self.t_embedder(t) + self.y_embedder(y, drop)
         pending: Pending | None = None
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            tokens, pending = block(tokens, c, pending, defer=True)
+            run = functools.partial(checkpoint, block, use_reentrant=False) if again else block
+            tokens, pending = run(tokens, c, pending, defer=True)
         tokens = self.final_layer(tokens, c, pending)
         return unpatchify(tokens, self.patch_size, self.input_size, order="channels_last")
 

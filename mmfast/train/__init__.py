@@ -1,1 +1,21 @@
 """The training loop: checkpoints, averaged weights, logs, many processes."""
+
+from mmfast.train.config import TrainConfig
+from mmfast.train.grids import grid, write_png
+from mmfast.train.logs import read_log
+from mmfast.train.loop import Fit, Stopped, fit
+from mmfast.train.task import Step, Task
+from mmfast.train.window import NonFiniteError
+
+__all__ = [
+    "Fit",
+    "NonFiniteError",
+    "Step",
+    "Stopped",
+    "Task",
+    "TrainConfig",
+    "fit",
+    "grid",
+    "read_log",
+    "write_png",
+]
