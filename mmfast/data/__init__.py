@@ -11,6 +11,7 @@ from mmfast.data.report import Report
 from mmfast.data.resample import resample
 from mmfast.data.sampling import BatchSampler, Draw, Loader
 from mmfast.data.splits import split_by_group, split_by_label
+from mmfast.data.text import TextReader, load_tokenizer, train_tokenizer
 
 __all__ = [
     "BatchSampler",
@@ -22,8 +23,10 @@ __all__ = [
     "Loader",
     "Reader",
     "Report",
+    "TextReader",
     "collate",
     "length_mask",
+    "load_tokenizer",
     "read_manifest",
     "reader_from",
     "readers_from",
@@ -34,5 +37,6 @@ __all__ = [
     "to_float",
     "to_pillow",
     "to_uint8",
+    "train_tokenizer",
     "write_image",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -97,12 +96,9 @@ def open_image(path: str | os.PathLike[str]) -> Any:
     pillow, ops = needed("PIL.Image"), needed("PIL.ImageOps")
     file = checked_file(path)
     try:
-        with warnings.catch_warnings():
-            # Large ones are refused by an error of their own, or read.
-            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
-            with pillow.open(file) as image:
-                _check_format(file, image.format)
-                return ops.exif_transpose(image)
+        with pillow.open(file) as image:
+            _check_format(file, image.format)
+            return ops.exif_transpose(image)
     except pillow.UnidentifiedImageError:
         raise FileError(path, "is no picture that Pillow knows") from None
     except pillow.DecompressionBombError as error:

@@ -92,7 +92,7 @@ class VQVAE(Configured):
         self.decoder = decoder(*shape)
         self.channels, self.spatial_dims = channels, spatial_dims
         self.downsampling = 2 ** (len(widths) - 1)
-        self._loss = _LOSSES[reconstruction]
+        self.reconstruction_loss = _LOSSES[reconstruction]
 
     def latents(self, x: Tensor) -> Tensor:
         """Vectors ``(B, D, *grid)`` before quantisation.
@@ -114,14 +114,16 @@ class VQVAE(Configured):
             )
         return self.encoder(x)
 
-    def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, latents: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Quantised vectors ``(B, D, *grid)``, indices ``(B, *grid[, Q])`` and the loss ``()``.
 
         Args:
             latents: as :meth:`latents` makes them.
+            options: of the quantiser's forward.
         """
         grid = latents.shape[2:]
-        quantized, indices, *losses = self.quantizer(latents.flatten(2).transpose(1, 2))
+        vectors = latents.flatten(2).transpose(1, 2)
+        quantized, indices, *losses = self.quantizer(vectors, **options)
         loss = sum((loss.sum() for loss in losses), start=latents.new_zeros(()))
         back = quantized.mT.contiguous().unflatten(2, grid)
         return back, indices.unflatten(1, grid), loss
@@ -144,11 +146,16 @@ class VQVAE(Configured):
                 return self.decoder(make(flat).transpose(1, 2).unflatten(2, grid))
         raise TypeError(f"a {type(self.quantizer).__name__} makes no vectors from indices")
 
-    def forward(self, x: Tensor) -> VQVAEOutput:
-        """Reconstruct x ``(B, channels, *sizes)``; see :class:`VQVAEOutput`."""
-        quantized, indices, quantizer_loss = self.quantize(self.latents(x))
+    def forward(self, x: Tensor, **options: Any) -> VQVAEOutput:
+        """Reconstruct x ``(B, channels, *sizes)``; see :class:`VQVAEOutput`.
+
+        Args:
+            x: ``(B, channels, *sizes)``.
+            options: of the quantiser's forward.
+        """
+        quantized, indices, quantizer_loss = self.quantize(self.latents(x), **options)
         reconstruction = self.decoder(quantized)
-        loss = self._loss(reconstruction, x)
+        loss = self.reconstruction_loss(reconstruction, x)
         return VQVAEOutput(reconstruction, indices, loss + quantizer_loss, loss, quantizer_loss)
 
     @torch.no_grad()
@@ -212,6 +219,11 @@ def code_usage(indices: Tensor, num_codes: int) -> Usage:
     """
     ones = torch.ones(indices.numel(), 1, device=indices.device)
     counts, _ = mmfast.code_statistics(ones, indices.flatten(), num_codes)
-    shares = counts / counts.sum().clamp(min=1)
-    entropy = -torch.special.xlogy(shares, shares).sum()
-    return Usage(entropy.exp(), (counts > 0).to(counts.dtype).mean())
+    return usage_of_counts(counts)
+
+
+def usage_of_counts(counts: Tensor) -> Usage:
+    """The usage ``(...)`` of codes that occur so often, ``(..., K)``, floating."""
+    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    entropy = -torch.special.xlogy(shares, shares).sum(-1)
+    return Usage(entropy.exp(), (counts > 0).to(counts.dtype).mean(-1))

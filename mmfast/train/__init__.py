@@ -1,7 +1,8 @@
 """The training loop: checkpoints, averaged weights, logs, many processes."""
 
+from mmfast.train.about import about_data
 from mmfast.train.config import TrainConfig
-from mmfast.train.grids import grid, write_png
+from mmfast.train.grids import as_images, grid
 from mmfast.train.logs import read_log
 from mmfast.train.loop import Fit, Stopped, fit
 from mmfast.train.task import Step, Task
@@ -14,8 +15,9 @@ __all__ = [
     "Stopped",
     "Task",
     "TrainConfig",
+    "about_data",
+    "as_images",
     "fit",
     "grid",
     "read_log",
-    "write_png",
 ]

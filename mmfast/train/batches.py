@@ -1,14 +1,16 @@
-"""The batches of a run as a function of the step, so that a resumed run sees the same ones."""
+"""The batches of a run, which a resumed one takes up where they were left."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
+from mmfast.data import BatchSampler, InMemory, Loader, collate
+from mmfast.data.sampling import Samples
 from mmfast.train.config import TrainConfig
 from mmfast.train.distributed import rank, world_size
 
@@ -16,36 +18,27 @@ _SEED_BITS = 40  # of a sample's number in a run; the run's seed is above
 
 
 class Batches:
-    """Batches of named tensors, in a new random order each time the data is through.
+    """Micro-batches of named tensors, epoch after epoch, each in another random order.
 
-    Sample i of a run is sample i mod N of the order of pass i // N. A micro-batch is split among
-    the processes in order: theirs behind each other are that of one process.
+    A micro-batch is split among the processes in order: theirs behind each other are that of one
+    process.
 
     Args:
-        data: named tensors ``(N, ...)``, or a dataset with ``len`` whose items are dicts.
+        data: named tensors ``(N, ...)``, or samples by index, dicts of them.
         config: batch size, micro-batches, seed, workers.
         device: of the batches.
 
     Raises:
-        ValueError: the data is empty, or the batch size is no multiple of micro-batches times
-            processes.
+        ValueError: the data does not fill a micro-batch, or the batch size is no multiple of
+            micro-batches times processes.
     """
 
     def __init__(
-        self, data: Mapping[str, Tensor] | Any, config: TrainConfig, device: torch.device
+        self, data: Mapping[str, Tensor] | Samples, config: TrainConfig, device: torch.device
     ) -> None:
-        self._data = data
+        self._data: Samples = InMemory(**data) if isinstance(data, Mapping) else data
         self._config = config
         self._device = device
-        if isinstance(data, Mapping):
-            lengths = {name: len(tensor) for name, tensor in data.items()}
-            if len(set(lengths.values())) != 1:
-                raise ValueError(f"the data must be named tensors of one length, got {lengths}")
-            self.length = next(iter(lengths.values()))
-        else:
-            self.length = len(data)
-        if self.length < 1:
-            raise ValueError("the data holds no samples")
         parts = config.accumulate * world_size()
         if config.batch_size % parts:
             raise ValueError(
@@ -53,37 +46,13 @@ class Batches:
                 f"{world_size()}, got {config.batch_size}"
             )
         self._size = config.batch_size // parts
-        self._orders: dict[int, Tensor] = {}
-
-    def _order(self, number: int) -> Tensor:
-        """Of the pass ``number`` through the data."""
-        if number not in self._orders:
-            # A batch may touch several passes if it is larger than the data.
-            keep = self._config.batch_size // self.length + 1
-            self._orders = {n: o for n, o in self._orders.items() if n >= number - keep}
-            generator = torch.Generator().manual_seed((self._config.seed << 32) + number)
-            self._orders[number] = torch.randperm(self.length, generator=generator)
-        return self._orders[number]
-
-    def _places(self, first: int, count: int) -> Tensor:
-        """Which samples of the data the samples ``first``... of the run are."""
-        numbers = torch.arange(first, first + count)
-        passes = numbers // self.length
-        places = torch.empty_like(numbers)
-        for number in passes.unique().tolist():
-            at = passes == number
-            places[at] = self._order(number)[numbers[at] % self.length]
-        return places
-
-    def _first(self, step: int, micro: int) -> int:
-        """The first sample of this process in a micro-batch."""
-        whole = step * self._config.batch_size
-        return whole + (micro * world_size() + rank()) * self._size
-
-    def _taken(self, places: Tensor) -> dict[str, Tensor]:
-        if isinstance(self._data, Mapping):
-            return {name: tensor[places] for name, tensor in self._data.items()}
-        return default_collate([self._data[place] for place in places.tolist()])
+        self._loader = Loader(
+            self._data,
+            self._size,
+            seed=config.seed,
+            workers=config.workers,
+            pin_memory=device.type == "cuda",
+        )
 
     def _moved(self, batch: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
         """On the device, with seeds; the batch starts with the sample ``first`` of the run."""
@@ -92,35 +61,48 @@ class Batches:
         numbers = torch.arange(first, first + count, device=self._device)
         return {**moved, "seed": numbers + (self._config.seed << _SEED_BITS)}
 
-    def firsts(self, count: int) -> dict[str, Tensor]:
-        """This process's share of the first ``count`` samples of the run, on the device."""
-        count = min(count, self.length)
-        start, end = (count * part // world_size() for part in (rank(), rank() + 1))
-        return self._moved(self._taken(self._places(start, end - start)), start)
+    def some(self, count: int) -> dict[str, Tensor]:
+        """This process's share of ``count`` random samples, always the same, on the device."""
+        share = -(-min(count, len(self._data)) // world_size())
+        sampler = BatchSampler(
+            len(self._data), share, seed=self._config.seed, drop_last=False, rank=rank()
+        )
+        (places, *_) = sampler.batches()
+        return self._moved(collated(self._data, places), rank() * share)
 
     def from_step(self, start: int) -> Iterator[list[dict[str, Tensor]]]:
         """The micro-batches of each step from ``start`` on, of this process, on the device.
 
         Each has ``"seed"`` beside the data's names: see :meth:`mmfast.train.Task.loss`.
         """
-        config = self._config
-        firsts = [
-            [self._first(step, micro) for micro in range(config.accumulate)]
-            for step in range(start, config.steps)
-        ]
-        places = (self._places(first, self._size) for step in firsts for first in step)
-        if isinstance(self._data, Mapping):
-            loaded: Iterator[Mapping[str, Tensor]] = map(self._taken, places)
-        else:
-            loaded = iter(
-                DataLoader(
-                    self._data,
-                    batch_sampler=(place.tolist() for place in places),
-                    num_workers=config.workers,
-                    pin_memory=self._device.type == "cuda",
-                    # Of its own: torch's is the training's.
-                    generator=torch.Generator().manual_seed(config.seed),
-                )
-            )
-        for step in firsts:
-            yield [self._moved(next(loaded), first) for first in step]
+        config, batches = self._config, self._loader.forever()
+        for step in range(start, config.steps):
+            micros = []
+            for micro in range(config.accumulate):
+                first = step * config.batch_size + (micro * world_size() + rank()) * self._size
+                micros.append(self._moved(next(batches), first))
+            yield micros
+
+    def state(self) -> dict[str, Any]:
+        """Where the batches are, the same for all processes."""
+        return self._loader.state_dict()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on there.
+
+        Raises:
+            ValueError: it is that of other data, or of other batches.
+        """
+        self._loader.load_state_dict(state)
+
+
+def collated(data: Samples, places: Sequence[int]) -> dict[str, Tensor]:
+    """The samples at ``places``, as a batch."""
+    loader: DataLoader[Any] = DataLoader(
+        data,  # type: ignore[arg-type]
+        batch_sampler=[list(places)],
+        collate_fn=getattr(data, "collate", collate),
+        generator=torch.Generator(),  # its own: torch's is the training's
+    )
+    batch: dict[str, Tensor] = next(iter(loader))
+    return batch

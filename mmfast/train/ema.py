@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from mmfast.nn.sharded_parameter import is_sharded, set_whole, whole
-
-
-def named_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model's state, those that are in the model, by name."""
-    return {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+from mmfast.train.state import check_same, named_state
 
 
 class Averages:
@@ -76,6 +73,17 @@ class Averages:
         return dict(self._averages)
 
     @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Take what :meth:`state` gave, of whole tensors.
+
+        Raises:
+            ValueError: names or shapes differ.
+        """
+        check_same(self._averages, values, "the checkpoint's averages")
+        for name, tensor in self._averages.items():
+            set_whole(tensor, values[name].to(tensor.device))
+
+    @torch.no_grad()
     def model(self) -> nn.Module | None:
         """The copy with the averaged weights, in evaluation mode; None on other processes than the
         main one. With sharded weights all processes must ask for it."""
@@ -86,23 +94,3 @@ class Averages:
             if own and own[name] is not plain:
                 own[name].copy_(plain)
         return self._copy if self._main else None
-
-
-@torch.no_grad()
-def load_tensors(target: dict[str, Tensor], values: dict[str, Tensor], what: str) -> None:
-    """Set the tensors ``target``, sharded or not, to ``values`` of the same names and shapes.
-
-    Raises:
-        ValueError: names or shapes differ; the message names one.
-    """
-    for name in sorted(target.keys() ^ values.keys()):
-        where = "lacks" if name in target else "has, but the model has not,"
-        raise ValueError(f"{what} {where} {name}")
-    for name, tensor in target.items():
-        if tensor.shape != values[name].shape:
-            raise ValueError(
-                f"{what} has {name} of shape {tuple(values[name].shape)}, "
-                f"the model of shape {tuple(tensor.shape)}"
-            )
-    for name, tensor in target.items():
-        set_whole(tensor, values[name].to(tensor.device))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from mmfast.files import replacing
 
 
 def grid(images: Tensor, *, columns: int | None = None, gap: int = 2) -> Tensor:
@@ -38,20 +35,45 @@ def grid(images: Tensor, *, columns: int | None = None, gap: int = 2) -> Tensor:
     return picture
 
 
-def write_png(path: Path, picture: Tensor) -> None:
-    """Write a picture ``(C, H, W)``, C 1 or 3, in [-1, 1], as a PNG file, whole or not at all.
+def as_images(samples: Tensor, *, frames: int = 4) -> Tensor:
+    """Samples of any modality as images.
+
+    Args:
+        samples: images ``(N, C, H, W)``, C 1 or 3; videos ``(N, C, T, H, W)``, of which some frames
+            are put side by side; spectrograms ``(N, bands, T)``, the lowest band at the bottom; or
+            waveforms ``(N, 1, T)``, drawn as what they cover. Values are from -1 to 1.
+        frames: of a video.
+
+    Returns:
+        ``(N, 1 or 3, H, W)``.
 
     Raises:
-        ImportError: Pillow is not installed.
-        ValueError: the picture has another shape.
+        ValueError: the samples are of another shape.
     """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ImportError("Pillow is not installed: pip install 'mmfast[train]'") from None
-    if picture.dim() != 3 or picture.shape[0] not in (1, 3):
-        raise ValueError(f"a picture must be (1 or 3, H, W), got {tuple(picture.shape)}")
-    levels = (picture.detach().float().cpu() + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    pixels = levels[0] if levels.shape[0] == 1 else levels.permute(1, 2, 0)
-    with replacing(path) as temporary:
-        Image.fromarray(pixels.numpy()).save(temporary, "PNG")
+    if samples.dim() == 5:
+        count = min(frames, samples.shape[2])
+        chosen = torch.linspace(0, samples.shape[2] - 1, count).round().long()
+        return torch.cat([samples[:, :, i] for i in chosen.tolist()], dim=3)
+    if samples.dim() == 3 and samples.shape[1] > 1:
+        return samples[:, None].flip(2)
+    if samples.dim() == 3:
+        return _drawn(samples[:, 0])
+    if samples.dim() != 4 or samples.shape[1] not in (1, 3):
+        raise ValueError(
+            f"samples must be images (N, 1 or 3, H, W), videos or signals, "
+            f"got {tuple(samples.shape)}"
+        )
+    return samples
+
+
+def _drawn(waveforms: Tensor, height: int = 64, width: int = 256) -> Tensor:
+    """Waveforms ``(N, T)`` in black on white: each column from the least value to the largest."""
+    pieces = waveforms.float().cpu().tensor_split(min(width, waveforms.shape[1]), dim=1)
+    low, high = (
+        torch.stack([by(piece, 1) for piece in pieces], 1)[:, None]
+        for by in (torch.amin, torch.amax)
+    )
+    rows = torch.linspace(1, -1, height)[None, :, None]
+    half = 1 / height
+    covered = (rows >= low - half) & (rows <= high + half)  # [N, height, columns]
+    return 1 - 2 * covered[:, None].float()

@@ -83,4 +83,11 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a ``log.csv``; a last line that was not written to its end is left out."""
     text = path.read_text("utf-8")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    return [{name: float(value) for name, value in row.items() if value} for row in rows]
+    return [
+        {
+            name: int(value) if name == "step" else float(value)
+            for name, value in row.items()
+            if value
+        }
+        for row in rows
+    ]

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmfast.data import write_image
+from mmfast.data.sampling import Samples
 from mmfast.nn.ranks import several
-from mmfast.nn.sharded_parameter import whole
 from mmfast.train import checkpoint, distributed
 from mmfast.train.batches import Batches
 from mmfast.train.config import TrainConfig
-from mmfast.train.ema import Averages, load_tensors, named_state
-from mmfast.train.grids import write_png
+from mmfast.train.ema import Averages
 from mmfast.train.logs import Log
 from mmfast.train.model_file import write_model
 from mmfast.train.optimizer import (
@@ -32,11 +32,10 @@ from mmfast.train.optimizer import (
 )
 from mmfast.train.progress import TrainingProgress
 from mmfast.train.run_folder import claim
+from mmfast.train.state import gathered_state, load_state, named_state
 from mmfast.train.task import Step, Task
 from mmfast.train.window import NonFiniteError, Window
 from mmfast.version import __version__
-
-_SAME = ("batch_size", "seed")  # settings on which the order of the data depends
 
 
 class Fit(NamedTuple):
@@ -71,7 +70,7 @@ class Stopped(Exception):
 def fit(
     task: Task,
     config: TrainConfig,
-    data: Mapping[str, Tensor] | Any,
+    data: Mapping[str, Tensor] | Samples,
     *,
     out: Path | str | None = None,
     resume: bool = False,
@@ -87,7 +86,7 @@ def fit(
     Args:
         task: the model and its losses.
         config: how.
-        data: named tensors ``(N, ...)``, or a dataset with ``len`` whose items are dicts of them.
+        data: named tensors ``(N, ...)``, or samples by index, such as :class:`mmfast.data.Dataset`.
         out: folder for checkpoints, the log, pictures and the model; nothing is written without.
         resume: go on from the newest complete checkpoint in ``out``, if there is one.
         described: further settings to keep in ``config.json``.
@@ -166,22 +165,16 @@ class _Training:
 
     def _load(self, loaded: checkpoint.Checkpoint) -> None:
         tensors, state = loaded
-        for name in _SAME:
-            if state["train"][name] != getattr(self.config, name):
-                raise ValueError(
-                    f"the run to be resumed has {name} = {state['train'][name]}, "
-                    f"got {getattr(self.config, name)}"
-                )
-        if state["data_length"] != self.batches.length:
+        if state["batch_size"] != self.config.batch_size:
             raise ValueError(
-                f"the run to be resumed was trained on {state['data_length']} samples, "
-                f"the data has {self.batches.length}"
+                f"the run to be resumed has batch_size {state['batch_size']}, "
+                f"got {self.config.batch_size}"
             )
-        load_tensors(named_state(self.task.model), tensors["model"], "the checkpoint")
-        averages = self.averages.state()
-        if averages and "ema" in tensors:
-            load_tensors(averages, tensors["ema"], "the checkpoint's averages")
-        elif averages:
+        self.batches.load_state(state["data"])
+        load_state(self.task.model, tensors["model"], "the checkpoint")
+        if self.config.ema and "ema" in tensors:
+            self.averages.load(tensors["ema"])
+        else:
             self.averages.follow(self.task.model)
         load_optimizer(self.task.model, self.optimizer, tensors["optimizer"])
         self.task.load_state(state["task"])
@@ -224,7 +217,7 @@ class _Training:
     def _step(self, number: int, micros: list[dict[str, Tensor]]) -> None:
         config, wanted = self.config, self.task.wants(number)
         if wanted:
-            self.wrapped.begin(self.batches.firsts(wanted), number)
+            self.wrapped.begin(self.batches.some(wanted), number)
             self.averages.follow(self.task.model)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(number)
@@ -282,9 +275,9 @@ class _Training:
         if self.out is None:
             return
         tensors = {
-            "model": _whole(named_state(self.task.model)),
-            "ema": _whole(self.averages.state()),
-            "optimizer": _whole(optimizer_tensors(self.task.model, self.optimizer)),
+            "model": gathered_state(named_state(self.task.model)),
+            "ema": gathered_state(self.averages.state()),
+            "optimizer": gathered_state(optimizer_tensors(self.task.model, self.optimizer)),
         }
         every = distributed.objects_of_all(checkpoint.random_state())
         model = self.averages.model()
@@ -297,8 +290,8 @@ class _Training:
                 for name, tensor in state["tensors"].items()
             }
             state = {
-                "train": asdict(self.config),
-                "data_length": self.batches.length,
+                "batch_size": self.config.batch_size,
+                "data": self.batches.state(),
                 "task": self.task.state(),
                 "random": [{**state, "tensors": None} for state in every],
             }
@@ -319,13 +312,8 @@ class _Training:
         if picture is not None:
             path = self.out / "samples" / f"step-{self.done:08d}.png"
             path.parent.mkdir(exist_ok=True)
-            write_png(path, picture)
+            write_image(picture, path)
             self.log.picture("samples", picture, self.done)
-
-
-def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gathered ones, on the host; all processes must ask."""
-    return {name: whole(tensor).cpu() for name, tensor in tensors.items()}
 
 
 @contextlib.contextmanager

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from mmfast.nn.sharded_parameter import is_sharded, set_whole, whole
+from mmfast.nn.sharded_parameter import is_sharded, whole
 from mmfast.train.config import TrainConfig
+from mmfast.train.state import sharded_like
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -47,7 +46,7 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
     parameters = list(trained(model).values())
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if largest:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest or math.inf, norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return whole(norm.detach())
 
 
@@ -78,6 +77,5 @@ def load_optimizer(
             fused = optimizer.param_groups[0]["fused"]
             made = value.to(parameter.device if fused else "cpu")
         else:
-            made = torch.zeros_like(parameter)
-            set_whole(made, value.to(parameter.device))
+            made = sharded_like(parameter.detach(), value)
         optimizer.state[parameter][key] = made
