@@ -1,5 +1,12 @@
 """Whole models made of mmfast's modules."""
 
+from mmfast.models.codes import codebook_sizes, count_codes
+from mmfast.models.compression import (
+    Decompressed,
+    compress,
+    decompress,
+    model_digest,
+)
 from mmfast.models.configured import Configured, describe_model, load_model, save_model
 from mmfast.models.diffusion import Diffusion, Losses, Noised
 from mmfast.models.dit import DiT
@@ -8,6 +15,7 @@ from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage, usage_of_
 __all__ = [
     "VQVAE",
     "Configured",
+    "Decompressed",
     "DiT",
     "Diffusion",
     "Losses",
@@ -15,8 +23,13 @@ __all__ = [
     "Usage",
     "VQVAEOutput",
     "code_usage",
+    "codebook_sizes",
+    "compress",
+    "count_codes",
+    "decompress",
     "describe_model",
     "load_model",
+    "model_digest",
     "save_model",
     "usage_of_counts",
 ]
