@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mmfast.data import (
     ImageReader,
     Loader,
     TextReader,
+    progress,
     readers_from,
     train_tokenizer,
 )
@@ -300,3 +302,19 @@ def test_description(tmp_path):
         assert torch.equal(again[3][name], tensor)
     with pytest.raises(ValueError, match="must have modality or modalities, got size"):
         readers_from({"size": 3})
+
+
+@pytest.mark.parametrize("patience", [0, 60])
+def test_progress(monkeypatch, capsys, patience):
+    """A bar on a terminal, if it takes long."""
+    monkeypatch.setattr(progress, "PATIENCE", patience)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(progress.tracked(iter("abc"), "counting", 3)) == ["a", "b", "c"]
+    assert ("counting" in capsys.readouterr().err) == (patience == 0)
+
+
+def test_packages_that_are_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ImportError, match=r"pip install 'mmfast\[train\]' brings it"):
+        ImageReader(4).prepare(np.zeros((4, 4, 3), np.uint8))

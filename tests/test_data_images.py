@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from media import PICTURES, picture_file
 
 from mmfast.data import FileError, ImageReader, reader_from, to_float, to_pillow, to_uint8
 
@@ -186,18 +186,10 @@ def test_augmentation():
     assert 5 < sum(ramps) < 25
 
 
-def encoded(format_, **options):
-    buffer = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(buffer, format_, **options)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("format_", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("suffix", PICTURES)
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.97])
-def test_truncated(tmp_path, format_, share):
-    suffix = {"JPEG": "jpg", "TIFF": "tif"}.get(format_, format_.lower())
-    data = encoded(format_)
+def test_truncated(tmp_path, suffix, share):
+    data = picture_file(suffix)
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(data)
     whole = ImageReader().read(path)
@@ -213,9 +205,9 @@ def test_truncated(tmp_path, format_, share):
     [
         ("empty.png", b"", "is empty"),
         ("text.png", b"no picture at all, but text", "is no picture that Pillow knows"),
-        ("jpeg.png", encoded("JPEG"), "is named as PNG, but holds JPEG"),
-        ("png.jpg", encoded("PNG"), "is named as JPEG, but holds PNG"),
-        ("zeros.png", encoded("PNG")[:60] + bytes(9000), "is a damaged picture"),
+        ("jpeg.png", picture_file("jpg"), "is named as PNG, but holds JPEG"),
+        ("png.jpg", picture_file("png"), "is named as JPEG, but holds PNG"),
+        ("zeros.png", picture_file("png")[:60] + bytes(9000), "is a damaged picture"),
     ],
 )
 def test_broken(tmp_path, name, data, message):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +21,11 @@ from mmfast.data.readers import Reader, checked_file
 from mmfast.files import write_whole
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Pillow's readers of formats raise whatever a damaged header leads to.
+_DAMAGED = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError),
+    *(OverflowError, struct.error, zlib.error),
+)
 _SAME = {"MPO": "JPEG"}  # a JPEG with more behind it, as some cameras write
 
 
@@ -113,8 +120,7 @@ def open_image(path: str | os.PathLike[str]) -> Any:
         raise FileError(path, "is no picture that Pillow knows") from None
     except pillow.DecompressionBombError as error:
         raise FileError(path, f"is too large ({error})") from None
-    # Pillow's readers of formats raise whatever a damaged header leads to.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
+    except _DAMAGED as error:
         if isinstance(error, FileError):
             raise
         raise FileError(path, f"is a damaged picture ({error})") from None

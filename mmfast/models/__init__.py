@@ -8,6 +8,7 @@ from mmfast.models.compression import (
     decompress,
     model_digest,
 )
+from mmfast.models.conditional_dit import ConditionalDiT
 from mmfast.models.configured import Configured, describe_model, load_model, save_model
 from mmfast.models.diffusion import Diffusion, Losses, Noised
 from mmfast.models.dit import DiT
@@ -16,11 +17,14 @@ from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage, usage_of_
 __all__ = [
     "VQVAE",
     "Classifier",
+    "ConditionalDiT",
     "Configured",
     "Decompressed",
     "DiT",
     "Diffusion",
     "Losses",
+    "MultimodalDiT",
+    "MultimodalDiffusion",
     "Noised",
     "Usage",
     "VQVAEOutput",
