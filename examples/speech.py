@@ -105,7 +105,9 @@ def share(right: Tensor) -> str:
 
 def draw(rows: Mapping[str, Tensor], titles: list[str], path: Path) -> None:
     """Spectrograms ``(N, bands, frames)`` of each name in a row."""
-    figure, axes = plt.subplots(len(rows), len(titles), figsize=(2.6 * len(titles), 1.9 * len(rows)))
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=(2.6 * len(titles), 1.9 * len(rows))
+    )
     seconds = READER.frames * READER.hop / READER.sample_rate
     for line, (name, mels) in zip(axes, rows.items(), strict=True):
         for axis, mel in zip(line, mels, strict=True):
@@ -214,7 +216,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     versions = {"original": mels[test], "VQ-VAE": decoded, "diffusion": drawn}
-    table = Table(title=f"{len(test)} digits of {len(set(spoken.voices[i] for i in test))} voices never heard")
+    table = Table(
+        title=f"{len(test)} digits of {len(set(spoken.voices[i] for i in test))} voices never heard"
+    )
     for column in ("", "recognised", "error, dB"):
         table.add_column(column, justify="right" if column else "left")
     right = recognized(recognizers["codes"], codes[test], labels[test])
