@@ -165,7 +165,7 @@ def video_clips(
     """
     made = {}
     for name in _chosen(names, CLIPS):
-        frames = [pixels for _, pixels in decoded(clip_path(name))]
+        frames = list(decoded(clip_path(name)))
         if size is not None:
             frames = resized(frames, checked_size(size))
         made[name] = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).contiguous()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 import zlib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -91,9 +90,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         usable = self._usable(found.records)
         left_out = [record.name for record in usable if self._lacks(record, require)]
         self.records = [record for record in usable if not self._lacks(record, require)]
-        missing = Counter(
-            name for record in self.records for name in readers if name not in record.sources
-        )
+        missing = {name: sum(name not in r.sources for r in self.records) for name in readers}
         missing["label"] = sum(r.label is None for r in self.records) if self.classes else 0
         ignored = [str(path) for path in found.ignored]
         self.report = Report(len(self.records), self._refused, left_out, missing, ignored)

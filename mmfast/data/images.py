@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,11 @@ from mmfast.data.readers import Reader, checked_file
 from mmfast.files import write_whole
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Pillow's readers of formats raise whatever a damaged header leads to.
+_DAMAGED = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError),
+    *(OverflowError, struct.error, zlib.error),
+)
 _SAME = {"MPO": "JPEG"}  # a JPEG with more behind it, as some cameras write
 
 
@@ -60,6 +66,22 @@ def to_pillow(image: Tensor) -> Any:
     return pillow.fromarray(pixels[:, :, 0] if len(image) == 1 else pixels)
 
 
+def format_of(path: str | os.PathLike[str]) -> str:
+    """Pillow's name of the format that a picture to be written has by its name.
+
+    Raises:
+        ValueError: the name ends in no picture format.
+    """
+    pillow = needed("PIL.Image")
+    suffix = Path(path).suffix.lower()
+    found: str | None = pillow.registered_extensions().get(suffix)
+    if found is None or found not in pillow.SAVE:
+        raise ValueError(
+            f"{path}: the name must end in that of a picture format, such as .png, got {suffix!r}"
+        )
+    return found
+
+
 def write_image(image: Tensor, path: str | os.PathLike[str], **options: Any) -> None:
     """Write ``(C, height, width)`` in [-1, 1] in the format that the name ends in.
 
@@ -71,16 +93,10 @@ def write_image(image: Tensor, path: str | os.PathLike[str], **options: Any) -> 
     Raises:
         ValueError: the name ends in no picture format, or the format cannot hold the image.
     """
-    pillow = needed("PIL.Image")
-    formats = pillow.registered_extensions()
-    suffix = Path(path).suffix.lower()
-    if formats.get(suffix) not in pillow.SAVE:
-        raise ValueError(
-            f"{path}: the name must end in that of a picture format, such as .png, got {suffix!r}"
-        )
+    picture_format = format_of(path)
     buffer = io.BytesIO()
     try:
-        to_pillow(image).save(buffer, formats[suffix], **options)
+        to_pillow(image).save(buffer, picture_format, **options)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written in this format ({error})") from None
     write_whole(path, buffer.getvalue())
@@ -97,18 +113,14 @@ def open_image(path: str | os.PathLike[str]) -> Any:
     pillow, ops = needed("PIL.Image"), needed("PIL.ImageOps")
     file = checked_file(path)
     try:
-        with warnings.catch_warnings():
-            # Large ones are refused by an error of their own, or read.
-            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
-            with pillow.open(file) as image:
-                _check_format(file, image.format)
-                return ops.exif_transpose(image)
+        with pillow.open(file) as image:
+            _check_format(file, image.format)
+            return ops.exif_transpose(image)
     except pillow.UnidentifiedImageError:
         raise FileError(path, "is no picture that Pillow knows") from None
     except pillow.DecompressionBombError as error:
         raise FileError(path, f"is too large ({error})") from None
-    # Pillow's readers of formats raise whatever a damaged header leads to.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
+    except _DAMAGED as error:
         if isinstance(error, FileError):
             raise
         raise FileError(path, f"is a damaged picture ({error})") from None

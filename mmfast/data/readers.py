@@ -98,8 +98,9 @@ class Reader(ABC):
 
     def describe(self) -> dict[str, Any]:
         """The preprocessing as JSON knows it, for :func:`reader_from`."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"modality": self.modality, **fields}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        lists = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {"modality": self.modality, **lists}
 
 
 def reader_from(description: Mapping[str, Any]) -> Reader:
@@ -108,7 +109,7 @@ def reader_from(description: Mapping[str, Any]) -> Reader:
     Raises:
         ValueError: there is no such modality, or it has no such options.
     """
-    options = dict(description)
+    options = {n: tuple(v) if isinstance(v, list) else v for n, v in description.items()}
     modality = options.pop("modality", None)
     if modality not in _READERS:
         raise ValueError(f"modality must be one of {', '.join(_READERS)}, got {modality!r}")

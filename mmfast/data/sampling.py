@@ -69,9 +69,10 @@ class BatchSampler(Sampler[list[int]]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        if rank is None or world_size is None:
-            together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if rank is None:
             rank = torch.distributed.get_rank() if together else 0
+        if world_size is None:
             world_size = torch.distributed.get_world_size() if together else 1
         self.length = dataset if isinstance(dataset, int) else len(dataset)
         if batch_size < 1 or not 0 <= rank < world_size:
