@@ -93,10 +93,10 @@ class Wrapped:
             fully_shard(self._run)
         elif several():
             # The quantisers' buffers are the same everywhere already. The option has a new name.
-            known = inspect.signature(DistributedDataParallel).parameters
             new = "forward_sync_buffers"
-            option = new if new in known else "broadcast_buffers"
-            self._run = DistributedDataParallel(self._run, **{option: False})
+            known = new in inspect.signature(DistributedDataParallel).parameters
+            options: dict[str, Any] = {new if known else "broadcast_buffers": False}
+            self._run = DistributedDataParallel(self._run, **options)
 
     def begin(self, batch: Mapping[str, Tensor], step: int) -> None:
         """``task.begin``, without gradients."""
