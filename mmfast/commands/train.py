@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from mmfast.commands import CommandError
 from mmfast.data import FileError
+from mmfast.models import VQVAE
 from mmfast.train import NonFiniteError, Stopped, distributed, fit
+from mmfast.train.dit import DiTTask
 from mmfast.train.run_folder import CONFIG, MODEL, check_free, holds_run
 from mmfast.train.settings import DiTRun, Prepared, VQVAERun
 from mmfast.train.sources import Data, open_data
@@ -91,11 +90,9 @@ def run(given: argparse.Namespace) -> int:
             raise CommandError(f"{given.out}: holds no run to resume; give --data to start one")
         device = distributed.device_named(settings.train.device)
         distributed.join_processes(device)
-        main = distributed.rank() == 0
         data = open_data(settings.data, settings.train.seed)
         prepared = settings.prepare(data, device)
-        console = Console(quiet=not main)
-        console.print(_plan(given.kind, settings, data, prepared, device, given.out))
+        _show(_plan(given.kind, settings, data, prepared, device, given.out))
         described = {"kind": given.kind, **dataclasses.asdict(settings)}
         result = fit(
             prepared.task,
@@ -110,9 +107,11 @@ def run(given: argparse.Namespace) -> int:
             again = f"mmfast train {given.kind} --out {given.out} --resume"
             print(f"{stopped}\ngo on with: {again}")
         return _INTERRUPTED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     except (FileError, ImportError, NonFiniteError, OSError, TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
-    console.print(_results(result.row, given.out))
+    _show(_results(result.row, given.out))
     return 0
 
 
@@ -123,45 +122,47 @@ def _plan(
     prepared: Prepared,
     device: torch.device,
     out: Path,
-) -> Table:
+) -> dict[str, str]:
     """What is going to happen."""
-    table = Table("", f"mmfast train {kind}", show_edge=False, title_justify="left")
     config, model = settings.train, prepared.task.model
     shape = " x ".join(map(str, data.shape))
     labels = f", {data.classes} classes" if data.classes else ""
-    table.add_row(
-        "data",
-        f"{settings.data.data}: {len(data.train)} samples of {shape}{labels}, "
-        f"{len(data.test)} held out",
-    )
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    table.add_row("model", f"{type(model).__name__}, {weights / 1e6:.2f} M weights")
-    if isinstance(settings, VQVAERun):
-        grid = [size // model.downsampling for size in data.shape[1:]]  # type: ignore[operator]
-        codes = model.quantizer.codebook_size  # type: ignore[union-attr]
-        table.add_row("codes", f"{' x '.join(map(str, grid))} of {codes}")
-    else:
-        space = "latents of a VQ-VAE" if settings.model.vqvae else "the data itself"
-        table.add_row("works on", f"{space}, {model.num_tokens} tokens")
-        table.add_row("learns", f"{settings.objective.noise}, {prepared.task.diffusion.prediction}")  # type: ignore[attr-defined]
+    plan = {
+        "data": f"{settings.data.data}: {len(data.train)} samples of {shape}{labels}, "
+        f"{len(data.test)} held out",
+        "model": f"{type(model).__name__}, {weights / 1e6:.2f} M weights",
+    }
+    if isinstance(model, VQVAE):
+        grid = [size // model.downsampling for size in data.shape[1:]]
+        codes = model.quantizer.codebook_size
+        plan["codes"] = f"{' x '.join(map(str, grid))} of {codes}"
+    if isinstance(prepared.task, DiTTask):
+        latents = prepared.task.about["latents"]
+        space = "latents of a VQ-VAE" if latents else "the data itself"
+        plan["space"] = f"{space}, {prepared.task.model.num_tokens} tokens"
+        learnt = prepared.task.diffusion
+        plan["learns"] = f"{learnt.prediction} of schedule {learnt.schedule}"
     epochs = config.steps * config.batch_size / len(data.train)
-    table.add_row(
-        "steps", f"{config.steps} of {config.batch_size} samples, {epochs:.1f} times the data"
-    )
     count = distributed.world_size()
     several = f", {count} processes ({config.distributed})" if count > 1 else ""
-    table.add_row("on", f"{device}, {config.precision}{several}")
-    table.add_row("results", str(out))
-    return table
+    return {
+        f"train {kind}": str(out),
+        **plan,
+        "steps": f"{config.steps} of {config.batch_size} samples, {epochs:.1f} times the data",
+        "on": f"{device}, {config.precision}{several}",
+    }
 
 
-def _results(row: Mapping[str, float], out: Path) -> Table:
+def _results(row: Mapping[str, float], out: Path) -> dict[str, str]:
     """The last row of the log, and where the files are."""
-    table = Table("", "after the last step", show_edge=False)
-    for name, value in row.items():
-        shown = f"{value:.0f}" if name == "step" or math.isclose(value, 0) else f"{value:.4g}"
-        table.add_row(name, shown)
-    for name in (MODEL, "log.csv", "samples", "checkpoints"):
-        if (out / name).exists():
-            table.add_row(name, str(out / name))
-    return table
+    numbers = {name: f"{value:.4g}" for name, value in row.items()}
+    places = (MODEL, "log.csv", "samples", "checkpoints")
+    return {**numbers, **{name: str(out / name) for name in places if (out / name).exists()}}
+
+
+def _show(lines: Mapping[str, str]) -> None:
+    """Names and what belongs to them, on the first process."""
+    if distributed.rank() == 0:
+        width = max(map(len, lines))
+        print("".join(f"{name:<{width}}  {value}\n" for name, value in lines.items()), flush=True)

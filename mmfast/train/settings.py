@@ -9,11 +9,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from mmfast.train.batches import collated
 from mmfast.data.sampling import Samples
 from mmfast.models import VQVAE, Diffusion, DiT, load_model
 from mmfast.models.dit import SIZES
 from mmfast.train.about import modality_of
+from mmfast.train.batches import collated
 from mmfast.train.config import TrainConfig
 from mmfast.train.dit import DiTTask, latent_shape
 from mmfast.train.run_folder import MODEL
@@ -63,15 +63,15 @@ class VQVAEConfig:
             "kmeans_init": self.kmeans,
         }
         size = {"codebook_size": self.codebook_size}
-        options: dict[str, Any] = {
+        options: dict[str, dict[str, Any]] = {
             "VectorQuantize": {**size, **codebook},
             "ResidualVQ": {**size, **codebook, "num_quantizers": self.num_quantizers},
             "FSQ": {"levels": list(self.levels)},
             "LFQ": size,
             "SimVQ": size,
-        }[self.quantizer]
-        dim = {"dim": self.latent_dim}
-        return {"type": self.quantizer, **dim, **options, **self.quantizer_options}
+        }
+        given = {"dim": self.latent_dim, **options[self.quantizer], **self.quantizer_options}
+        return {"type": self.quantizer, **given}
 
 
 @dataclass(frozen=True)

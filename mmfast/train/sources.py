@@ -89,6 +89,10 @@ def open_data(config: DataConfig, seed: int) -> Data:
     if not config.data:
         raise ValueError("no data to train on: give --data")
     reader = config.make_reader()
+    shape = tuple(side for side in reader.shape if side is not None)
+    if len(shape) < len(reader.shape):
+        missing = {"video": "frames", "mel": "frames", "waveform": "length"}[config.modality]
+        raise ValueError(f"samples must be of one shape: give --{missing}")
     source = open_source(config.data, reader, on_error=config.on_error)
     train, test = source.train, source.test
     augmented = any(v for n, v in reader.describe().items() if n.startswith("random_"))
@@ -98,10 +102,6 @@ def open_data(config: DataConfig, seed: int) -> Data:
         if source.classes:
             train, test = (d.subset((d.labels >= 0).nonzero()[:, 0]) for d in (train, test))
         train.augment, train.seed = augmented, seed
-    shape = tuple(side for side in reader.shape if side is not None)
-    if len(shape) < len(reader.shape):
-        missing = {"video": "frames", "mel": "frames", "waveform": "length"}[config.modality]
-        raise ValueError(f"samples must be of one shape: give --{missing}")
     about = about_data(config.data, shape, reader, source.classes)
     return Data(train, test, about, shape, len(source.classes), augmented)
 
