@@ -17,6 +17,12 @@ QUANTIZERS = {
     "heads": {"type": "VectorQuantize", "dim": D, "codebook_size": 8, "heads": 2},
     "ResidualVQ": {"dim": D, "num_quantizers": 3, "codebook_size": 16},
     "sizes": {"type": "ResidualVQ", "dim": D, "num_quantizers": 2, "codebook_size": [32, 5]},
+    "fewer": {
+        "type": "ResidualVQ",
+        "dim": D,
+        "codebook_size": [32, 5, 16],
+        "quantize_dropout": True,
+    },
     "FSQ": {"levels": [4, 3, 3], "dim": D},
     "ResidualFSQ": {"levels": [4, 3], "num_quantizers": 2, "dim": D},
     "LFQ": {"dim": D, "codebook_size": 64},
@@ -51,6 +57,28 @@ def test_every_quantizer(name):
     model, x = vqvae(name), normal(3, 13, 10)
     data = compress(model, x)
     assert torch.equal(decompress(model, data).x, restored(model, x)[:, :13, :10])
+
+
+def test_fewer_stages():
+    model, x = vqvae("fewer"), normal(3, 16, 12)
+    every = model.quantizer.num_quantizers
+    for stages in range(1, every + 1):
+        data = compress(model, x, stages=stages)
+        with torch.no_grad():
+            indices = model.encode(x[None])[..., :stages]
+            expected = model.decode(indices)[0]
+        got = decompress(model, data)
+        assert torch.equal(got.indices, indices[0])
+        assert torch.equal(got.x, expected)
+    assert compress(model, x) == data
+    for stages in (0, every + 1):
+        with pytest.raises(ValueError, match=f"stages must be from 1 to {every}, got {stages}"):
+            compress(model, x, stages=stages)
+
+
+def test_fewer_stages_of_a_model_that_needs_all():
+    with pytest.raises(ValueError, match="quantize_dropout"):
+        compress(vqvae("ResidualVQ"), normal(3, 8, 8), stages=2)
 
 
 @pytest.mark.parametrize(("spatial_dims", "sizes"), [(1, (35,)), (2, (1, 3)), (3, (3, 8, 5))])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmfast.commands import CommandError
 from mmfast.data import FileError, ImageReader, Reader, readers_from
+from mmfast.data.images import format_of
 from mmfast.models import VQVAE
 
 # Fields of readers that cut, scale or fill up, and what they are for whole files.
@@ -80,6 +81,19 @@ def check_out(path: Path) -> None:
         raise CommandError(f"{path}: is a folder, expected the name of a file to write")
     if not path.parent.is_dir():
         raise CommandError(f"{path}: there is no folder {path.parent}")
+
+
+def check_picture(path: Path) -> None:
+    """A picture can be written there.
+
+    Raises:
+        CommandError: as of :func:`check_out`, or the name ends in no picture format.
+    """
+    check_out(path)
+    try:
+        format_of(path)
+    except (ImportError, ValueError) as error:
+        raise CommandError(str(error)) from None
 
 
 def read_bytes(path: Path) -> bytes:

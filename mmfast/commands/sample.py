@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mmfast.commands.drawing import labels_of, open_dit, seeds_of
-from mmfast.commands.media import check_out, reader_of, told
+from mmfast.commands.media import check_picture, reader_of, told
 from mmfast.commands.options import add_device, device_of, within
 from mmfast.data import write_image
 from mmfast.models.diffusion import SAMPLERS
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Draw samples and write them: a row for each class, or for eight where there is one."""
-    check_out(given.out)
+    check_picture(given.out)
     drawer = open_dit(given.model, device_of(given))
     guidance = drawer.guidance(given.guidance)
     drawer.check(given.sampler, given.steps)

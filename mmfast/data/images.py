@@ -66,6 +66,22 @@ def to_pillow(image: Tensor) -> Any:
     return pillow.fromarray(pixels[:, :, 0] if len(image) == 1 else pixels)
 
 
+def format_of(path: str | os.PathLike[str]) -> str:
+    """Pillow's name of the format that a picture to be written has by its name.
+
+    Raises:
+        ValueError: the name ends in no picture format.
+    """
+    pillow = needed("PIL.Image")
+    suffix = Path(path).suffix.lower()
+    found: str | None = pillow.registered_extensions().get(suffix)
+    if found is None or found not in pillow.SAVE:
+        raise ValueError(
+            f"{path}: the name must end in that of a picture format, such as .png, got {suffix!r}"
+        )
+    return found
+
+
 def write_image(image: Tensor, path: str | os.PathLike[str], **options: Any) -> None:
     """Write ``(C, height, width)`` in [-1, 1] in the format that the name ends in.
 
@@ -77,16 +93,10 @@ def write_image(image: Tensor, path: str | os.PathLike[str], **options: Any) -> 
     Raises:
         ValueError: the name ends in no picture format, or the format cannot hold the image.
     """
-    pillow = needed("PIL.Image")
-    formats = pillow.registered_extensions()
-    suffix = Path(path).suffix.lower()
-    if formats.get(suffix) not in pillow.SAVE:
-        raise ValueError(
-            f"{path}: the name must end in that of a picture format, such as .png, got {suffix!r}"
-        )
+    picture_format = format_of(path)
     buffer = io.BytesIO()
     try:
-        to_pillow(image).save(buffer, formats[suffix], **options)
+        to_pillow(image).save(buffer, picture_format, **options)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written in this format ({error})") from None
     write_whole(path, buffer.getvalue())

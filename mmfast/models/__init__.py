@@ -7,6 +7,7 @@ from mmfast.models.compression import (
     decompress,
     model_digest,
 )
+from mmfast.models.conditional_dit import ConditionalDiT
 from mmfast.models.configured import Configured, describe_model, load_model, save_model
 from mmfast.models.diffusion import Diffusion, Losses, Noised
 from mmfast.models.dit import DiT
@@ -14,11 +15,14 @@ from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage, usage_of_
 
 __all__ = [
     "VQVAE",
+    "ConditionalDiT",
     "Configured",
     "Decompressed",
     "DiT",
     "Diffusion",
     "Losses",
+    "MultimodalDiT",
+    "MultimodalDiffusion",
     "Noised",
     "Usage",
     "VQVAEOutput",

@@ -25,15 +25,15 @@ def codebook_sizes(quantizer: Any) -> tuple[int, ...]:
 
 
 def stage_sizes(model: VQVAE, stages: int) -> list[int]:
-    """K of each of Q stages.
+    """K of each of the first stages.
 
     Raises:
-        ValueError: the model's quantiser has another number of stages.
+        ValueError: the model's quantiser has fewer.
     """
     sizes = codebook_sizes(model.quantizer)
-    if len(sizes) not in (1, stages):
+    if 1 < len(sizes) < stages:
         raise ValueError(f"the model's quantizer has {len(sizes)} stages, not {stages}")
-    return list(sizes if len(sizes) == stages else sizes * stages)
+    return list(sizes[:stages] if len(sizes) >= stages else sizes * stages)
 
 
 def by_stage(model: VQVAE, indices: Tensor) -> Tensor:

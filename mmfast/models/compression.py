@@ -64,19 +64,22 @@ def padded(x: Tensor, multiple: int) -> Tensor:
 
 
 @torch.no_grad()
-def compress(model: VQVAE, x: Tensor, **about: Any) -> bytes:
+def compress(model: VQVAE, x: Tensor, *, stages: int | None = None, **about: Any) -> bytes:
     """A sample as the bytes of a file: the codes, entropy-coded, and a header.
 
     Args:
         model: in evaluation mode.
         x: ``(channels, *sizes)``, sizes of any numbers above 0; at the ends it is filled up with
             its last values to what the model takes.
+        stages: keep the codes of so many stages of a residual quantiser, for smaller files; it must
+            have learned with ``quantize_dropout``. All by default.
         about: what :func:`decompress` is to return beside it, of JSON's types.
 
     Raises:
         ImportError: constriction is not installed.
         TypeError: x is no tensor of floating numbers.
-        ValueError: the model is in training mode, or x has another shape.
+        ValueError: the model is in training mode, x has another shape, or the quantiser does not
+            do with so many stages.
     """
     check_floating("x", x)
     if model.training:
@@ -85,6 +88,13 @@ def compress(model: VQVAE, x: Tensor, **about: Any) -> bytes:
         dims = ", ".join(["channels", *["size"] * model.spatial_dims])
         raise ValueError(f"x must be ({dims}), got {tuple(x.shape)}")
     indices = model.encode(padded(x[None], model.downsampling)).cpu().long()
+    if stages is not None:
+        most = len(by_stage(model, indices))
+        if not 1 <= stages <= most:
+            raise ValueError(f"stages must be from 1 to {most}, got {stages}")
+        if stages < most and not getattr(model.quantizer, "quantize_dropout", False):
+            raise ValueError("fewer stages need a quantizer with quantize_dropout=True")
+        indices = indices[..., :stages] if stages < most else indices
     grids = by_stage(model, indices)[:, 0]
     counts = stage_sizes(model, len(grids))
     coding, codes = _MODELLED, encode_indices(grids.numpy(), counts)

@@ -25,7 +25,7 @@ _BOUND = 1e-3  # weight of the whole variational bound: lambda of Nichol and Dha
 # Random numbers of one kind are others than those of the noise, whose offset is the step.
 _TIMES_STREAM = 1 << 62
 _DROP_STREAM = 1 << 61
-_START_STREAM = -1  # of sampling, whose steps count from 0
+START_STREAM = -1  # of sampling, whose steps count from 0
 
 Condition = Mapping[str, Any]
 
@@ -155,6 +155,10 @@ class Diffusion:
         self._tables["times", cpu] = (
             (table[:, SIGMA] * self.num_steps).float() if flow else torch.arange(self.num_steps)
         )
+        self._tables["mean", cpu] = torch.tensor(_numbers(self.data_mean))
+        self._tables["std", cpu] = torch.tensor(_numbers(self.data_std))
+        if isinstance(levels, NoiseSchedule):
+            self._tables["ratio", cpu] = levels.ratio
 
     @property
     def config(self) -> dict[str, Any]:
@@ -175,7 +179,7 @@ class Diffusion:
             batch: B.
             device: of the result; that of a tensor among seed and offset, else the CPU.
         """
-        level = _uniform(batch, seed, offset + _TIMES_STREAM, device)
+        level = uniform((batch,), seed, offset + _TIMES_STREAM, device)
         if self.times == "logit_normal":
             level = logit_normal_quantile(level, self.times_mean, self.times_std)
         return (level * self.num_steps).long().clamp(max=self.num_steps - 1)
@@ -246,7 +250,7 @@ class Diffusion:
         batch = self.noised(x0, seed=seed, offset=offset, rows=rows)
         given = dict(condition or {})
         if drop is not None:
-            given["drop"] = _uniform(x0.shape[0], seed, offset + _DROP_STREAM, x0.device) < drop
+            given["drop"] = uniform((x0.shape[0],), seed, offset + _DROP_STREAM, x0.device) < drop
         output = _first(model(batch.noisy, batch.timesteps, **given))
         learned = output.dim() > 1 and output.shape[1] == 2 * x0.shape[1]
         prediction, variance = output.chunk(2, 1) if learned else (output, None)
@@ -371,8 +375,8 @@ class Diffusion:
             def call(*args: Any, **kwargs: Any) -> Tensor:
                 return _first(model(*args, **kwargs)).chunk(2, 1)[0]
 
-        noise = mmfast.randn(shape, seed=seed, offset=_START_STREAM, device=device)
-        with _evaluating(model):
+        noise = mmfast.randn(shape, seed=seed, offset=START_STREAM, device=device)
+        with evaluating(model):
             drawn = sample(
                 call,
                 noise,
@@ -384,6 +388,41 @@ class Diffusion:
                 dtype=parameter.dtype,
             )
         return self.restored(drawn)
+
+    def prediction_of(self, denoised: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
+        """What a model predicts that takes the clean sample for ``denoised``.
+
+        Args:
+            denoised: the clean sample, ``(B, ...)``.
+            x: the noisy one, likewise.
+            timesteps: that a model is told, ``(B,)``, whole or not, above 0 for flows.
+        """
+        last = self.num_steps - 1
+        if isinstance(self.levels, FlowSchedule):
+            sigma = timesteps.double() / self.num_steps
+            alpha = 1 - sigma
+        else:
+            # As NoiseSchedule.at has it.
+            ratio = self._on(x.device, "ratio")
+            low = timesteps.double().clamp(0, last).floor()
+            part = timesteps.double() - low
+            row = low.long()
+            between = torch.lerp(ratio[row], ratio[(row + 1).clamp(max=last)], part)
+            found = torch.where(part == 0, ratio[row], between)
+            alpha, sigma = (1 + found**2).rsqrt(), (1 + found**-2).rsqrt()
+        lead = (-1, *[1] * (x.dim() - 1))
+        alpha, sigma = alpha.float().view(lead), sigma.float().view(lead)
+        denoised = denoised.float()
+        noise = (x.float() - alpha * denoised) / sigma
+        if self.prediction == "epsilon":
+            made = noise
+        elif self.prediction == "sample":
+            made = denoised
+        elif self.prediction == "v_prediction":
+            made = alpha * noise - sigma * denoised
+        else:
+            made = noise - denoised
+        return made.to(x.dtype)
 
     def normalized(self, x: Tensor) -> Tensor:
         """The data ``(B, C, ...)`` with the mean 0 and the deviation 1, if ``data_mean`` and
@@ -404,13 +443,9 @@ class Diffusion:
     def _scaled(self) -> bool:
         return self.data_mean != 0 or self.data_std != 1
 
-    def _scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _scale(self, x: Tensor) -> list[Tensor]:
         shape = (-1, *[1] * (x.dim() - 2))
-        mean, std = (
-            torch.tensor(_numbers(v), dtype=x.dtype, device=x.device).view(shape)
-            for v in (self.data_mean, self.data_std)
-        )
-        return mean, std
+        return [self._on(x.device, name).to(x.dtype).view(shape) for name in ("mean", "std")]
 
     def _on(self, device: torch.device, name: str) -> Tensor:
         """A table on ``device``; that of the bound is made when it is first asked for."""
@@ -427,11 +462,14 @@ class Diffusion:
         return self._tables[name, device]
 
 
-def _uniform(
-    batch: int, seed: int | Tensor, offset: int | Tensor, device: torch.device | str | None
+def uniform(
+    shape: Sequence[int],
+    seed: int | Tensor,
+    offset: int | Tensor,
+    device: torch.device | str | None,
 ) -> Tensor:
-    """From 0 to 1, float32, ``(B,)``."""
-    return torch.special.ndtr(mmfast.randn((batch,), seed=seed, offset=offset, device=device))
+    """Numbers from 0 to 1, float32; arguments as of :func:`mmfast.randn`."""
+    return torch.special.ndtr(mmfast.randn(shape, seed=seed, offset=offset, device=device))
 
 
 def _numbers(value: float | Sequence[float]) -> list[float]:
@@ -443,7 +481,8 @@ def _first(output: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode inside, and as it was behind."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mmfast.models.configured import Configured
-from mmfast.nn.adaptive_norm import Pending, zero
-from mmfast.nn.dit_block import DiTBlock, FinalLayer
-from mmfast.nn.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_positions
+from mmfast.models.patches import PatchTransformer, repeatable, xavier
+from mmfast.nn.adaptive_norm import zero
+from mmfast.nn.dit_block import DiTBlock
+from mmfast.nn.embedders import LabelEmbedder
 from mmfast.nn.weights import dit_from_diffusers, dit_to_diffusers
-from mmfast.ops.patchify import unpatchify
 
 SIZES = {
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
@@ -26,7 +22,7 @@ SIZES = {
 }
 
 
-class DiT(Configured):
+class DiT(PatchTransformer):
     """A diffusion transformer with adaLN-Zero blocks, conditioned on timesteps and class labels.
 
     Its parameters have the names of facebookresearch/DiT; :meth:`load_state_dict` also takes the
@@ -46,14 +42,8 @@ class DiT(Configured):
         mlp_eps: of the norms before the MLPs; 1e-5 in diffusers' DiT.
         downscale_freq_shift: of :func:`mmfast.timestep_embedding`; 1 in diffusers' DiT.
 
-    Attributes:
-        gradient_checkpointing: compute what is inside of the blocks again in the backward, instead
-            of keeping it.
-
     Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023).
     """
-
-    gradient_checkpointing = False
 
     def __init__(
         self,
@@ -71,27 +61,22 @@ class DiT(Configured):
         mlp_eps: float = 1e-6,
         downscale_freq_shift: float = 0.0,
     ) -> None:
-        super().__init__()
-        sizes = (input_size,) * 2 if isinstance(input_size, int) else tuple(input_size)
-        patch = (patch_size,) * len(sizes) if isinstance(patch_size, int) else tuple(patch_size)
-        if len(patch) != len(sizes) or any(s % p for s, p in zip(sizes, patch, strict=True)):
-            raise ValueError(
-                f"input_size must be multiples of patch_size {patch}, one for each, got {sizes}"
-            )
-        self.input_size, self.patch_size = sizes, patch
-        self.in_channels, self.learn_sigma = in_channels, learn_sigma
-        self.out_channels = in_channels * (1 + learn_sigma)
-        self.x_embedder = PatchEmbed(patch, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size, downscale_freq_shift=downscale_freq_shift)
+        super().__init__(
+            input_size,
+            patch_size,
+            in_channels,
+            hidden_size,
+            learn_sigma,
+            downscale_freq_shift=downscale_freq_shift,
+        )
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        grid = [s // p for s, p in zip(sizes, patch, strict=True)]
-        positions = sincos_positions(grid, hidden_size)[None]
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, mlp_ratio, mlp_eps=mlp_eps) for _ in range(depth)
         )
-        self.final_layer = FinalLayer(hidden_size, patch, self.out_channels)
-        self._initialise()
+        xavier(*self.blocks)
+        for block in self.blocks:
+            assert isinstance(block, DiTBlock)
+            zero(block.adaLN_modulation)
 
     @classmethod
     def named(cls, name: str, **options: Any) -> DiT:
@@ -140,15 +125,6 @@ class DiT(Configured):
         parameter = next(model.parameters())
         return made.to(parameter.device, parameter.dtype)
 
-    def _initialise(self) -> None:
-        for block in self.blocks:
-            for layer in block.modules():
-                if isinstance(layer, nn.Linear):
-                    nn.init.xavier_uniform_(layer.weight)
-                    nn.init.zeros_(layer.bias)
-            assert isinstance(block, DiTBlock)
-            zero(block.adaLN_modulation)
-
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
@@ -194,21 +170,15 @@ class DiT(Configured):
         Raises:
             ValueError: x has another shape.
         """
-        if x.shape[1:] != (self.in_channels, *self.input_size):
-            expected = ", ".join(map(str, (self.in_channels, *self.input_size)))
-            raise ValueError(f"x must be (B, {expected}), got {tuple(x.shape)}")
-        tokens = self.x_embedder(x) + self.pos_embed
         if y is None:
             self._check_null()
             y = t.new_full((len(t),), self.y_embedder.num_classes, dtype=torch.int64)
         c = self.t_embedder(t) + self.y_embedder(y, drop)
-        pending: Pending | None = None
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        tokens, pending = self.tokens(x), None
         for block in self.blocks:
-            run = functools.partial(checkpoint, block, use_reentrant=False) if again else block
+            run = repeatable(block, self.gradient_checkpointing)
             tokens, pending = run(tokens, c, pending, defer=True)
-        tokens = self.final_layer(tokens, c, pending)
-        return unpatchify(tokens, self.patch_size, self.input_size, order="channels_last")
+        return self.untokened(self.final_layer(tokens, c, pending))
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """The prediction with classifier-free guidance.
@@ -224,8 +194,3 @@ class DiT(Configured):
         conditional, unconditional = prediction.chunk(2)
         guided = torch.lerp(unconditional, conditional, cfg_scale)
         return torch.cat([torch.cat([guided, guided]), rest], 1)
-
-    def extra_repr(self) -> str:
-        """The sizes."""
-        tokens = math.prod(s // p for s, p in zip(self.input_size, self.patch_size, strict=True))
-        return f"input_size={self.input_size}, patch_size={self.patch_size}, tokens={tokens}"

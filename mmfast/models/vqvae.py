@@ -125,7 +125,7 @@ class VQVAE(Configured):
         vectors = latents.flatten(2).transpose(1, 2)
         quantized, indices, *losses = self.quantizer(vectors, **options)
         loss = sum((loss.sum() for loss in losses), start=latents.new_zeros(()))
-        back = quantized.transpose(1, 2).unflatten(2, grid)
+        back = quantized.mT.contiguous().unflatten(2, grid)
         return back, indices.unflatten(1, grid), loss
 
     def encode(self, x: Tensor) -> Tensor:
