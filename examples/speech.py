@@ -105,7 +105,7 @@ class DrawFromCodes(Task):
     def loss(self, batch: Mapping[str, Tensor], step: Step) -> dict[str, Tensor]:
         """The diffusion loss."""
         context = {"context": batch["codes"]}
-        options = {"seed": batch["seed"], "condition": context}
+        options = {"seed": batch["seed"], "condition": context, "drop": 0.1}
         return {"loss": self.diffusion.loss(self.model, batch["mel"], **options)}
 
 
@@ -188,8 +188,8 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
 
     console.print(f"seed {seed}: the diffusion transformer")
     dit = ConditionalDiT(
-        READER.frames,
-        (2,),
+        (READER.frames,),
+        2,
         READER.n_mels,
         hidden_size=128,
         depth=effort.depth,
