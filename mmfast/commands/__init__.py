@@ -7,6 +7,7 @@ user's to mend: it is printed as one line, without a traceback, and the status i
 
 COMMANDS = {
     "info": "show versions, devices, and which backend runs each op here and why",
+    "train": "train a VQ-VAE or a diffusion transformer",
     "bench": "compare a few ops with plain PyTorch, or run the repository's benchmarks",
     "reconstruct": "show files beside what a VQVAE makes of them",
     "sample": "draw samples from a DiT",

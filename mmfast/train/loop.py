@@ -100,11 +100,8 @@ def fit(
         ValueError: settings do not fit each other, the model, the data or the checkpoint.
     """
     device = distributed.device_named(config.device)
-    with (
-        distributed.processes(device),
-        _algorithms(config.deterministic),
-        _stop_signals() as stop,
-    ):
+    distributed.join_processes(device)
+    with _algorithms(config.deterministic), _stop_signals() as stop:
         return _Training(task, config, data, device, out, resume, described, progress).run(stop)
 
 
