@@ -1,5 +1,6 @@
 """Whole models made of mmfast's modules."""
 
+from mmfast.models.classifier import Classifier
 from mmfast.models.codes import codebook_sizes, count_codes
 from mmfast.models.compression import (
     Decompressed,
@@ -15,6 +16,7 @@ from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage, usage_of_
 
 __all__ = [
     "VQVAE",
+    "Classifier",
     "ConditionalDiT",
     "Configured",
     "Decompressed",

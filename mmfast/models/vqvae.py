@@ -62,6 +62,9 @@ class VQVAE(Configured):
         widths: channels of each level; each level after the first halves all sizes.
         num_blocks: residual blocks of each level.
         reconstruction: the loss, ``"l1"`` or ``"l2"``.
+        patch_size: blocks of so many values in each dimension become channels first, and what the
+            decoder makes becomes blocks. With 2 or 4, large images cost much less than with as many
+            levels more.
 
     Source: van den Oord et al., "Neural Discrete Representation Learning" (2017); the residual
     blocks are those of Esser et al., "Taming Transformers" (2021).
@@ -77,6 +80,7 @@ class VQVAE(Configured):
         widths: Sequence[int] = (64, 128, 256),
         num_blocks: int = 2,
         reconstruction: str = "l2",
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         if spatial_dims not in (1, 2, 3):
@@ -86,12 +90,14 @@ class VQVAE(Configured):
                 f"widths and num_blocks must be at least 1, got {tuple(widths)} and {num_blocks}"
             )
         check_choice("reconstruction", reconstruction, tuple(_LOSSES))
-        shape = spatial_dims, channels, tuple(widths), num_blocks, latent_dim
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+        shape = spatial_dims, channels, tuple(widths), num_blocks, latent_dim, patch_size
         self.encoder = encoder(*shape)
         self.quantizer = quantizer if isinstance(quantizer, nn.Module) else _built(quantizer)
         self.decoder = decoder(*shape)
         self.channels, self.spatial_dims = channels, spatial_dims
-        self.downsampling = 2 ** (len(widths) - 1)
+        self.downsampling = patch_size * 2 ** (len(widths) - 1)
         self.reconstruction_loss = _LOSSES[reconstruction]
 
     def latents(self, x: Tensor) -> Tensor:
