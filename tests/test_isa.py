@@ -97,6 +97,12 @@ for name in PROBLEMS:
     indices = mmfast.nearest_code(x, codebook)[0]
     for tensor in mmfast.code_statistics(x, indices, len(codebook)):
         digest.update(bits(tensor).numpy().tobytes())
+for levels in ((8, 8, 8, 5, 5, 5), (5, 3, 17), (40,), (3,) * 9, (7, 7)):
+    z = 2 * torch.randn(77, len(levels), generator=torch.Generator().manual_seed(0))
+    for tensor in mmfast.finite_scalar_quantize(z, levels):
+        digest.update(bits(tensor).numpy().tobytes())
+for tensor in mmfast.lookup_free_quantize(z, group_bits=0)[:2]:
+    digest.update(bits(tensor).numpy().tobytes())
 print(digest.hexdigest())
 random = hashlib.sha256()
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
