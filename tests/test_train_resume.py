@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import time
@@ -16,6 +17,7 @@ import training
 from safetensors.torch import load_file
 from training import CONFIG, data, task, train
 
+from mmfast.data import InMemory
 from mmfast.train import Stopped, fit, read_log
 from mmfast.train.checkpoint import checkpoints, newest_checkpoint, read_checkpoint
 
@@ -104,6 +106,49 @@ def test_stopped(kind, tmp_path):
     train("vqvae", tmp_path / "alone", **LONGER)
     same_bits(tmp_path / "stopped", tmp_path / "alone")
     assert task("vqvae").model.training
+
+
+def test_stopped_with_readers(tmp_path):
+    """Ctrl-C reaches the processes that read data, too: they stay until the step is done."""
+    made, config = task("dit"), dataclasses.replace(CONFIG, **LONGER, workers=2, accumulate=2)
+    loss = made.loss
+
+    def interrupting(batch, step):
+        if step == (4, 0, 2):
+            readers = multiprocessing.active_children()
+            assert len(readers) == 2
+            for reader in readers:
+                os.kill(reader.pid, signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return loss(batch, step)
+
+    made.loss = interrupting
+    with pytest.raises(Stopped, match="after step 5, kept in"):
+        fit(made, config, data(), out=tmp_path / "stopped", progress=False)
+    for folder in ("stopped", "alone"):
+        train("dit", tmp_path / folder, **LONGER)
+    same_bits(tmp_path / "stopped", tmp_path / "alone")
+
+
+def test_stopped_while_reading(tmp_path):
+    """Readers that end by Ctrl-C, in the middle of a step's data: it is read again."""
+
+    class Interrupted(InMemory):
+        left = 4 * 2 + 1
+
+        def __getitems__(self, indices):
+            self.left -= 1
+            if self.left < 0:
+                signal.raise_signal(signal.SIGINT)
+                raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
+            return super().__getitems__(indices)
+
+    config = dataclasses.replace(CONFIG, **LONGER, accumulate=2)
+    with pytest.raises(Stopped, match=r"after step 4, kept in .*step-00000004"):
+        fit(task("dit"), config, Interrupted(**data()), out=tmp_path / "stopped", progress=False)
+    for folder in ("stopped", "alone"):
+        train("dit", tmp_path / folder, **LONGER)
+    same_bits(tmp_path / "stopped", tmp_path / "alone")
 
 
 def test_broken_checkpoints_are_passed_over(tmp_path):

@@ -16,7 +16,7 @@ from mmfast.data import FileError
 from mmfast.models import VQVAE
 from mmfast.train import NonFiniteError, Stopped, distributed, fit
 from mmfast.train.dit import DiTTask
-from mmfast.train.run_folder import CONFIG, MODEL, check_free, holds_run
+from mmfast.train.run_folder import CONFIG, LOG, MODEL, check_free, holds_run
 from mmfast.train.settings import DiTRun, Prepared, VQVAERun
 from mmfast.train.sources import Data, open_data
 from mmfast.train.typed import SettingError, add_flags, build, given_flags, read_settings
@@ -157,7 +157,7 @@ def _plan(
 def _results(row: Mapping[str, float], out: Path) -> dict[str, str]:
     """The last row of the log, and where the files are."""
     numbers = {name: f"{value:.4g}" for name, value in row.items()}
-    places = (MODEL, "log.csv", "samples", "checkpoints")
+    places = (MODEL, LOG, "samples", "checkpoints")
     return {**numbers, **{name: str(out / name) for name in places if (out / name).exists()}}
 
 
