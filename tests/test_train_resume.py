@@ -21,6 +21,7 @@ from mmfast.data import InMemory
 from mmfast.train import Stopped, fit, read_log
 from mmfast.train.checkpoint import checkpoints, newest_checkpoint, read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LONGER = {"steps": 16, "checkpoint_every": 4, "keep": 9}
 
 
