@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from mmfast.commands import CommandError
-from mmfast.commands.media import check_out, extent, reader_of, told, whole
+from mmfast.commands.media import check_out, extent, reader_of, timed, told, whole
 from mmfast.commands.options import add_device, device_of, open_model
 from mmfast.files import write_whole
 from mmfast.models import VQVAE, compress
@@ -29,7 +29,9 @@ def run(given: argparse.Namespace) -> int:
         if given.out.resolve() == given.file.resolve():
             raise CommandError(f"{given.out}: would replace the file that is to be compressed")
         x = reader.load(given.file)
-        data = compress(model, x.to(next(model.parameters()).device))
+        rate = getattr(timed(reader, given.file), "fps", None)
+        note = {} if rate is None else {"fps": rate}
+        data = compress(model, x.to(next(model.parameters()).device), **note)
         write_whole(given.out, data)
     amount, unit = extent(reader, x)
     per = f"{8 * len(data) / amount:.3f} bits per {unit}"

@@ -23,8 +23,6 @@ __all__ = [
     "DiT",
     "Diffusion",
     "Losses",
-    "MultimodalDiT",
-    "MultimodalDiffusion",
     "Noised",
     "Usage",
     "VQVAEOutput",
