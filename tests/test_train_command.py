@@ -17,6 +17,8 @@ from mmfast.data import readers_from, write_image
 from mmfast.models import VQVAE, Diffusion, DiT, describe_model, load_model
 from mmfast.train import read_log
 
+for module in ("safetensors", "PIL"):
+    pytest.importorskip(module)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -10,7 +10,6 @@ import json
 import pytest
 import torch
 from cases import normal
-from PIL import Image
 from torch import nn
 from training import ABOUT, CONFIG, data, dit, task, train, vqvae
 
@@ -23,7 +22,7 @@ from mmfast.train.vqvae import VQVAETask
 
 QUICK = {"steps": 4, "batch_size": 8, "log_every": 1, "sample_every": 0, "device": "cpu"}
 
-
+Image = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
