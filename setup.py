@@ -38,7 +38,8 @@ def torch_root() -> Path | None:
     spec = find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places.append(Path(sysconfig.get_path("purelib")) / "torch")
-    return next((p for p in places if (p / "include/torch/csrc/stable/library.h").exists()), None)
+    found = (p.absolute() for p in places if (p / "include/torch/csrc/stable/library.h").exists())
+    return next(found, None)
 
 
 def wanted() -> bool:
@@ -91,7 +92,9 @@ class BuildExtension(build_ext):
                 level = path.stem.partition("_")[0] if path.parent.name == "isa" else "baseline"
                 flags = ISA_FLAGS[level]
                 job = (obj, src, ext_name, cc_args, [*extra_args, *flags, "-MMD"], pp_opts)
-                command, made = repr((self.compiler.compiler_so_cxx, job)), Path(obj)
+                made, options = Path(obj), [*self.compiler.compiler_so_cxx, *cc_args, *job[4]]
+                # Not where headers are looked for: the rule names those that were found.
+                command = " ".join(o for o in options if not o.startswith("-I"))
 
                 def compile_changed():
                     if not is_current(made, command):
@@ -148,7 +151,7 @@ def extension(torch: Path) -> Extension:
         include_dirs=[
             str(torch / "include"),
             str(torch / "include/torch/csrc/api/include"),
-            pybind11.get_include(),
+            str(Path(pybind11.get_include()).absolute()),
             "csrc",
         ],
         library_dirs=[str(torch / "lib")],

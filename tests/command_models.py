@@ -27,17 +27,17 @@ def vqvae(channels: int = 3, spatial_dims: int = 2, seed: int = 0, **quantizer: 
     return made.eval()
 
 
-def data_of(model: VQVAE, reader: Reader | None = None) -> dict[str, Any]:
+def data_of(model: VQVAE, reader: Reader | None = None, source: str = "nowhere") -> dict[str, Any]:
     """What a file says of images of 8 x 8 of three classes, or of the reader's."""
     reader = reader or ImageReader(SIZE, channels=model.channels)
     shape = [side or SIZE for side in reader.shape]
-    return about_data("tests", shape, reader, [f"kind{i}" for i in range(CLASSES)])
+    return about_data(source, shape, reader, [f"kind{i}" for i in range(CLASSES)])
 
 
-def save_vqvae(path: Path, model: VQVAE | None = None, reader: Reader | None = None) -> Path:
-    """The file of a VQVAE."""
+def save_vqvae(path: Path, model: VQVAE | None = None, *words: Any) -> Path:
+    """The file of a VQVAE on the data of :func:`data_of`."""
     model = model or vqvae()
-    save_model(model, path, data=data_of(model, reader), objective=None, latents=None)
+    save_model(model, path, data=data_of(model, *words), objective=None, latents=None)
     return path
 
 
@@ -52,7 +52,14 @@ def dit(channels: int = 3, size: int = SIZE, dropout: float = 0.1, **options: An
     return model.eval()
 
 
-def save_dit(path: Path, *, latent: bool = False, schedule: str = "flow", **options: Any) -> Path:
+def save_dit(
+    path: Path,
+    *,
+    latent: bool = False,
+    schedule: str = "flow",
+    source: str = "nowhere",
+    **options: Any,
+) -> Path:
     """The file of a DiT on images, or on the latents of a VQVAE."""
     inner = vqvae()
     model = dit(D, SIZE // 2, **options) if latent else dit(**options)
@@ -60,7 +67,7 @@ def save_dit(path: Path, *, latent: bool = False, schedule: str = "flow", **opti
         model,
         path,
         parts={"vqvae": inner} if latent else None,
-        data=data_of(inner),
+        data=data_of(inner, None, source),
         objective=Diffusion(schedule).config,
         latents={"part": "vqvae", "shape": [D, SIZE // 2, SIZE // 2]} if latent else None,
     )
@@ -76,6 +83,21 @@ def picture(path: Path, height: int = 13, width: int = 10, channels: int = 3) ->
     pixels = (120 + 50 * np.stack(waves, 2)).astype(np.uint8)
     Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels).save(path)
     return path
+
+
+def pictures(root: Path, counts: Sequence[int] = (20, 20, 20)) -> Path:
+    """A folder of pictures in folders by class: those of a class are of one colour, with noise."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for kind, count in enumerate(counts):
+        folder = root / f"kind{kind}"
+        folder.mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 100, (SIZE, SIZE, 3), dtype=np.uint8)
+            pixels[..., kind] += 150
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
 
 
 def run(capsys: Any, *words: Any) -> tuple[int, str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,32 @@ class Drawer(NamedTuple):
     def device(self) -> torch.device:
         """The models'."""
         return next(self.dit.parameters()).device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(C, *sizes)`` of a sample."""
+        sizes = self.dit.input_size
+        if self.vqvae is None:
+            return self.dit.in_channels, *sizes
+        return self.vqvae.channels, *(size * self.vqvae.downsampling for size in sizes)
+
+    def labels(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """What the model is told of a batch: its labels, no class where there are none.
+
+        Raises:
+            CommandError: a label is missing, and the model knows no samples of no class.
+        """
+        embedder = self.dit.y_embedder
+        labels = batch.get("label")
+        if embedder.num_classes == 1:
+            return torch.zeros(len(next(iter(batch.values()))), dtype=torch.int64).to(self.device)
+        if embedder.dropout_prob > 0:
+            if labels is None:
+                return None
+            return torch.where(labels < 0, embedder.num_classes, labels).to(self.device)
+        if labels is None or bool((labels < 0).any()):
+            raise CommandError("the data lacks labels, and the model takes no samples without")
+        return labels.to(self.device)
 
     def guidance(self, wanted: float | None) -> float:
         """The scale to use.

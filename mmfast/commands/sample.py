@@ -18,7 +18,7 @@ _SUFFIXES = {"image": ".png", "video": ".mp4", "waveform": ".wav", "mel": ".wav"
 MOST_SEED = 1 << 31
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse._ActionsContainer) -> None:
     """How samples are drawn."""
     parser.add_argument(
         "--sampler", choices=SAMPLERS, metavar="NAME", help=f"one of {', '.join(SAMPLERS)}"

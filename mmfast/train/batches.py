@@ -14,6 +14,8 @@ from mmfast.data.sampling import Samples
 from mmfast.train.config import TrainConfig
 from mmfast.train.distributed import rank, world_size
 
+Micros = list[dict[str, Tensor]]
+
 _SEED_BITS = 40  # of a sample's number in a run; the run's seed is above
 
 
@@ -53,6 +55,7 @@ class Batches:
             workers=config.workers,
             pin_memory=device.type == "cuda",
         )
+        self._state = self._loader.state_dict()
 
     def _moved(self, batch: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
         """On the device, with seeds; the batch starts with the sample ``first`` of the run."""
@@ -70,7 +73,7 @@ class Batches:
         (places, *_) = sampler.batches()
         return self._moved(collated(self._data, places), rank() * share)
 
-    def from_step(self, start: int) -> Iterator[list[dict[str, Tensor]]]:
+    def from_step(self, start: int) -> Iterator[Micros]:
         """The micro-batches of each step from ``start`` on, of this process, on the device.
 
         Each has ``"seed"`` beside the data's names: see :meth:`mmfast.train.Task.loss`.
@@ -81,11 +84,12 @@ class Batches:
             for micro in range(config.accumulate):
                 first = step * config.batch_size + (micro * world_size() + rank()) * self._size
                 micros.append(self._moved(next(batches), first))
+            self._state = self._loader.state_dict()
             yield micros
 
     def state(self) -> dict[str, Any]:
-        """Where the batches are, the same for all processes."""
-        return self._loader.state_dict()
+        """Where the batches are after the last whole step, the same for all processes."""
+        return self._state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on there.
@@ -94,6 +98,7 @@ class Batches:
             ValueError: it is that of other data, or of other batches.
         """
         self._loader.load_state_dict(state)
+        self._state = self._loader.state_dict()
 
 
 def collated(data: Samples, places: Sequence[int]) -> dict[str, Tensor]:

@@ -97,8 +97,10 @@ def _whole(path: Path) -> dict[str, Any]:
         for name, size in state["files"].items():
             if (path / name).stat().st_size != size:
                 raise ValueError(f"{name} should have {size} bytes")
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{error!r}") from None
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror}") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{_STATE} is damaged ({error!r})") from None
     return state
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import atexit
+import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -47,19 +49,14 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def processes(device: torch.device) -> Iterator[None]:
-    """Join the other processes where ``torchrun`` has started several, and leave them again."""
-    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+def join_processes(device: torch.device) -> None:
+    """Join the other processes where ``torchrun`` has started several, until this one ends."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if joins:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        # Not for a single training: what torchrun offers serves for joining once.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        if joins:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
 
 
 class Run(nn.Module):
@@ -89,12 +86,17 @@ class Wrapped:
         if self.sharded:
             from torch.distributed.fsdp import fully_shard
 
+            # Blocks hand gates on as views, which nothing changes in place.
+            warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
             for block in getattr(task.model, "blocks", ()):
                 fully_shard(block)
             fully_shard(self._run)
         elif several():
-            # The quantisers' buffers are the same everywhere already.
-            self._run = DistributedDataParallel(self._run, broadcast_buffers=False)
+            # The quantisers' buffers are the same everywhere already. The option has a new name.
+            new = "forward_sync_buffers"
+            known = new in inspect.signature(DistributedDataParallel).parameters
+            options: dict[str, Any] = {new if known else "broadcast_buffers": False}
+            self._run = DistributedDataParallel(self._run, **options)
 
     def begin(self, batch: Mapping[str, Tensor], step: int) -> None:
         """``task.begin``, without gradients."""

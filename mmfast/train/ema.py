@@ -88,9 +88,10 @@ class Averages:
         """The copy with the averaged weights, in evaluation mode; None on other processes than the
         main one. With sharded weights all processes must ask for it."""
         source = self._averages or named_state(self._model)
-        own = named_state(self._copy) if self._main and self._copy is not None else {}
-        for name, tensor in source.items():
-            plain = whole(tensor)
-            if own and own[name] is not plain:
-                own[name].copy_(plain)
-        return self._copy if self._main else None
+        plain = {name: whole(tensor) for name, tensor in source.items()}
+        if not self._main:
+            return None
+        assert self._copy is not None
+        # Not by copying tensors: quantisers look at what they load.
+        self._copy.load_state_dict(plain)
+        return self._copy

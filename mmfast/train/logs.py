@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfast.files import write_whole
+from mmfast.train.run_folder import LOG
 
 
 class Log:
@@ -26,7 +27,7 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, *, start: int = 0, tensorboard: bool = False) -> None:
-        self._path = None if folder is None else folder / "log.csv"
+        self._path = None if folder is None else folder / LOG
         self._columns: list[str] = []
         self._board: Any = None
         rows = []

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from mmfast.data import write_image
 from mmfast.data.sampling import Samples
 from mmfast.nn.ranks import several
 from mmfast.train import checkpoint, distributed
-from mmfast.train.batches import Batches
+from mmfast.train.batches import Batches, Micros
 from mmfast.train.config import TrainConfig
 from mmfast.train.ema import Averages
 from mmfast.train.logs import Log
@@ -33,6 +32,7 @@ from mmfast.train.optimizer import (
 from mmfast.train.progress import TrainingProgress
 from mmfast.train.run_folder import claim
 from mmfast.train.state import gathered_state, load_state, named_state
+from mmfast.train.stopping import Stopped, stop_signals
 from mmfast.train.task import Step, Task
 from mmfast.train.window import NonFiniteError, Window
 from mmfast.version import __version__
@@ -51,20 +51,6 @@ class Fit(NamedTuple):
     model: Any
     step: int
     row: dict[str, float]
-
-
-class Stopped(Exception):
-    """Ctrl-C or a termination signal: the run has saved a checkpoint, if it has a folder.
-
-    Attributes:
-        step: how many steps have been made.
-        checkpoint: where.
-    """
-
-    def __init__(self, step: int, checkpoint: Path | None) -> None:
-        kept = "nothing was kept" if checkpoint is None else f"kept in {checkpoint}"
-        super().__init__(f"stopped after step {step}, {kept}")
-        self.step, self.checkpoint = step, checkpoint
 
 
 def fit(
@@ -100,11 +86,8 @@ def fit(
         ValueError: settings do not fit each other, the model, the data or the checkpoint.
     """
     device = distributed.device_named(config.device)
-    with (
-        distributed.processes(device),
-        _algorithms(config.deterministic),
-        _stop_signals() as stop,
-    ):
+    distributed.join_processes(device)
+    with _algorithms(config.deterministic), stop_signals() as stop:
         return _Training(task, config, data, device, out, resume, described, progress).run(stop)
 
 
@@ -194,9 +177,10 @@ class _Training:
         config = self.config
         try:
             with self.progress:
-                for number, micros in enumerate(self.batches.from_step(self.done), self.done):
-                    self._step(number, micros)
-                    self.done = number + 1
+                batches = self.batches.from_step(self.done)
+                while self.done < config.steps:
+                    self._step(self.done, self._next(batches, stop))
+                    self.done += 1
                     self.progress.step(self.done)
                     self._after(stop)
                 if self.done > self.saved:
@@ -214,7 +198,27 @@ class _Training:
             self.log.close()
         return Fit(self.averages.model(), self.done, self.row)
 
-    def _step(self, number: int, micros: list[dict[str, Tensor]]) -> None:
+    def _next(self, batches: Iterator[Micros], stop: Callable[[], bool]) -> Micros:
+        """The micro-batches of the next step."""
+        try:
+            return next(batches)
+        except RuntimeError:
+            # Ctrl-C reaches the processes that read data, too, which may end.
+            if not stop() or several():
+                raise
+            self.window.check(False)
+            raise self._stopped() from None
+
+    def _stopped(self) -> Stopped:
+        """A checkpoint, and what is to be raised."""
+        if self.done > self.saved:
+            self._save()
+        kept = None
+        if self.out is not None and self.done:
+            kept = checkpoint.path_of(self.out, self.done)
+        return Stopped(self.done, kept)
+
+    def _step(self, number: int, micros: Micros) -> None:
         config, wanted = self.config, self.task.wants(number)
         if wanted:
             self.wrapped.begin(self.batches.some(wanted), number)
@@ -249,13 +253,12 @@ class _Training:
         stops = self.window.check(stop())
         if row:
             self._row()
-        if save or stops:
+        if save:
             self._save()
         if picture:
             self._picture()
         if stops and not last:
-            kept = None if self.out is None else checkpoint.path_of(self.out, done)
-            raise Stopped(done, kept)
+            raise self._stopped()
 
     def _row(self) -> None:
         seconds = self.log.seconds + time.perf_counter() - self.progress.began
@@ -322,34 +325,9 @@ def _algorithms(deterministic: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or a termination signal came; a second one acts as it always does."""
-    came = threading.Event()
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
-        return
-    before = {kind: signal.getsignal(kind) for kind in kinds}
-
-    def restore() -> None:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-    def handle(number: int, frame: Any) -> None:
-        came.set()
-        restore()
-
-    for kind in kinds:
-        signal.signal(kind, handle)
-    try:
-        yield came.is_set
-    finally:
-        restore()

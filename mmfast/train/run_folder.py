@@ -12,6 +12,7 @@ from mmfast.train.checkpoint import checkpoints
 
 CONFIG = "config.json"
 MODEL = "model.safetensors"
+LOG = "log.csv"
 
 
 def holds_run(folder: Path) -> bool:
@@ -42,4 +43,7 @@ def claim(folder: Path, resume: bool, described: Mapping[str, Any]) -> None:
     """
     check_free(folder, resume)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, MODEL, LOG):
+        for left in folder.glob(f".{name}.*"):  # by a process that was killed
+            left.unlink()
     write_whole(folder / CONFIG, json.dumps(described, indent=2).encode() + b"\n")

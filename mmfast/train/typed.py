@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 C = TypeVar("C")
 
+_METAVARS = {int: "N", float: "X", str: "NAME"}
+
 
 class SettingError(ValueError):
     """A setting that is unknown, or of another kind than expected; the message names it."""
@@ -113,7 +115,8 @@ def _flags(cls: type) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
         hint = hints[field.name]
         if typing.get_origin(hint) in (types.UnionType, typing.Union):
             (hint,) = (a for a in typing.get_args(hint) if a is not type(None))
-        if hint is not dict and typing.get_origin(hint) is not dict:
+        nested = dataclasses.is_dataclass(hint) or dict in (hint, typing.get_origin(hint))
+        if not nested:
             yield "--" + field.name.replace("_", "-"), field, hint
 
 
@@ -121,7 +124,7 @@ def add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
     """A flag for each field of the dataclass ``cls``; those not given leave no trace."""
     for flag, field, hint in _flags(cls):
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-        shown = "" if field.default in (None, ()) else f" ({_shown(field.default)})"
+        shown = "" if field.default in (None, (), "") else f" ({_shown(field.default)})"
         options["help"] = (field.metadata.get("help", "") + shown).replace("%", "%%")
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if hint is bool:
@@ -129,9 +132,9 @@ def add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
         elif origin is typing.Literal:
             options["choices"] = arguments
         elif origin is tuple:
-            options |= {"nargs": "+", "type": arguments[0], "metavar": arguments[0].__name__}
+            options |= {"nargs": "+", "type": arguments[0], "metavar": _METAVARS[arguments[0]]}
         else:
-            options |= {"type": hint, "metavar": hint.__name__}
+            options |= {"type": hint, "metavar": _METAVARS[hint]}
         parser.add_argument(flag, **options)
 
 
