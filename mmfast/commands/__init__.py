@@ -1,8 +1,8 @@
-"""The commands of ``mmfast``, one file each.
+"""The commands of ``mmfast``, one file each, and beside them what several share.
 
-A command's module has ``add_arguments(parser)`` and ``run(given) -> int``, the exit status. It is
-imported only when its command is given. ``run`` raises :class:`CommandError` for what is the
-user's to mend: it is printed as one line, without a traceback, and the status is 1.
+A command's module has its name, ``add_arguments(parser)`` and ``run(given) -> int``, the exit
+status. It is imported only when its command is given. ``run`` raises :class:`CommandError` for what
+is the user's to mend: it is printed as one line, without a traceback, and the status is 1.
 """
 
 COMMANDS = {

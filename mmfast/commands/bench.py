@@ -69,11 +69,13 @@ def _all(options: list[str]) -> int:
 def _show(found: list[comparison.Measured], device: torch.device) -> None:
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     table = Table(title=f"Beside plain PyTorch {torch.__version__}, float32, {where}")
-    for heading in ("op", "mmfast", "PyTorch", "faster", "Match", "PyTorch's"):
+    for heading in ("op", "mmfast", "PyTorch", "faster", "Match", "theirs"):
         right = heading in ("mmfast", "PyTorch", "faster")
-        table.add_column(heading, justify="right" if right else "left")
+        table.add_column(
+            heading, justify="right" if right else "left", overflow="fold", no_wrap=heading == "op"
+        )
     for m in found:
-        times = f"{1e3 * m.own:.2f} ms", f"{1e3 * m.plain:.2f} ms", f"{m.plain / m.own:.1f}x"
+        times = _milliseconds(m.own), _milliseconds(m.plain), f"{m.plain / m.own:.1f}x"
         op = f"{m.op}\n  {m.shape}"
         table.add_row(op, *times, m.own_match or "yes", m.plain_match or "yes")
     console = Console(markup=False, highlight=False)
@@ -82,3 +84,7 @@ def _show(found: list[comparison.Measured], device: torch.device) -> None:
         "Match: with the result in float64 (indices equal, numbers within 1e-5 of the largest).\n"
         "Every op against its peers: mmfast bench --all, in a checkout of the repository."
     )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rich.console import Console
+
 from mmfast.commands import CommandError
-from mmfast.commands.media import check_out, extent, reader_of, told, whole
+from mmfast.commands.media import check_out, extent, reader_of, timed, told, whole
 from mmfast.commands.options import add_device, device_of, open_model
 from mmfast.files import write_whole
 from mmfast.models import VQVAE, compress
@@ -25,11 +27,13 @@ def run(given: argparse.Namespace) -> int:
     check_out(given.out)
     model, about = open_model(given.model, VQVAE, device_of(given))
     reader = whole(reader_of(about, model))
-    with told():
+    with told(), Console(stderr=True).status("compressing"):
         if given.out.resolve() == given.file.resolve():
             raise CommandError(f"{given.out}: would replace the file that is to be compressed")
         x = reader.load(given.file)
-        data = compress(model, x.to(next(model.parameters()).device))
+        rate = getattr(timed(reader, given.file), "fps", None)
+        note = {} if rate is None else {"fps": rate}
+        data = compress(model, x.to(next(model.parameters()).device), **note)
         write_whole(given.out, data)
     amount, unit = extent(reader, x)
     per = f"{8 * len(data) / amount:.3f} bits per {unit}"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
+
+from rich.console import Console
 
 from mmfast.commands import CommandError
 from mmfast.commands.media import check_out, read_bytes, reader_of, told, whole
 from mmfast.commands.options import add_device, device_of, open_model
+from mmfast.data.video import VideoReader
 from mmfast.models import VQVAE, decompress
 
 
@@ -26,9 +30,12 @@ def run(given: argparse.Namespace) -> int:
     reader = whole(reader_of(about, model))
     data = read_bytes(given.file)
     try:
-        x = decompress(model, data).x
+        with Console(stderr=True).status("decompressing"):
+            x, _, note = decompress(model, data)
     except (ImportError, ValueError) as error:
         raise CommandError(f"{given.file}: {error}") from None
+    if isinstance(reader, VideoReader):
+        reader = dataclasses.replace(reader, fps=note.get("fps"), stride=None)
     try:
         with told():
             reader.write(x.cpu(), given.out)

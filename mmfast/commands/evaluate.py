@@ -109,7 +109,7 @@ def _dit(given: argparse.Namespace, drawer: Drawer) -> dict[str, Any]:
         steps=given.steps,
         batch=given.batch,
     )
-    real = data.batches(given.limit) if data.classes else ()
+    real = data.batches(given.limit)
     made["read_as_class"] = judge(classifier, drawn, labels, drawer.classes, real, data.modality)
     return made
 

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from mmfast.commands import CommandError
 from mmfast.commands.media import told
-from mmfast.data import FileError, Reader
+from mmfast.data import FileError, InMemory, Reader
 from mmfast.data.progress import tracked
 from mmfast.data.sampling import Loader
 from mmfast.data.sources import NAMES, open_source
@@ -38,6 +38,14 @@ class HeldOut(NamedTuple):
     train: Any
     classes: list[str]
     batch: int
+
+    def labelled(self) -> Any:
+        """Of what could be trained on, the samples that have a label."""
+        if isinstance(self.train, InMemory):
+            labels = self.train.tensors.get("label", torch.empty(0, dtype=torch.int64))
+        else:
+            labels = self.train.labels
+        return self.train.subset((labels >= 0).nonzero()[:, 0])
 
     def some(self, limit: int) -> Any:
         """At most ``limit`` samples of the test part, from all of it."""

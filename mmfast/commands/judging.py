@@ -44,15 +44,16 @@ def train_classifier(drawer: Drawer, data: HeldOut, steps: int) -> Classifier:
     Raises:
         CommandError: the data has less than two classes.
     """
-    if len(data.classes) < 2:
-        raise CommandError(f"a classifier needs two classes at least, {data.name} has no labels")
+    train = data.labelled()
+    if len(train) < 2 or len(data.classes) < 2:
+        raise CommandError(f"a classifier learns from labels, which {data.name} lacks")
     channels, *sizes = drawer.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Classifier(len(drawer.classes), channels=channels, spatial_dims=len(sizes))
         config = TrainConfig(
             steps=steps,
-            batch_size=min(_BATCH, len(data.train)),
+            batch_size=min(_BATCH, len(train)),
             lr=3e-3,
             weight_decay=0.01,
             ema=0.99,
@@ -95,10 +96,15 @@ def judge(
         The ``share`` of the ``samples``, by ``classes`` too, and ``of_real_samples``.
     """
     right = read_as(classifier, drawn, labels).double()
-    true = [read_as(classifier, batch[modality], batch["label"]) for batch in real]
+    true = [
+        read_as(classifier, batch[modality], batch["label"])[batch["label"] >= 0]
+        for batch in real
+        if "label" in batch
+    ]
+    known = torch.cat(true).double() if true else torch.empty(0)
     return {
         "share": float(right.mean()),
         "samples": len(drawn),
         "classes": {name: float(right[labels == i].mean()) for i, name in enumerate(classes)},
-        "of_real_samples": float(torch.cat(true).double().mean()) if true else None,
+        "of_real_samples": float(known.mean()) if len(known) else None,
     }

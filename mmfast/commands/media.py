@@ -13,6 +13,7 @@ from torch import Tensor
 from mmfast.commands import CommandError
 from mmfast.data import FileError, ImageReader, Reader, readers_from
 from mmfast.data.images import format_of
+from mmfast.data.video import VideoReader, frame_rate
 from mmfast.models import VQVAE
 
 # Fields of readers that cut, scale or fill up, and what they are for whole files.
@@ -45,6 +46,17 @@ def whole(reader: Reader) -> Reader:
     """The reader without what cuts, scales and fills up."""
     names = {field.name for field in dataclasses.fields(reader)}
     return dataclasses.replace(reader, **{n: v for n, v in _WHOLE.items() if n in names})
+
+
+def timed(reader: Reader, path: Path) -> Reader:
+    """A reader of videos that knows how many frames there are in a second; others as they are.
+
+    Raises:
+        FileError: the file is no video.
+    """
+    if not isinstance(reader, VideoReader) or reader.fps is not None:
+        return reader
+    return dataclasses.replace(reader, fps=frame_rate(path) / (reader.stride or 1), stride=None)
 
 
 def extent(reader: Reader, x: Tensor) -> tuple[float, str]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mmfast.commands import CommandError
-from mmfast.commands.media import extent, reader_of, told, whole
+from mmfast.commands.media import extent, reader_of, timed, told, whole
 from mmfast.commands.options import add_device, device_of, open_model
 from mmfast.data import FileError, Reader, write_image
 from mmfast.data.progress import tracked
@@ -82,7 +82,7 @@ def run(given: argparse.Namespace) -> int:
         except ImportError as error:
             raise CommandError(str(error)) from None
         with told():
-            rows.append(_reconstruct(model, reader, path, x, names.new(path)))
+            rows.append(_reconstruct(model, timed(reader, path), path, x, names.new(path)))
     if given.json:
         print(json.dumps([row._asdict() for row in rows], indent=2))
     elif rows:
@@ -119,7 +119,7 @@ def _reconstruct(model: VQVAE, reader: Reader, path: Path, x: Tensor, out: Path)
         unit,
         _mean([float((c > 0).sum()) for c in counts]),
         _mean([float(usage_of_counts(c).perplexity) for c in counts]),
-        [str(written) for written in _write(reader, x, y.clamp(-1, 1), out)],
+        [str(written) for written in _write(reader, x, y, out)],
     )
 
 
@@ -130,7 +130,7 @@ def _mean(numbers: Sequence[float]) -> float:
 def _write(reader: Reader, x: Tensor, y: Tensor, out: Path) -> list[Path]:
     """A picture of both, and what can be watched or listened to."""
     picture = out.with_suffix(".png")
-    pair = torch.stack([x, y])
+    pair = torch.stack([x, y.clamp(-1, 1)])
     shown = as_images(pair) if reader.modality != "image" else pair[:, :3]
     # Wide ones, of videos and sounds, one below the other.
     columns = 2 if reader.modality == "image" else 1

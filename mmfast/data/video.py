@@ -95,6 +95,17 @@ def _timeline(path: str | os.PathLike[str]) -> tuple[list[int] | None, list[floa
         return ticks, [float((tick - ticks[0]) * stream.time_base) for tick in ticks]
 
 
+def frame_rate(path: str | os.PathLike[str]) -> float:
+    """Frames in a second, on average; 25 where the file does not say.
+
+    Raises:
+        FileError: the file is no video, or damaged.
+        ImportError: PyAV is not installed.
+    """
+    with _opened(path) as (_, stream):
+        return float(stream.average_rate or 25)
+
+
 def _chosen(path: str | os.PathLike[str], wanted: Sequence[int]) -> list[np.ndarray]:
     """The frames at places ``wanted``, which ascend, of the timeline."""
     ticks, _ = _timeline(path)

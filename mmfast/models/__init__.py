@@ -10,8 +10,11 @@ from mmfast.models.compression import (
 )
 from mmfast.models.conditional_dit import ConditionalDiT
 from mmfast.models.configured import Configured, describe_model, load_model, save_model
-from mmfast.models.diffusion import Diffusion, Losses, Noised
+from mmfast.models.diffusion import Diffusion, Losses
 from mmfast.models.dit import DiT
+from mmfast.models.multimodal import MultimodalDiT
+from mmfast.models.multimodal_diffusion import MultimodalDiffusion
+from mmfast.models.noising import Noised, Noising
 from mmfast.models.vqvae import VQVAE, Usage, VQVAEOutput, code_usage, usage_of_counts
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "MultimodalDiT",
     "MultimodalDiffusion",
     "Noised",
+    "Noising",
     "Usage",
     "VQVAEOutput",
     "code_usage",
