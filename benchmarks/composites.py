@@ -153,6 +153,11 @@ def _expected_lfq(z: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     return to_z, result.indices[:, 0]
 
 
+def _expected_signs(z: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    arguments = (z, 1, 1.0, False, modules.INV_TEMPERATURE, 0, None)
+    return gradient.double(), OPS["lookup_free_quantize"].reference(*arguments)[1][:, 0]
+
+
 def _judge_rows(*names: str) -> Callable[[Any, tuple[Any, ...], Any], str]:
     """Counts the wrong rows of each output. A vector with another index has another gradient, and
     moves two codes."""
@@ -196,6 +201,9 @@ COMPOSITES = {
     ),
     "fsq_step": Composite(
         _module(modules.fsq_step), _expected_fsq, _judge_rows("gradients", "indices")
+    ),
+    "lfq_signs_step": Composite(
+        _module(modules.lfq_signs_step), _expected_signs, _judge_rows("gradients", "indices")
     ),
     "lfq_step": Composite(
         _module(modules.lfq_step), _expected_lfq, _judge_rows("gradients", "indices")

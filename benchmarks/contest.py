@@ -19,6 +19,9 @@ from benchmarks.subjects import Arguments, Subject, answer, expected, judge, own
 from mmfast.registry import OPS
 
 _CUT_LEAST = 1024  # vectors
+# Bytes of a workspace, several tensors together, from which these are new pages in every call, as
+# they are of the whole problem: glibc may have up to 32 MiB for each from the call before.
+_NEW_PAGES = 1 << 28
 # On the curves only these are of interest, besides mmfast.
 CURVES = ("addmm+argmin", "faiss flat")
 
@@ -197,12 +200,13 @@ def _cut(
         fitting = max(_CUT_LEAST, rows * _free_memory(device) // needed // 64 * 64)
     if subject.peer.cut:
         # The cost of a vector grows when a product of N x K no longer fits the caches.
-        probed = _CUT_LEAST
+        least = min(fitting, max(_CUT_LEAST, rows * min(_NEW_PAGES, needed) // max(needed, 1)))
+        probed = least
         while True:
             probe = subject.peer.make(*shorten(arguments, probed))
             probe()
             each = timing.once(probe, device)[0] / probed
-            allowed = max(_CUT_LEAST, int(longest / each) // 64 * 64)
+            allowed = max(least, int(longest / each) // 64 * 64)
             if allowed <= 2 * probed or probed == fitting:
                 fitting = min(fitting, allowed)
                 break

@@ -22,6 +22,7 @@ RATIOS: dict[str, tuple[float | None, float]] = {
 }
 # Of the modules, by the first letters of a case: times faster than vector-quantize-pytorch.
 LIBRARY = "vector-quantize-pytorch"
+_RESULTS_ALONE = "as many bytes"  # a floor that needs memory for the results and no more
 MODULE_RATIOS = {
     "vector_quantize_step": {"n65536_k1024": 15.0, "n65536_k8192": 60.0, "n16384_k16384": 8.0},
     "vector_quantize_eval": {"n65536_k1024": 25.0, "n65536_k8192": 100.0, "n16384_k16384": 10.0},
@@ -29,6 +30,7 @@ MODULE_RATIOS = {
     "residual_vq_eval": {"n": 5.0},
     "fsq_step": {"n": 4.0},
     "lfq_step": {"n": 4.0},
+    "lfq_signs_step": {"n": 4.0},
 }
 SAMPLER_OF_FLOOR = 1.3  # times moving the bytes, and drawing the noise where it is drawn
 _ONE_PASS = ("sampler_step", "add_noise", "gated_residual_modulate")
@@ -110,7 +112,8 @@ def _modules(rows: list[Row]) -> Iterator[Goal]:
             elif other.kind == "floor" and op != "vector_quantize_eval":
                 yield _near_floor(own, other)
             if other.subject == LIBRARY and other.measured == other.shape["N"]:
-                yield from _memory(own, other)
+                results = (r for r in same if r.subject == _RESULTS_ALONE)
+                yield from _memory(own, other, next(results, None))
 
 
 def _faster(own: Row, other: Row, wanted: float) -> Goal:
@@ -135,15 +138,17 @@ def _near_floor(own: Row, floor: Row) -> Goal:
     )
 
 
-def _memory(own: Row, other: Row) -> Iterator[Goal]:
-    if own.memory and other.memory:
-        ratio = other.memory / own.memory
+def _memory(own: Row, other: Row, alone: Row | None) -> Iterator[Goal]:
+    """Of what is needed beside the results, where their size is known."""
+    if own.memory is not None and other.memory:
+        results = 0 if alone is None else alone.memory or 0
+        extra, others = max(own.memory - results, 0), max(other.memory - results, 0)
         yield Goal(
-            f"{own.op}, {own.title}: memory beside {other.subject}",
+            f"{own.op}, {own.title}: memory beside its results, of {other.subject}'s at most",
             own.threads,
             f"1/{PART_OF_MEMORY}",
-            f"1/{ratio:.1f}",
-            ratio >= PART_OF_MEMORY,
+            f"{extra / 2**20:.1f} of {others / 2**20:.1f} MiB",
+            PART_OF_MEMORY * extra <= others,
         )
 
 

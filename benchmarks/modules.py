@@ -21,12 +21,13 @@ Result = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Step:
-    """A call that changes a state. ``reset`` makes that the first one's again, and is not timed."""
+    """A call that changes a state. ``reset`` makes that the first one's again, or one that is as
+    good, and is not timed."""
 
     reset: Callable[[], None]
-    step: Callable[[], Result]
+    step: Callable[[], Any]
 
-    def __call__(self) -> Result:
+    def __call__(self) -> Any:
         """The first step."""
         self.reset()
         return self.step()
@@ -37,6 +38,7 @@ def _gradients(module: Any, x: Tensor, gradient: Tensor) -> Result:
     indices."""
     vectors = x[None].detach().requires_grad_()
     quantized, indices, *losses = module(vectors)
+    losses = [loss for loss in losses if loss.requires_grad]
     outputs = (quantized, *losses)
     ones = tuple(torch.ones_like(loss) for loss in losses)
     return torch.autograd.grad(outputs, vectors, (gradient[None], *ones))[0][0], indices[0]
@@ -120,4 +122,10 @@ def fsq_step(library: Any, z: Tensor, gradient: Tensor, levels: list[int]) -> Ca
 def lfq_step(library: Any, z: Tensor, gradient: Tensor) -> Callable[[], Result]:
     """Gradient of z, and indices."""
     quantiser = library.LFQ(dim=z.shape[1]).to(z)
+    return lambda: _gradients(quantiser, z, gradient)
+
+
+def lfq_signs_step(library: Any, z: Tensor, gradient: Tensor) -> Callable[[], Result]:
+    """Gradient of z, and indices, without the entropies."""
+    quantiser = library.LFQ(dim=z.shape[1], entropy_loss_weight=0.0).to(z)
     return lambda: _gradients(quantiser, z, gradient)

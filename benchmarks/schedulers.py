@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.modules import Step
 from mmfast import use_backend
 
 OPS = ("scheduler_step", "scheduler_add_noise")
@@ -30,6 +31,7 @@ RATIOS = {
 }
 
 _STEPS = 250
+_SPARE = 100  # steps that are enough for a sample, so that no schedule is set while time is taken
 _FIRST = 5  # the step that is judged; those before fill the history
 _SEED = 3
 _TOLERANCE = 2e-4  # of the largest number; the library computes in float32, coefficients too
@@ -104,8 +106,8 @@ def judged(tensor: Tensor) -> Tensor:
     return tensor[:, :, :1, :8]
 
 
-def stepping(scheduler: Any, x: Tensor, output: Tensor) -> Callable[[], Tensor]:
-    """A call that makes the next step, of a run that starts again when it is at its end."""
+def stepping(scheduler: Any, x: Tensor, output: Tensor) -> Step:
+    """A call that makes the next step, of a run that starts again when it is near its end."""
     is_scaled = hasattr(scheduler, "scale_model_input")
     # Consistency models choose among the steps that they were trained for.
     chooses = "original_inference_steps" in inspect.signature(scheduler.set_timesteps).parameters
@@ -129,10 +131,14 @@ def stepping(scheduler: Any, x: Tensor, output: Tensor) -> Callable[[], Tensor]:
         result: Tensor = scheduler.step(output, timesteps.pop(), x, return_dict=False)[0]
         return result
 
-    return run
+    def prepare() -> None:
+        if len(timesteps) < _SPARE:
+            again()
+
+    return Step(prepare, run)
 
 
-def step(setting: Setting, x: Tensor, output: Tensor, noise: Tensor) -> Callable[[], Tensor]:
+def step(setting: Setting, x: Tensor, output: Tensor, noise: Tensor) -> Step:
     """mmfast's, with the noise drawn in the kernel."""
     from mmfast.integrations import diffusers
 

@@ -15,9 +15,11 @@ import torch
 from benchmarks.modules import Step
 
 _SAMPLE = 5e-4  # seconds; shorter calls are repeated for so long, and divided
-_SHORT = 0.02  # seconds; what a first call takes longer to wake up shows up to here
+_SHORT = 0.02  # seconds; up to here shows what a call takes longer after those of others
 _SETTLE = 0.01  # seconds
 _MIN_ROUNDS = 3
+_TINY = 1e-3  # seconds; rounds of such calls cost little, and there are more
+_MIN_TINY_ROUNDS = 7
 _LONG = 4.0  # of a time limit; who needs longer for two rounds has no third
 SLOW = 1.0  # seconds; a call that takes longer is timed once
 _MAX_ROUNDS = 40
@@ -69,7 +71,7 @@ def interleave(
     Those that take longer than ``slow`` take part in no round: their first call is their sample.
     """
     sampler = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
-    repeats, single = {}, {}
+    repeats, single, longest = {}, {}, 0.0
     for name, call in calls.items():
         taken = once(call, device)[0]
         if taken > slow:
@@ -77,14 +79,16 @@ def interleave(
             continue
         if taken < _SHORT:
             taken = min(taken, *(once(call, device)[0] for _ in range(2)))
+        longest = max(longest, taken)
         repeats[name] = max(1, min(10000, round(_SAMPLE / max(taken, 1e-7))))
     names = list(repeats)
     samples: dict[str, list[float]] = {name: [] for name in names}
+    least = _MIN_TINY_ROUNDS if longest < _TINY else _MIN_ROUNDS
     start = time.perf_counter()
     with _no_garbage_collection():
         for done in range(_MAX_ROUNDS if names else 0):
             taken = time.perf_counter() - start
-            if taken > seconds and done >= (_MIN_ROUNDS if taken < _LONG * seconds else 2):
+            if taken > seconds and done >= (least if taken < _LONG * seconds else 2):
                 break
             names = names[1:] + names[:1]
             for name in names:
@@ -100,8 +104,14 @@ def _timing(values: list[float]) -> Timing:
 def _cpu_sample(call: Callable[[], Any], repeats: int) -> float:
     # The threads of the contender before spin for a while, and would take this one's cores.
     time.sleep(_SETTLE)
-    if repeats > 1:
-        call()
+    taken = _seconds(call, 1)
+    # Shorter ones wait for threads to wake up, and for what the contender before had in the caches:
+    # whoever is repeated within a sample would have it easier than who is not.
+    return taken if taken > _SHORT else _seconds(call, repeats)
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Of one call, the mean of ``repeats``."""
     call = _ready(call)
     start = time.perf_counter()
     for _ in range(repeats):

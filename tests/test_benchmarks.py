@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def modules_problem(op: str) -> tuple:
     if op.startswith("scheduler"):
         setting = schedulers.SETTINGS[1]  # without noise of its own
         return schedulers.arguments(setting, (2, 3, 4, 5), CPU)
-    if op == "lfq_step":
+    if op.startswith("lfq"):
         return normal(40, 6), normal(41, 6)[1:]
     if op in transformers.OPS:
         setting = transformers.Setting("small", 8, 2, 2, 2, 5)
@@ -230,6 +231,38 @@ def test_a_slow_contender_is_timed_once():
     times = timing.interleave(calls, CPU, seconds=1, slow=-1)
     assert order == ["a", "b"]
     assert {t.rounds for t in times.values()} == {1}
+
+
+def test_a_short_call_is_timed_after_one_of_its_own():
+    """Whether it is repeated within a sample or not."""
+    order = []
+
+    def short(name: str, seconds: float):
+        def call() -> None:
+            order.append(name)
+            time.sleep(seconds)
+
+        return call
+
+    calls = {"a": short("a", timing._SAMPLE), "b": short("b", timing._SAMPLE / 4)}
+    timing.interleave(calls, CPU, seconds=0)
+    runs = [len(list(group)) for _, group in itertools.groupby(order)]
+    assert min(runs[2:]) >= 2
+
+
+def test_a_cut_problem_needs_new_pages_like_the_whole(monkeypatch):
+    op, n = "vector_quantize_eval", 60_000
+    each = 5 * 4 * 2048  # bytes of a vector's workspace
+    case = cases.Case(op, "", {"N": n, "K": 2048, "D": 2}, "", lambda _: ())
+    (library,) = (s for s in subjects.subjects(op) if s.name == goals.LIBRARY)
+    seen = []
+    peer = dataclasses.replace(library.peer, make=lambda x, _: lambda: seen.append(len(x)))
+    contender = dataclasses.replace(library, peer=peer)
+    monkeypatch.setattr(contest.timing, "once", lambda *_: (1.0, None))  # too slow for more
+    arguments = (torch.zeros(n, 2), torch.zeros(2048, 2))
+    given, rows = contest._cut(case, contender, arguments, CPU, 0.05)
+    assert len(given[0]) == rows == contest._NEW_PAGES // each
+    assert set(seen) == {rows}
 
 
 def test_a_steps_reset_is_not_timed():
@@ -349,8 +382,11 @@ def test_goals_of_modules():
         "against torch.compile": ("0.5x", False),
         "of lookup alone, at most": ("1.33x", True),
         f"against {goals.LIBRARY}": ("16.0x", True),
-        f"memory beside {goals.LIBRARY}": ("1/10.0", False),
+        f"memory beside its results, of {goals.LIBRARY}'s at most": ("1.0 of 10.0 MiB", False),
     }
+    rows.append(step("as many bytes", "floor", 0.02, memory=1 << 20))
+    (memory_goal,) = (g for g in goals.goals(Results(FACTS, {}, rows)) if "memory" in g.what)
+    assert (memory_goal.reached, memory_goal.met) == ("0.0 of 9.0 MiB", True)
 
 
 def test_tables_show_what_is_wrong_and_slower(results):

@@ -199,13 +199,18 @@ def test_threads(backend, threads):
 
 @settings(max_examples=40)
 @given(
-    levels=st.lists(st.integers(3, 40), min_size=1, max_size=6),
+    levels=st.one_of(
+        st.lists(st.integers(3, 40), min_size=1, max_size=6),
+        st.lists(st.sampled_from([4, 5, 8]), min_size=1, max_size=10),
+        st.lists(st.just(3), min_size=1, max_size=19),
+    ),
     n=st.integers(0, 40),
     variant=st.sampled_from(finite_scalar_quantize.VARIANTS),
     seed=st.integers(0, 99),
 )
 def test_any_problem(levels, n, variant, seed):
     z = 2 * normal(n, len(levels), seed=seed)
+    z.view(-1)[::7] = math.nan
     arguments = (z, levels, variant, False, None)
     for name in BACKENDS:
         device = device_of(name)

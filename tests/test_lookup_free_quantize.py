@@ -100,6 +100,19 @@ def test_without_losses(backend):
     assert got.commitment_loss == got.sample_entropy == got.batch_entropy == 0
     assert torch.equal(got.indices, mmfast.lookup_free_quantize(z).indices)
     assert torch.equal(torch.autograd.grad(got.quantized.sum(), z)[0], torch.ones_like(z))
+    (loss,) = torch.autograd.grad(mmfast.lookup_free_quantize(z, group_bits=0).commitment_loss, z)
+    assert torch.equal(loss, torch.zeros_like(z))
+
+
+@pytest.mark.parametrize("codebooks", [1, 3])
+@pytest.mark.parametrize("bits", [1, 7, 16, 57, 58, 63])
+def test_indices_of_any_width(backend, bits, codebooks):
+    for dtype in (WIDE, torch.float32, torch.bfloat16):
+        z = problem(backend, 29, bits, codebooks, dtype)
+        got = mmfast.lookup_free_quantize(z, num_codebooks=codebooks, group_bits=0)
+        digits = (z > 0).long().unflatten(-1, (codebooks, bits))
+        place = torch.arange(bits - 1, -1, -1, device=z.device)
+        assert torch.equal(got.indices, (digits << place).sum(-1))
 
 
 @pytest.mark.parametrize("spherical", [False, True])

@@ -67,6 +67,39 @@ def test_learns(spatial_dims, sizes, name):
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize(("spatial_dims", "sizes"), [(1, (16,)), (2, (8, 16)), (3, (4, 8, 12))])
+def test_blocks_as_channels(spatial_dims, sizes):
+    """patch_size: as with a model of that many channels, of blocks."""
+    patch = 2
+    x = normal(2, 3, *sizes)
+    blocks = x
+    for i in range(spatial_dims):
+        blocks = blocks.unflatten(2 + 2 * i, (-1, patch))
+    order = [0, 1, *range(3, 3 + 2 * spatial_dims, 2), *range(2, 2 + 2 * spatial_dims, 2)]
+    channels = blocks.permute(order).flatten(1, 1 + spatial_dims)
+    shape = {"spatial_dims": spatial_dims, "widths": (6, 12), "num_blocks": 1}
+    book = quantizer("VectorQuantize")
+    vqvae = VQVAE(book, D, patch_size=patch, **shape).eval()
+    plain = VQVAE(book, D, channels=3 * patch**spatial_dims, **shape).eval()
+    with torch.no_grad():
+        for own, other in zip(plain.parameters(), vqvae.parameters(), strict=True):
+            own.copy_(other)
+    with torch.no_grad():
+        indices = vqvae.encode(x)
+        assert vqvae.downsampling == 4
+        assert indices.shape == (2, *(size // 4 for size in sizes))
+        assert torch.equal(indices, plain.encode(channels))
+        made = vqvae.decode(indices)
+        assert made.shape == x.shape
+        back = (
+            plain.decode(indices)
+            .unflatten(1, (3, *(patch,) * spatial_dims))
+            .permute([order.index(i) for i in range(len(order))])
+        )
+        assert torch.equal(made, back.reshape(x.shape))
+    assert vqvae(x).loss.requires_grad
+
+
 def test_k_means():
     vqvae = model()
     x = normal(4, 3, 8, 8)

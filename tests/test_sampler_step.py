@@ -186,6 +186,36 @@ def test_out_may_be_x(backend):
         assert_same_bits([got], [expected])
 
 
+@pytest.mark.parametrize("numbers", [1 << 19, 530_003])  # the second: of samples at any address
+def test_large_samples_are_their_parts(backend, numbers):
+    """Results of so many numbers go past the cache."""
+    if backend == "triton":
+        pytest.skip("only where it does not take long")
+    x, m, u, h0, h1 = inputs(2, numbers, number=5)
+    table = multistep()
+    parts, part = [], numbers // 3 + 1
+    for begin in range(0, numbers, part):
+        at = slice(begin, begin + part)
+        history = torch.stack([h0, h1])[:, :, at].contiguous()
+        out = mmfast.sampler_step(
+            x[:, at].contiguous(), m[:, at], table, 3, unconditional=u[:, at], history=history
+        )
+        parts.append(torch.cat([out[None], history]))
+    for in_place in (False, True):
+        history, given = torch.stack([h0, h1]), x.clone()
+        out = given if in_place else torch.empty_like(x)
+        denoised, doubled = torch.empty_like(x), torch.empty(4, numbers)
+        mmfast.sampler_step(
+            given, m, table, 3, unconditional=u, history=history, out=out, denoised=denoised,
+            model_input=doubled,
+        )  # fmt: skip
+        whole = torch.cat([out[None], history])
+        assert_same_bits([whole], [torch.cat(parts, -1)])
+        scale = table.coefficients[3, Layout.INPUT_SCALE].float()
+        assert_same_bits(doubled.chunk(2), [out * scale] * 2)
+        assert denoised.isfinite().all()
+
+
 def test_slots_that_move(backend):
     """Each slot gets what another held before, in a circle."""
     layout = Layout(3)

@@ -78,11 +78,9 @@ def as_many_bytes(index: torch.dtype) -> Peer:
     """What a forward and backward of ``(z, gradient, ...)`` must at least move: z read, codes and
     indices written; z and the gradient read, another one written."""
 
-    def make(z: Tensor, gradient: Tensor, *_: Any) -> Callable[[], None]:
-        def run() -> None:
-            z.clone()
-            z.new_zeros(z.shape[0], dtype=index)
-            torch.add(z, gradient)
+    def make(z: Tensor, gradient: Tensor, *_: Any) -> Callable[[], Any]:
+        def run() -> tuple[Tensor, ...]:
+            return z.clone(), z.new_zeros(z.shape[0], dtype=index), torch.add(z, gradient)
 
         return run
 

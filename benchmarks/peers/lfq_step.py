@@ -3,13 +3,13 @@ gradient of z and the indices."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks import modules
-from benchmarks.peers import Peer, as_many_bytes, library
+from benchmarks.peers import Peer, library
 from benchmarks.peers.lookup_free_quantize import PLAIN_WORKSPACE, plain
 from mmfast.ops.lookup_free_quantize import batch_entropy
 
@@ -30,8 +30,18 @@ def PLAIN(z: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
     return leaf.grad, indices[:, 0]
 
 
+def _halves(z: Tensor, _: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """The products that the batch's entropy takes at least, with the distributions of a code's
+    upper and lower bits: one for its mean over the vectors, and one for the gradient of each."""
+    bits = z.shape[1]
+    upper = z.new_full((z.shape[0], 1 << bits // 2), 0.5)
+    lower = z.new_full((z.shape[0], 1 << bits - bits // 2), 0.5)
+    table = z.new_full((upper.shape[1], lower.shape[1]), 0.5)
+    return lambda: (upper.T @ lower, lower @ table.T, upper @ table)
+
+
 PEERS = {
-    "as many bytes": as_many_bytes(torch.int64),
+    "torch.mm of the halves": Peer(_halves, cut=False, floor=True, note="forward and backward"),
     "plain torch": Peer(
         lambda *arguments: lambda: PLAIN(*arguments),
         # Logits, logarithms, probabilities and the gradients of each.

@@ -10,15 +10,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import schedulers
+from benchmarks.modules import Step
 from benchmarks.peers import Peer, needs
 from mmfast.ops import sampler_step
 
 _LEAST = 1 << 16  # numbers, below which a call is all overhead
 
 
-def _diffusers(
-    setting: schedulers.Setting, x: Tensor, output: Tensor, noise: Tensor
-) -> Callable[[], Tensor]:
+def _diffusers(setting: schedulers.Setting, x: Tensor, output: Tensor, noise: Tensor) -> Step:
     import diffusers
 
     return schedulers.stepping(setting.scheduler(diffusers), x, output)

@@ -1,12 +1,14 @@
 // Sixteen neighbouring numbers at a time, whatever the rows' width: what differs between dimensions
 // is laid out in tables of the period with which dimensions meet lanes. A number is compared with
-// its dimension's thresholds, which gives its level and its value without any tanh.
+// its dimension's thresholds, which gives its level and its value without any tanh: with all of
+// them, or, where tables of all kinds of dimensions fit registers, with those that halve the rest.
 #pragma once
 #include <atomic>
 #include <cstdlib>
 
 #include "cpu/blocks.h"
 #include "cpu/finite_scalar_quantize.h"
+#include "cpu/finite_scalar_quantize_tables.h"
 #include "cpu/row_blocks.h"
 #include "cpu/sixteen.h"
 
@@ -45,14 +47,22 @@ struct FiniteScalar {
   // [phases][16]
   T *lowest = nullptr, *shifts = nullptr, *gains = nullptr;
   int32_t* basis = nullptr;
+  RowSums indices_of;
+#if defined(__AVX512F__)
+  HalvingTables halving;
+  int32_t* first_places = nullptr;  // [phases][16]
+#endif
   std::atomic<bool> failed{false};
 
-  explicit FiniteScalar(const FiniteScalarQuantizeArgs& a) : args(a), width(a.z.width) {}
+  explicit FiniteScalar(const FiniteScalarQuantizeArgs& a) : args(a), width(a.z.width), indices_of(width) {}
   FiniteScalar(const FiniteScalar&) = delete;
   ~FiniteScalar() {
     for (void* p : {(void*)thresholds, (void*)values, (void*)lowest, (void*)shifts, (void*)gains,
                     (void*)basis})
       std::free(p);
+#if defined(__AVX512F__)
+    std::free(first_places);
+#endif
   }
 
   // The least T that is not below t: what reaches it reaches t.
@@ -99,6 +109,22 @@ struct FiniteScalar {
         values[at] = has ? value(d, k + 1) : (T)0;
       }
     }
+    return prepare_halving(lanes16);
+  }
+
+  bool prepare_halving([[maybe_unused]] int64_t lanes16) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      Scratch<int32_t> first(width);
+      first_places = allocate<int32_t>(lanes16);
+      if (!first.data || !first_places) return false;
+      halving.prepare(
+          args.levels, width, first.data,
+          [](const ScalarLevels& d, int k) { return not_below(d.thresholds[k]); }, value);
+      for (int64_t e = 0; e < lanes16 && halving.steps; ++e)
+        first_places[e] = first.data[e % width];
+    }
+#endif
     return true;
   }
 
@@ -135,14 +161,40 @@ struct FiniteScalar {
     return above < -1 ? V{} - 1 : above;
   }
 
-  template <int D>
-  static void sum_levels(const int32_t* terms, int64_t rows, int64_t width, int32_t* out) {
-    const int64_t n = D ? D : width;
-    for (int64_t i = 0; i < rows; ++i) {
-      int32_t total = 0;
-      for (int64_t d = 0; d < n; ++d) total += terms[i * n + d];
-      out[i] = total;
+  // Of count numbers, values to out and each level's part of an index to terms; quantize is
+  // called with sixteen of them, their phase, their place, and room for levels.
+  template <class Quantize>
+  void quantize_by(const Quantize quantize, const T* z, const T* noise, T* out, int32_t* terms,
+                   int64_t count) const {
+    using I32 = Sixteen<float>::I;
+    const int32_t* const bases = basis;
+    const int64_t period = phases;
+    int64_t phase = 0;
+    for (int64_t e = 0; e < count; e += 16) {
+      I level;
+      V v = quantize(load_some(z + e, count - e), phase, e, level);
+      if (noise) v = clamp(v + load_some(noise + e, count - e));
+      store_some(out + e, v, count - e);
+      store(terms + e, __builtin_convertvector(level, I32) * load<I32>(bases + phase * 16));
+      if (++phase == period) phase = 0;
     }
+  }
+
+  void quantize_block(const T* z, const T* noise, T* out, int32_t* terms, int64_t count) const {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) switch (halving.steps) {
+        case 1: return quantize_by(Halving<1>(halving, first_places), z, noise, out, terms, count);
+        case 2: return quantize_by(Halving<2>(halving, first_places), z, noise, out, terms, count);
+        case 3: return quantize_by(Halving<3>(halving, first_places), z, noise, out, terms, count);
+        case 4: return quantize_by(Halving<4>(halving, first_places), z, noise, out, terms, count);
+        case 5: return quantize_by(Halving<5>(halving, first_places), z, noise, out, terms, count);
+      }
+#endif
+    const auto comparing = [this](V v, int64_t phase, int64_t e, I& level)
+                               __attribute__((always_inline)) {
+      return quantize(v, phase, e, level);
+    };
+    quantize_by(comparing, z, noise, out, terms, count);
   }
 
   void forward(int64_t block) {
@@ -162,29 +214,10 @@ struct FiniteScalar {
         args.noise.data ? read_rows(args.noise, begin, rows, noise_buffer.data) : nullptr;
     char* target = args.quantized + begin * width * size_of(args.z.dtype);
     T* out = direct ? (T*)target : out_buffer.data;
-    int64_t phase = 0;
-    for (int64_t e = 0; e < count; e += 16) {
-      I level;
-      V v = quantize(load_some(z + e, count - e), phase, e, level);
-      if (noise) v = clamp(v + load_some(noise + e, count - e));
-      store_some(out + e, v, count - e);
-      using I32 = Sixteen<float>::I;
-      store(terms + e, __builtin_convertvector(level, I32) * load<I32>(basis + phase * 16));
-      if (++phase == phases) phase = 0;
-    }
+    quantize_block(z, noise, out, terms, count);
     if (!direct) write_numbers(target, args.z.dtype, out, count);
     int32_t* indices = args.indices + begin;
-    switch (width) {
-      case 1: sum_levels<1>(terms, rows, width, indices); break;
-      case 2: sum_levels<2>(terms, rows, width, indices); break;
-      case 3: sum_levels<3>(terms, rows, width, indices); break;
-      case 4: sum_levels<4>(terms, rows, width, indices); break;
-      case 5: sum_levels<5>(terms, rows, width, indices); break;
-      case 6: sum_levels<6>(terms, rows, width, indices); break;
-      case 7: sum_levels<7>(terms, rows, width, indices); break;
-      case 8: sum_levels<8>(terms, rows, width, indices); break;
-      default: sum_levels<0>(terms, rows, width, indices);
-    }
+    indices_of.sum(terms, rows, indices);
   }
 
   // Derivative of the quantised value by z.
@@ -194,8 +227,9 @@ struct FiniteScalar {
       const V inside = u >= -1 ? (u <= 1 ? gain : V{}) : V{};
       return u != u ? u : inside;
     }
-    const V e = exp_below(absolute(u) * (T)-2), one = e + 1;
-    return 4 * gain * e / (one * one);
+    constexpr T twice = -2.88539008177792681;  // -2 / log 2
+    const V e = power_of_two(absolute(u) * twice), r = reciprocal(e + 1);
+    return 4 * gain * e * (r * r);
   }
 
   void backward(int64_t block, const FiniteScalarQuantizeBwdArgs& bwd) {

@@ -41,7 +41,9 @@ struct LookupFree {
         to_logit((T)(4 * a.inv_temperature * s)),
         half(a.group),
         groups(a.group ? a.z.width / a.group : 0) {
-    for (int64_t i = 0; i < a.z.count; ++i) inside += !a.mask || a.mask[i];
+    int64_t counted = a.mask ? 0 : a.z.count;
+    for (int64_t i = 0; a.mask && i < a.z.count; ++i) counted += a.mask[i];
+    inside = (double)counted;
     if (inside < 1) inside = 1;
   }
   LookupFree(const LookupFree&) = delete;
@@ -105,7 +107,10 @@ struct LookupFree {
     const auto [begin, end] = block_of(block, args.z.count);
     const int64_t rows = end - begin, count = rows * width;
     T* buffer = allocate<T>(3 * count + 16);
-    if (!buffer) {
+    uint16_t* positive = allocate<uint16_t>(count / 16 + 8);  // a bit for each number
+    if (!buffer || !positive) {
+      std::free(buffer);
+      std::free(positive);
       failed = true;
       return;
     }
@@ -117,21 +122,33 @@ struct LookupFree {
     for (int64_t e = 0; e < count; e += 16) {
       const V v = load_some(z + e, count - e);
       store_some(out + e, v > 0 ? up : -up, count - e);
+      positive[e / 16] = (uint16_t)above_zero(v);
     }
     if (!direct) write_numbers(target, args.z.dtype, out, count);
-    int64_t* indices = args.indices + begin * args.codebooks;
-    const T* at = z;
-    for (int64_t c = 0; c < rows * args.codebooks; ++c, at += bits) {
-      int64_t index = 0;
-      for (int64_t d = 0; d < bits; ++d) index = 2 * index + (at[d] > 0);
-      indices[c] = index;
-    }
+    write_indices(z, (const char*)positive, rows, args.indices + begin * args.codebooks);
+    std::free(positive);
     if (args.group) {
       int64_t counted;
       const T* x = vectors(z, begin, rows, buffer + 2 * count, &counted);
       losses(x, counted * width, parts + 2 * block);
     }
     std::free(buffer);
+  }
+
+  // The first bit of a code is the highest of its index. positive has 8 bytes to spare.
+  void write_indices(const T* z, const char* positive, int64_t rows, int64_t* indices) const {
+    const int64_t codes = rows * args.codebooks;
+    if (bits > 57) {  // more than eight bytes hold wherever they begin
+      for (int64_t c = 0; c < codes; ++c, z += bits) {
+        int64_t index = 0;
+        for (int64_t d = 0; d < bits; ++d) index = 2 * index + (z[d] > 0);
+        indices[c] = index;
+      }
+      return;
+    }
+    for (int64_t c = 0, at = 0; c < codes; ++c, at += bits)
+      indices[c] =
+          (int64_t)(reversed(load<uint64_t>(positive + at / 8) >> at % 8) >> (64 - bits));
   }
 
   void losses(const T* x, int64_t count, double* out) const {

@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/gated_residual_modulate.h"
 #include "cpu/numbers.h"
+#include "cpu/past_cache.h"
 #include "cpu/workspace.h"
 
 namespace mmfast::MMFAST_ISA {
@@ -28,7 +29,9 @@ struct Channels {
   __attribute__((always_inline)) void each(const Work& work) const {
     int64_t c = 0;
     for (; c + width <= count; c += width) work(c, width);
-    if (c < count) work(c, count - c);
+    const int64_t rest = count - c;
+    if (rest >= width) __builtin_unreachable();  // GCC would warn of what came of it
+    if (rest) work(c, rest);
   }
 
   // v, zero from its n-th number on.
@@ -39,9 +42,7 @@ struct Channels {
   }
 
   MMFAST_INLINE V read(const char* row, Dtype dtype, int64_t c, int64_t n) {
-    V v;
-    read_first(row + c * size_of(dtype), dtype, n, v);
-    return v;
+    return read_first<V>(row + c * size_of(dtype), dtype, n);
   }
 
   MMFAST_INLINE void write(char* row, Dtype dtype, int64_t c, int64_t n, V v,
@@ -63,23 +64,14 @@ struct Channels {
 
   // Past the cache; `at` is a multiple of the size, which is at least 8.
   MMFAST_INLINE void stream(char* at, const char* from, int64_t size) {
-#if defined(__AVX512F__)
-    if (size == 64) {
-      _mm512_stream_si512((__m512i*)at, _mm512_load_si512(from));
-      return;
-    }
-#endif
-#if defined(__AVX2__)
-    if (size == 32) {
-      _mm256_stream_si256((__m256i*)at, _mm256_load_si256((const __m256i*)from));
-      return;
-    }
-#endif
-    if (size == 16) {
-      _mm_stream_si128((__m128i*)at, _mm_load_si128((const __m128i*)from));
-      return;
-    }
-    std::memcpy(at, from, (size_t)size);
+    if (size == 64)
+      store_past_cache(at, load<d8>(from));
+    else if (size == 32)
+      store_past_cache(at, load<f8>(from));
+    else if (size == 16)
+      store_past_cache(at, load<i16x8>(from));
+    else
+      std::memcpy(at, from, (size_t)size);
   }
 };
 

@@ -2,6 +2,7 @@
 // time, whose sums live in registers: every number comes from memory once and goes there once.
 // Everything is read before anything is written, so that out may be x.
 #pragma once
+#include "cpu/past_cache.h"
 #include "cpu/philox.h"
 #include "cpu/sampler_step_plan.h"
 
@@ -89,6 +90,10 @@ struct SamplerStep {
     const auto put = [&](const typename Plan::Target& target,
                          const Chunk& c) __attribute__((always_inline)) {
       char* at = target.at + e * (NATIVE ? (int64_t)sizeof(T) : target.size);
+      if (NATIVE && target.past_cache) {
+        for (int i = 0; i < vectors; ++i) store_past_cache(at + i * sizeof(V), c.v[i]);
+        return;
+      }
       write<NATIVE>(at, target.dtype, c, count);
     };
     Chunk next = total<NATIVE>(plan, plan.next, p, e, count);
@@ -144,9 +149,11 @@ struct SamplerStep {
     const int64_t blocks = (args.elements + block - 1) / block;
     Plan plan;
     alignas(64) T noise[tile];
+    bool past_cache = false;
     for (int64_t i = begin, planned = -1; i < end; ++i) {
       const int64_t b = i / blocks, e = i % blocks * block;
       if (b != planned) plan.make(args, planned = b);
+      past_cache = past_cache || plan.past_cache;
       const int64_t last = e + block < args.elements ? e + block : args.elements;
       const bool makes = plan.noisy && (args.seeds || plan.scaled);
       if (!makes) {
@@ -165,6 +172,7 @@ struct SamplerStep {
       }
       plan.sources[Plan::noise] = given;
     }
+    if (past_cache) _mm_sfence();
   }
 
   static void sweep(const Plan& plan, int64_t e, int64_t last) {

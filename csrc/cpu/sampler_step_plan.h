@@ -29,6 +29,7 @@ struct SamplerPlan {
     char* at;
     Dtype dtype;
     int64_t size;
+    bool past_cache;
   };
 
   enum { x, conditional, unconditional, noise, slot };  // sources
@@ -47,10 +48,12 @@ struct SamplerPlan {
   Sum slots[most_slots];
   Target slot_targets[most_slots], out, prediction, input[2];
   int copies;
-  bool native;  // all of these are of type T
+  bool native;      // all of these are of type T
+  bool past_cache;  // any target is written past the cache
 
   void make(const SamplerStepArgs& args, int64_t b) {
     native = true;
+    used = 0;
     const int64_t row = args.steps[b * args.step_stride];
     const double* c = args.table + row * args.columns;
     sources[x] = source(args.x, b);
@@ -98,23 +101,53 @@ struct SamplerPlan {
     prediction = target(args.denoised, b);
     copies = args.model_input.data ? (int)args.copies : 0;
     for (int i = 0; i < copies; ++i) input[i] = target(args.model_input, i * args.samples + b);
+    choose_stores(args);
   }
 
  private:
+  // What is written in a call has left the cache before it is read if it is more than this.
+  static constexpr int64_t past_cache_from = int64_t(4) << 20;
+  uint32_t used;  // bit i: source i
+
+  // Past the cache goes what was not read into it just before.
+  void choose_stores(const SamplerStepArgs& args) {
+    const int targets = 1 + writes + (prediction.at != nullptr) + copies;
+    past_cache = native && targets * args.samples * args.elements * (int64_t)sizeof(T) >=
+                               past_cache_from;
+    if (!past_cache) return;
+    past_cache = false;
+    choose_stores(out, used >> x & 1 && out.at == sources[x].at);
+    for (int i = 0; i < writes; ++i) {
+      bool read = false;
+      for (int s = 0; s < args.slots; ++s)
+        read = read || (used >> (slot + s) & 1 && slot_targets[i].at == sources[slot + s].at);
+      choose_stores(slot_targets[i], read);
+    }
+    if (prediction.at) choose_stores(prediction, false);
+    for (int i = 0; i < copies; ++i) choose_stores(input[i], false);
+  }
+  void choose_stores(Target& target, bool read) {
+    target.past_cache = !read && (uintptr_t)target.at % sizeof(typename Native<T>::V) == 0;
+    past_cache = past_cache || target.past_cache;
+  }
+
   Source source(const SampleView& view, int64_t b) {
     native = native && (!view.data || view.dtype == Native<T>::dtype);
     return {view.data + b * view.stride, view.dtype, size_of(view.dtype)};
   }
   Target target(const SampleView& view, int64_t b) {
     native = native && (!view.data || view.dtype == Native<T>::dtype);
-    return {view.data ? view.data + b * view.stride : nullptr, view.dtype, size_of(view.dtype)};
+    return {view.data ? view.data + b * view.stride : nullptr, view.dtype, size_of(view.dtype),
+            false};
   }
 
   void gather(Sum& sum, const double* weights, int width, double with, double without) {
     sum.count = 0;
     sum.of_denoised = width > 3 ? (T)weights[3] : 0;
     const auto add = [&](int source, double weight) {
-      if (weight != 0) sum.terms[sum.count++] = {source, (T)weight};
+      if (weight == 0) return;
+      sum.terms[sum.count++] = {source, (T)weight};
+      used |= uint32_t(1) << source;
     };
     add(x, weights[0]);
     add(conditional, weights[1] * with);

@@ -57,9 +57,38 @@ MMFAST_INLINE double sum_of(d16 v) {
   return sum(half[0] + half[1]);
 }
 
-template <class V>
-MMFAST_INLINE V absolute(V v) {
-  return v < 0 ? -v : v;
+MMFAST_INLINE f16 absolute(f16 v) {
+  return (f16)((Sixteen<float>::I)v & 0x7FFFFFFF);
+}
+MMFAST_INLINE d16 absolute(d16 v) { return v < 0 ? -v : v; }
+
+// Bit i: whether number i is above 0.
+MMFAST_INLINE uint32_t above_zero(f16 v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ);
+#else
+  const f16 above = (f16)(v > 0.f);
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; ++i) {
+    __m128 four;
+    std::memcpy(&four, (const char*)&above + 16 * i, 16);
+    bits |= (uint32_t)_mm_movemask_ps(four) << 4 * i;
+  }
+  return bits;
+#endif
+}
+MMFAST_INLINE uint32_t above_zero(d16 v) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= (uint32_t)(v[i] > 0) << i;
+  return bits;
+}
+
+// The 64 bits of v, the lowest first.
+MMFAST_INLINE uint64_t reversed(uint64_t v) {
+  v = __builtin_bswap64(v);
+  v = (v & 0x0F0F0F0F0F0F0F0F) << 4 | (v >> 4 & 0x0F0F0F0F0F0F0F0F);
+  v = (v & 0x3333333333333333) << 2 | (v >> 2 & 0x3333333333333333);
+  return (v & 0x5555555555555555) << 1 | (v >> 1 & 0x5555555555555555);
 }
 
 // exp of what is not above 0; NaN stays. Polynomial of Cephes' expf.
@@ -84,6 +113,38 @@ MMFAST_INLINE d16 exp_below(d16 x) {
   for (int i = 0; i < 16; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
+
+// 2^x, for x at most 0; NaN stays. The polynomial, for r from 0 to 1, is off by 8e-8.
+MMFAST_INLINE f16 power_of_two(f16 x) {
+#if defined(__AVX512F__)
+  constexpr int fraction = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  x = (f16)_mm512_max_ps(_mm512_set1_ps(-160.f), (__m512)x);
+  const f16 r = (f16)_mm512_reduce_ps((__m512)x, fraction);
+  f16 p = madd(f16{} + 1.86713008e-3f, r, f16{} + 9.01703028e-3f);
+  p = madd(p, r, f16{} + 5.57999131e-2f);
+  p = madd(p, r, f16{} + 2.40164450e-1f);
+  p = madd(p, r, f16{} + 6.93151312e-1f);
+  p = madd(p, r, f16{} + 1.f);
+  return (f16)_mm512_scalef_ps((__m512)p, (__m512)x);  // by the power of its floor
+#else
+  return exp_below(x * 0.693147181f);
+#endif
+}
+MMFAST_INLINE d16 power_of_two(d16 x) {
+  for (int i = 0; i < 16; ++i) x[i] = __builtin_exp2(x[i]);
+  return x;
+}
+
+// 1 / v, for v from 1 to 2.
+MMFAST_INLINE f16 reciprocal(f16 v) {
+#if defined(__AVX512F__)
+  const __m512 r = _mm512_rcp14_ps((__m512)v);
+  return (f16)_mm512_mul_ps(r, _mm512_fnmadd_ps((__m512)v, r, _mm512_set1_ps(2.f)));
+#else
+  return 1.f / v;
+#endif
+}
+MMFAST_INLINE d16 reciprocal(d16 v) { return 1. / v; }
 
 // log(1 + e), e from 0 to 1: twice the area tangent of e / (2 + e), which is at most a third.
 MMFAST_INLINE f16 log_one_plus(f16 e) {

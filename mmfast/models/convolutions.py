@@ -64,12 +64,45 @@ class Upsample(nn.Module):
         return self.convolution(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+class Fold(nn.Module):
+    """Blocks as channels: ``(B, C, *sizes)`` to ``(B, C patch^dims, *sizes / patch)``."""
+
+    def __init__(self, dims: int, patch: int) -> None:
+        super().__init__()
+        self.dims, self.patch = dims, patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(self.dims):
+            x = x.unflatten(2 + 2 * i, (-1, self.patch)).movedim(3 + 2 * i, 2 + i)
+        return x.flatten(1, 1 + self.dims)  # (B, C, patch, patch, ..., *sizes / patch) before
+
+
+class Unfold(nn.Module):
+    """The way back of :class:`Fold`."""
+
+    def __init__(self, dims: int, patch: int) -> None:
+        super().__init__()
+        self.dims, self.patch = dims, patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (-1, *(self.patch,) * self.dims))
+        for i in reversed(range(self.dims)):
+            x = x.movedim(2 + i, 3 + 2 * i).flatten(2 + 2 * i, 3 + 2 * i)
+        return x
+
+
 def encoder(
-    dims: int, channels: int, widths: Sequence[int], num_blocks: int, latent_dim: int
+    dims: int,
+    channels: int,
+    widths: Sequence[int],
+    num_blocks: int,
+    latent_dim: int,
+    patch: int = 1,
 ) -> nn.Sequential:
     """``(B, channels, ...)`` to ``(B, latent_dim, ...)``, each size halved once per width after
-    the first."""
-    layers: list[nn.Module] = [convolution(dims, channels, widths[0])]
+    the first; before that, blocks of ``patch`` become channels."""
+    layers: list[nn.Module] = [Fold(dims, patch)] if patch > 1 else []
+    layers.append(convolution(dims, channels * patch**dims, widths[0]))
     width = widths[0]
     for level, wider in enumerate(widths):
         if level:
@@ -81,7 +114,12 @@ def encoder(
 
 
 def decoder(
-    dims: int, channels: int, widths: Sequence[int], num_blocks: int, latent_dim: int
+    dims: int,
+    channels: int,
+    widths: Sequence[int],
+    num_blocks: int,
+    latent_dim: int,
+    patch: int = 1,
 ) -> nn.Sequential:
     """The way back of :func:`encoder`."""
     width = widths[-1]
@@ -92,4 +130,5 @@ def decoder(
         for _ in range(num_blocks):
             layers.append(ResidualBlock(dims, width, narrower))
             width = narrower
-    return nn.Sequential(*layers, _norm(width), nn.SiLU(), convolution(dims, width, channels))
+    layers += [_norm(width), nn.SiLU(), convolution(dims, width, channels * patch**dims)]
+    return nn.Sequential(*layers, *([Unfold(dims, patch)] if patch > 1 else []))

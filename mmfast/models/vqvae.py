@@ -62,6 +62,9 @@ class VQVAE(Configured):
         widths: channels of each level; each level after the first halves all sizes.
         num_blocks: residual blocks of each level.
         reconstruction: the loss, ``"l1"`` or ``"l2"``.
+        patch_size: blocks of so many values in each dimension become channels first, and what the
+            decoder makes becomes blocks. With 2 or 4, large images cost much less than with as many
+            levels more.
 
     Source: van den Oord et al., "Neural Discrete Representation Learning" (2017); the residual
     blocks are those of Esser et al., "Taming Transformers" (2021).
@@ -77,6 +80,7 @@ class VQVAE(Configured):
         widths: Sequence[int] = (64, 128, 256),
         num_blocks: int = 2,
         reconstruction: str = "l2",
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         if spatial_dims not in (1, 2, 3):
@@ -86,13 +90,15 @@ class VQVAE(Configured):
                 f"widths and num_blocks must be at least 1, got {tuple(widths)} and {num_blocks}"
             )
         check_choice("reconstruction", reconstruction, tuple(_LOSSES))
-        shape = spatial_dims, channels, tuple(widths), num_blocks, latent_dim
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+        shape = spatial_dims, channels, tuple(widths), num_blocks, latent_dim, patch_size
         self.encoder = encoder(*shape)
         self.quantizer = quantizer if isinstance(quantizer, nn.Module) else _built(quantizer)
         self.decoder = decoder(*shape)
         self.channels, self.spatial_dims = channels, spatial_dims
-        self.downsampling = 2 ** (len(widths) - 1)
-        self._loss = _LOSSES[reconstruction]
+        self.downsampling = patch_size * 2 ** (len(widths) - 1)
+        self.reconstruction_loss = _LOSSES[reconstruction]
 
     def latents(self, x: Tensor) -> Tensor:
         """Vectors ``(B, D, *grid)`` before quantisation.
@@ -114,16 +120,18 @@ class VQVAE(Configured):
             )
         return self.encoder(x)
 
-    def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, latents: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Quantised vectors ``(B, D, *grid)``, indices ``(B, *grid[, Q])`` and the loss ``()``.
 
         Args:
             latents: as :meth:`latents` makes them.
+            options: of the quantiser's forward.
         """
         grid = latents.shape[2:]
-        quantized, indices, *losses = self.quantizer(latents.flatten(2).transpose(1, 2))
+        vectors = latents.flatten(2).transpose(1, 2)
+        quantized, indices, *losses = self.quantizer(vectors, **options)
         loss = sum((loss.sum() for loss in losses), start=latents.new_zeros(()))
-        back = quantized.transpose(1, 2).unflatten(2, grid)
+        back = quantized.mT.contiguous().unflatten(2, grid)
         return back, indices.unflatten(1, grid), loss
 
     def encode(self, x: Tensor) -> Tensor:
@@ -144,11 +152,16 @@ class VQVAE(Configured):
                 return self.decoder(make(flat).transpose(1, 2).unflatten(2, grid))
         raise TypeError(f"a {type(self.quantizer).__name__} makes no vectors from indices")
 
-    def forward(self, x: Tensor) -> VQVAEOutput:
-        """Reconstruct x ``(B, channels, *sizes)``; see :class:`VQVAEOutput`."""
-        quantized, indices, quantizer_loss = self.quantize(self.latents(x))
+    def forward(self, x: Tensor, **options: Any) -> VQVAEOutput:
+        """Reconstruct x ``(B, channels, *sizes)``; see :class:`VQVAEOutput`.
+
+        Args:
+            x: ``(B, channels, *sizes)``.
+            options: of the quantiser's forward.
+        """
+        quantized, indices, quantizer_loss = self.quantize(self.latents(x), **options)
         reconstruction = self.decoder(quantized)
-        loss = self._loss(reconstruction, x)
+        loss = self.reconstruction_loss(reconstruction, x)
         return VQVAEOutput(reconstruction, indices, loss + quantizer_loss, loss, quantizer_loss)
 
     @torch.no_grad()
@@ -212,6 +225,11 @@ def code_usage(indices: Tensor, num_codes: int) -> Usage:
     """
     ones = torch.ones(indices.numel(), 1, device=indices.device)
     counts, _ = mmfast.code_statistics(ones, indices.flatten(), num_codes)
-    shares = counts / counts.sum().clamp(min=1)
-    entropy = -torch.special.xlogy(shares, shares).sum()
-    return Usage(entropy.exp(), (counts > 0).to(counts.dtype).mean())
+    return usage_of_counts(counts)
+
+
+def usage_of_counts(counts: Tensor) -> Usage:
+    """The usage ``(...)`` of codes that occur so often, ``(..., K)``, floating."""
+    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    entropy = -torch.special.xlogy(shares, shares).sum(-1)
+    return Usage(entropy.exp(), (counts > 0).to(counts.dtype).mean(-1))

@@ -177,7 +177,10 @@ class FSQ(nn.Module):
         if first:
             z = z.movedim(1, -1)
         check_last(z, self.dim)
-        z = self.project_in(z).unflatten(-1, (self.num_codebooks, self.codebook_dim))
+        z = self.project_in(z)
+        several = self.num_codebooks > 1  # views of a single one would cost as much as few rows do
+        if several:
+            z = z.unflatten(-1, (self.num_codebooks, self.codebook_dim))
         if self.orthogonal_rotation:
             z = z @ self.orthogonal_rot
         codes, indices = finite_scalar_quantize(
@@ -189,9 +192,11 @@ class FSQ(nn.Module):
         )
         if self.orthogonal_rotation:
             codes = (codes.to(self.orthogonal_rot.dtype) @ self.orthogonal_rot.t()).to(z.dtype)
-        out = self.project_out(codes.flatten(-2))
+        out = self.project_out(codes.flatten(-2) if several else codes)
         if first:
             out = out.movedim(-1, 1)
         if not self.return_indices:
             return out, None
-        return out, indices if self.keep_num_codebooks_dim else indices.squeeze(-1)
+        if self.keep_num_codebooks_dim and not several:
+            indices = indices[..., None]
+        return out, indices

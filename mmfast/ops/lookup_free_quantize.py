@@ -279,6 +279,9 @@ def _gradients(
     z, mask = ctx.saved_tensors
     if not ctx.needs_input_grad[0]:
         return (None,) * 7
+    _, _, spherical, _, group_bits = ctx.options
+    if quantized is not None and not group_bits and not spherical:
+        return quantized, *(None,) * 6  # straight through
     grads = (quantized, commitment, entropy, means)
     return backends.call(BACKWARD, *grads, z, *ctx.options, mask), *(None,) * 6
 

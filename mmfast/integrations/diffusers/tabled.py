@@ -40,6 +40,7 @@ class State:
         self.config = scheduler._internal_dict
         self.versions = (_version(self.timesteps), _version(self.levels))
         self.values: list[float] = [] if self.timesteps is None else host(self.timesteps)
+        self.address, self.stride = _place_in_memory(self.timesteps)
         self.key = (tuple(self.values), () if self.levels is None else tuple(host(self.levels)))
         self.places: dict[float, int] = {}  # the library takes the second of equal ones
         seen: set[float] = set()
@@ -100,6 +101,18 @@ class State:
             found = table, list(torch.arange(len(table), device=device).unbind())
             self.coefficients[device] = found
         return found
+
+
+def _place_in_memory(tensor: Tensor | None) -> tuple[int, int]:
+    """Where its first number is, and how many bytes on the next one, if there is one."""
+    if tensor is None or not tensor.dim():
+        return 0, 1
+    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size() or 1 << 62
+
+
+def _new(like: Tensor, dtype: torch.dtype) -> Tensor:
+    # An argument takes time, even one that changes nothing.
+    return torch.empty_like(like) if like.dtype == dtype else torch.empty_like(like, dtype=dtype)
 
 
 def _version(tensor: Any) -> int | None:
@@ -269,16 +282,15 @@ class Tabled:
         state = self._state()
         if isinstance(timestep, Tensor):
             timesteps = self.timesteps
+            place, rest = divmod(timestep.data_ptr() - state.address, state.stride)
             if (
-                timestep.dtype == timesteps.dtype
+                not rest
+                and 0 <= place < len(state.values)
+                and timestep.dtype == timesteps.dtype
                 and timestep.numel() == 1
                 and timestep.device == timesteps.device
-                and timestep.untyped_storage()._cdata == timesteps.untyped_storage()._cdata
             ):
-                offset = timestep.storage_offset() - timesteps.storage_offset()
-                place, rest = divmod(offset, timesteps.stride(0))
-                if not rest and 0 <= place < len(state.values):
-                    return place
+                return place
             if timestep.device.type != "cpu":
                 return self._locate_on_device(timestep)
             timestep = timestep.item()
@@ -369,11 +381,11 @@ class Tabled:
         if program.table.slots:
             history = self._history(state, program, sample, goes_on)
         kind, outputs = self._outputs
-        out = torch.empty_like(sample, dtype=result)
+        out = _new(sample, result)
         second = None
         if outputs > 1 and program.output is None and not (last and program.final):
             wide = self._wide and result.itemsize < 4
-            second = torch.empty_like(sample, dtype=torch.float32 if wide else result)
+            second = _new(sample, torch.float32 if wide else result)
         threshold = None
         if program.threshold is not None:
             ratio, maximum = program.threshold
@@ -430,6 +442,13 @@ class Tabled:
 
     def _seed(self, sample: Tensor) -> Tensor:
         seed = self._philox
+        if (
+            isinstance(seed, Tensor)
+            and not seed.dim()
+            and seed.dtype == torch.int64
+            and seed.device == sample.device
+        ):
+            return seed
         if not isinstance(seed, Tensor) or seed.device != sample.device:
             assert seed is not None
             seed = self._philox = philox.as_stream(seed, sample.device, "seed")
@@ -499,7 +518,7 @@ class Tabled:
         index = self._noisy_index(timesteps, device)
         if not isinstance(index, Tensor):
             index = torch.full((), index, dtype=torch.int64, device=device)
-        elif index.numel() == 1:
+        elif index.numel() == 1 and index.shape != original_samples.shape[:1]:
             index = index.reshape(())
         if noise.dtype != dtype:
             original_samples = original_samples.to(torch.promote_types(dtype, noise.dtype))
