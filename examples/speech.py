@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from command_line import run_example
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmfast.data import MelReader, split_by_group
 from mmfast.data.bundled import VOICES, WORDS, has_espeak, spoken_digits
-from mmfast.models import VQVAE, ConditionalDiT, Diffusion, code_usage, save_model
+from mmfast.models import VQVAE, Classifier, ConditionalDiT, Diffusion, code_usage, save_model
 from mmfast.train import Step, Task, TrainConfig, about_data, fit
+from mmfast.train.classifier import ClassifierTask
 from mmfast.train.vqvae import VQVAETask
 
 try:
@@ -53,46 +54,13 @@ class Effort:
 
     voices: int = len(VOICES)
     vqvae_steps: int = 600
-    recognizer_steps: int = 600
+    recognizer_steps: int = 400
     dit_steps: int = 800
     depth: int = 5
     sampler_steps: int = 20
 
 
 SHORT = Effort(2, 3, 3, 3, 2, 3)
-
-
-class Recognizer(nn.Module):
-    """The digit of a sequence of codes ``(B, L)`` or of spectrograms ``(B, bands, frames)``."""
-
-    def __init__(self, bands: int, codebook: Tensor | None = None) -> None:
-        super().__init__()
-        self.codes = None if codebook is None else nn.Embedding.from_pretrained(codebook.clone())
-        width, layers = 128, []
-        for inputs in (bands, width):
-            layers += [nn.Conv1d(inputs, width, 5, padding=2), nn.BatchNorm1d(width), nn.GELU()]
-            layers += [nn.Dropout(0.3)]
-        self.body = nn.Sequential(
-            *layers, nn.AdaptiveMaxPool1d(2), nn.Flatten(), nn.Linear(2 * width, len(WORDS))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, 10)``."""
-        return self.body(x if self.codes is None else self.codes(x).transpose(1, 2))
-
-
-class Recognize(Task):
-    """Training of a recogniser; some codes are replaced by others, so that it relies on none."""
-
-    def __init__(self, model: Recognizer) -> None:
-        self.model: Recognizer = model
-
-    def loss(self, batch: Mapping[str, Tensor], step: Step) -> dict[str, Tensor]:
-        """Cross-entropy."""
-        x = batch["x"]
-        if self.model.codes is not None:
-            x = torch.where(torch.rand(x.shape) < 0.1, torch.randint_like(x, CODES), x)
-        return {"loss": F.cross_entropy(self.model(x), batch["label"], label_smoothing=0.1)}
 
 
 class DrawFromCodes(Task):
@@ -109,7 +77,7 @@ class DrawFromCodes(Task):
         return {"loss": self.diffusion.loss(self.model, batch["mel"], **options)}
 
 
-def share(model: Recognizer, x: Tensor, labels: Tensor) -> str:
+def share(model: Classifier, x: Tensor, labels: Tensor) -> str:
     """Of the samples, those that are recognised."""
     with torch.no_grad():
         right = torch.cat([model(part).argmax(1) for part in x.split(256)]) == labels
@@ -180,11 +148,13 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
         decoded = vqvae.decode(codes[test])
 
     console.print(f"seed {seed}: recognisers, of codes and of spectrograms")
-    config = TrainConfig(steps=effort.recognizer_steps, lr=3e-3, weight_decay=0.05, **common)
-    data = {"x": codes[train], "label": labels[train]}
-    of_codes = fit(Recognize(Recognizer(DIM, vqvae.quantizer.codebook)), config, data).model
-    data = {"x": mels[train], "label": labels[train]}
-    of_mels = fit(Recognize(Recognizer(READER.n_mels)), config, data).model
+    config = TrainConfig(steps=effort.recognizer_steps, lr=2e-3, weight_decay=0.05, **common)
+    vectors = F.embedding(codes, vqvae.quantizer.codebook).transpose(1, 2)  # of the codebook
+    recognizers = {}
+    for name, x in (("codes", vectors), ("mel", mels)):
+        made = Classifier(len(WORDS), channels=x.shape[1], spatial_dims=1, widths=(64, 128))
+        task = ClassifierTask(made, {"modalities": {name: {}}})
+        recognizers[name] = fit(task, config, {name: x[train], "label": labels[train]}).model
 
     console.print(f"seed {seed}: the diffusion transformer")
     dit = ConditionalDiT(
@@ -214,11 +184,13 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
     versions = {"original": mels[test], "VQ-VAE": decoded, "diffusion": drawn}
     usage = code_usage(codes[test], CODES)
     reached = {
-        f"digits recognised, of {codes.shape[1]} codes": share(of_codes, codes[test], labels[test]),
+        f"digits recognised, of {codes.shape[1]} codes": share(
+            recognizers["codes"], vectors[test], labels[test]
+        ),
         f"perplexity of the {CODES} codes": f"{usage.perplexity:.0f}",
     }
     for name, x in versions.items():
-        reached[f"digits recognised, of {name}"] = share(of_mels, x, labels[test])
+        reached[f"digits recognised, of {name}"] = share(recognizers["mel"], x, labels[test])
     for name in ("VQ-VAE", "diffusion"):
         error = (versions[name] - mels[test]).abs().mean().item()
         reached[f"mean error of {name}, dB"] = f"{DECIBELS * error:.2f}"

@@ -171,7 +171,7 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
         "kmeans_init": True,
         "threshold_ema_dead_code": 1,
     }
-    vqvae = VQVAE(quantizer, DIM, spatial_dims=3, widths=(16, 32, 64), num_blocks=1)
+    vqvae = VQVAE(quantizer, DIM, spatial_dims=3, patch_size=2, widths=(48, 96), num_blocks=1)
     task = VQVAETask(vqvae, ABOUT, codebook_start=effort.vqvae_steps // 10)
     common = {"seed": seed, "beta2": 0.95, "weight_decay": 0.01, "warmup": 20, "ema": 0.99}
     config = TrainConfig(steps=effort.vqvae_steps, batch_size=8, lr=3e-3, **common)

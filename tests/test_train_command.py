@@ -17,14 +17,9 @@ from mmfast.data import readers_from, write_image
 from mmfast.models import VQVAE, Diffusion, DiT, describe_model, load_model
 from mmfast.train import read_log
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Idle threads of tests beside each other only take time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+for module in ("safetensors", "PIL"):
+    pytest.importorskip(module)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def words(text):
@@ -132,6 +127,20 @@ def test_a_file_of_settings(pictures, tmp_path, capsys):
     capsys.readouterr()
     assert train("vqvae", tmp_path / "none", "--config", file) == 1
     assert "model: unknown setting 'level'; did you mean 'levels'?" in capsys.readouterr().err
+
+
+def test_the_plain_recipe(pictures, tmp_path, capsys):
+    """An autoencoder, k-means on its encoder's outputs, and a decoder."""
+    assert fresh("vqvae", pictures, tmp_path / "one", "--codebook-start", 3) == 0
+    arguments = ["--weights", tmp_path / "one", "--decoder-only", "--ema", 0]
+    assert fresh("vqvae", pictures, tmp_path / "two", *arguments) == 0
+    one, two = (load_model(tmp_path / n / "model.safetensors").state_dict() for n in ("one", "two"))
+    assert all(torch.equal(t, two[n]) for n, t in one.items() if n.startswith("encoder"))
+    assert not torch.equal(one["decoder.0.weight"], two["decoder.0.weight"])
+    assert not one["quantizer._codebook.initted"]
+    assert two["quantizer._codebook.initted"]
+    assert fresh("vqvae", pictures, tmp_path / "no", *arguments, "--latent-dim", 8) == 1
+    assert "of shape (4, 8, 3, 3), the model of shape (8, 8, 3, 3)" in capsys.readouterr().err
 
 
 def test_broken_files(pictures, tmp_path, capsys):

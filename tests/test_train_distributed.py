@@ -15,6 +15,9 @@ from mmfast.models import describe_model
 from mmfast.train import read_log
 from mmfast.train.checkpoint import newest_checkpoint, read_checkpoint
 
+for module in ("safetensors", "PIL"):
+    pytest.importorskip(module)
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORKER = Path(__file__).with_name("training.py")
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 
 import pytest
 import torch
 from cases import normal
-from PIL import Image
 from torch import nn
 from training import ABOUT, CONFIG, data, dit, task, train, vqvae
 
+import mmfast
 from mmfast.models import VQVAE, Diffusion, describe_model, load_model
 from mmfast.train import NonFiniteError, Task, TrainConfig, fit, read_log
 from mmfast.train.checkpoint import checkpoints, newest_checkpoint, read_checkpoint
@@ -21,14 +22,8 @@ from mmfast.train.vqvae import VQVAETask
 
 QUICK = {"steps": 4, "batch_size": 8, "log_every": 1, "sample_every": 0, "device": "cpu"}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Idle threads of tests beside each other only take time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+Image = pytest.importorskip("PIL.Image")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Line(Task):
@@ -166,6 +161,30 @@ def test_latents_and_their_file(tmp_path):
     torch.testing.assert_close(before.model.state_dict(), made.model.state_dict())
 
 
+def test_decoder_only():
+    """Encoder and codebook stay as they are; the codebook is k-means of the encoder's outputs."""
+    values = data(torch.float32)
+    first = train("vqvae", None).model.float().state_dict()
+    model = vqvae()
+    kept = {n: t.clone() for n, t in first.items() if n.startswith("encoder")}
+    model.load_state_dict({**model.state_dict(), **kept})
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    result = run(VQVAETask(model, ABOUT, decoder_only=True), None, values, steps=3)
+    after = result.model.state_dict()
+    same = {name.split(".")[0] for name in after if torch.equal(after[name], before[name])}
+    assert same == {"encoder"}
+    assert result.row["loss"] == result.row["reconstruction"]
+    vectors = model.latents(values["image"]).flatten(2).mT.flatten(0, 1)
+    indices, _ = mmfast.nearest_code(vectors, model.quantizer.codebook)
+    counts, sums = mmfast.code_statistics(vectors, indices, 12)
+    means = (sums / counts[:, None])[counts > 0]
+    # Codes near the means of their vectors: Lloyd's algorithm is about to end.
+    error = (means - model.quantizer.codebook[counts > 0]).square().sum(1).mean()
+    assert error < 0.1 * vectors.var(0).sum()
+    with pytest.raises(ValueError, match="codebook_start must be 0 with decoder_only, got 3"):
+        VQVAETask(model, ABOUT, decoder_only=True, codebook_start=3)
+
+
 def test_without_labels():
     model = dit(num_classes=1, class_dropout_prob=0.0)
     made = DiTTask(model, Diffusion("flow"), ABOUT, pictures=3, sampler_steps=2)
@@ -194,7 +213,7 @@ def test_checkpointing_and_bfloat16():
         run(Line(), gradient_checkpointing=True)
 
 
-def test_compiling():
+def test_compiling(monkeypatch):
     class Whole(nn.Module):
         def __init__(self):
             super().__init__()
@@ -204,6 +223,8 @@ def test_compiling():
             return self.line(x)
 
     want = run(Line(), ema=0.0).row["loss"]
+    compiling = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", compiling)
     stats = torch._dynamo.utils.counters["stats"]
     before = stats["unique_graphs"]
     assert run(Line(Whole()), compile=True, ema=0.0).row["loss"] == pytest.approx(want, rel=1e-4)

@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 import training
-from safetensors.torch import load_file
 from training import CONFIG, data, task, train
 
 from mmfast.data import InMemory
 from mmfast.train import Stopped, fit, read_log
 from mmfast.train.checkpoint import checkpoints, newest_checkpoint, read_checkpoint
 
+load_file = pytest.importorskip("safetensors.torch").load_file
+pytest.importorskip("PIL")
+pytestmark = pytest.mark.usefixtures("one_thread")
 LONGER = {"steps": 16, "checkpoint_every": 4, "keep": 9}
 
 

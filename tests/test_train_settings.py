@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from mmfast.train.settings import DiTRun, VQVAERun
 from mmfast.train.typed import SettingError, add_flags, build, given_flags, read_settings, setting
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @dataclass(frozen=True)
 class Inner:

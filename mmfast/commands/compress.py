@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rich.console import Console
+
 from mmfast.commands import CommandError
 from mmfast.commands.media import check_out, extent, reader_of, timed, told, whole
 from mmfast.commands.options import add_device, device_of, open_model
@@ -25,7 +27,7 @@ def run(given: argparse.Namespace) -> int:
     check_out(given.out)
     model, about = open_model(given.model, VQVAE, device_of(given))
     reader = whole(reader_of(about, model))
-    with told():
+    with told(), Console(stderr=True).status("compressing"):
         if given.out.resolve() == given.file.resolve():
             raise CommandError(f"{given.out}: would replace the file that is to be compressed")
         x = reader.load(given.file)

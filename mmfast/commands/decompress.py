@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from rich.console import Console
+
 from mmfast.commands import CommandError
 from mmfast.commands.media import check_out, read_bytes, reader_of, told, whole
 from mmfast.commands.options import add_device, device_of, open_model
@@ -28,7 +30,8 @@ def run(given: argparse.Namespace) -> int:
     reader = whole(reader_of(about, model))
     data = read_bytes(given.file)
     try:
-        x, _, note = decompress(model, data)
+        with Console(stderr=True).status("decompressing"):
+            x, _, note = decompress(model, data)
     except (ImportError, ValueError) as error:
         raise CommandError(f"{given.file}: {error}") from None
     if isinstance(reader, VideoReader):

@@ -12,12 +12,14 @@ import torch
 from mmfast.data.sampling import Samples
 from mmfast.models import VQVAE, Diffusion, DiT, load_model
 from mmfast.models.dit import SIZES
+from mmfast.nn.codebook import Codebook
 from mmfast.train.about import modality_of
 from mmfast.train.batches import collated
 from mmfast.train.config import TrainConfig
 from mmfast.train.dit import DiTTask, latent_shape
 from mmfast.train.run_folder import MODEL
 from mmfast.train.sources import Data, DataConfig, cached_latents
+from mmfast.train.state import load_state
 from mmfast.train.task import Task
 from mmfast.train.typed import setting
 from mmfast.train.vqvae import VQVAETask
@@ -48,8 +50,11 @@ class VQVAEConfig:
     dead_codes: float = setting(1.0, "replace codes used less often in a batch; 0: never")
     kmeans: bool = setting(True, "start the codebook by k-means on the encoder's outputs")
     codebook_start: int = setting(0, "steps without a quantiser before that")
+    decoder_only: bool = setting(False, "train the decoder alone, after that")
+    weights: str | None = setting(None, "file or run of a VQ-VAE, to start from its weights")
     widths: tuple[int, ...] = setting((32, 64, 128), "channels; each after the first halves sizes")
     num_blocks: int = setting(2, "residual blocks of each width")
+    block_size: int = setting(1, "side of blocks of values that are channels first")
     reconstruction: Literal["l1", "l2"] = setting("l2", "loss")
     quantizer_options: dict[str, Any] = field(default_factory=dict)
 
@@ -143,12 +148,20 @@ class VQVAERun:
             widths=config.widths,
             num_blocks=config.num_blocks,
             reconstruction=config.reconstruction,
+            patch_size=config.block_size,
         )
+        if config.weights is not None:
+            _start_from(model, config.weights)
         latent_shape(model, data.about)
         shown = collated(data.test, range(min(_PICTURES, len(data.test))))
         pictures = shown[modality_of(data.about)]
-        start = config.codebook_start
-        task = VQVAETask(model, data.about, pictures=pictures, codebook_start=start)
+        task = VQVAETask(
+            model,
+            data.about,
+            pictures=pictures,
+            codebook_start=config.codebook_start,
+            decoder_only=config.decoder_only,
+        )
         return Prepared(task, data.train)
 
 
@@ -175,8 +188,7 @@ class DiTRun:
         config = self.model
         vqvae = None
         if config.vqvae is not None:
-            path = Path(config.vqvae)
-            vqvae = load_model(path / MODEL if path.is_dir() else path, VQVAE)
+            vqvae = _vqvae(config.vqvae)
         channels, *sizes = latent_shape(vqvae, data.about)
         named = {name: getattr(config, name) for name in ("hidden_size", "depth", "num_heads")}
         torch.manual_seed(self.train.seed)
@@ -201,3 +213,18 @@ class DiTRun:
         if vqvae is not None and config.cache_latents and not data.augmented:
             return Prepared(task, cached_latents(vqvae, data, device))
         return Prepared(task, data.train)
+
+
+def _vqvae(path: str) -> VQVAE:
+    """The VQ-VAE in a file or in a run's folder."""
+    file = Path(path)
+    return load_model(file / MODEL if file.is_dir() else file, VQVAE)
+
+
+def _start_from(model: VQVAE, path: str) -> None:
+    """Give a VQ-VAE another one's weights; without its codebook, where k-means is to make one."""
+    weights = _vqvae(path).state_dict()
+    if any(not bool(m.initted) for m in model.modules() if isinstance(m, Codebook)):
+        own = model.state_dict()
+        weights = {n: own[n] if n.startswith("quantizer.") else t for n, t in weights.items()}
+    load_state(model, weights, path)

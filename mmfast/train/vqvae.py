@@ -35,9 +35,11 @@ class VQVAETask(Task):
         pictures: samples ``(N, C, ...)`` whose reconstructions are shown; none without.
         codebook_start: so many steps are trained without a quantiser, so that k-means starts from
             an encoder that has learnt something.
+        decoder_only: the encoder stays as it is, the codebook as k-means makes it of its outputs,
+            and only the decoder learns.
 
     Raises:
-        ValueError: ``codebook_start`` is below 0.
+        ValueError: ``codebook_start`` is below 0, or not 0 with ``decoder_only``.
     """
 
     def __init__(
@@ -47,9 +49,15 @@ class VQVAETask(Task):
         *,
         pictures: Tensor | None = None,
         codebook_start: int = 0,
+        decoder_only: bool = False,
     ) -> None:
-        if codebook_start < 0:
-            raise ValueError(f"codebook_start must be at least 0, got {codebook_start}")
+        if codebook_start < 0 or (codebook_start and decoder_only):
+            wanted = "0 with decoder_only" if decoder_only else "at least 0"
+            raise ValueError(f"codebook_start must be {wanted}, got {codebook_start}")
+        self._decoder_only = decoder_only
+        if decoder_only:
+            for frozen in (model.encoder, model.quantizer):
+                frozen.requires_grad_(False)
         self.model: VQVAE = model
         self._data = dict(data)
         self.about = {"data": self._data, "objective": None, "latents": None}
@@ -79,6 +87,13 @@ class VQVAETask(Task):
     def loss(self, batch: Mapping[str, Tensor], step: Step) -> dict[str, Tensor]:
         """``loss``, ``reconstruction`` and ``quantizer``."""
         x = batch[self._modality]
+        if self._decoder_only:
+            self.model.quantizer.eval()
+            with torch.no_grad():
+                quantized, indices, _ = self.model.quantize(self.model.latents(x))
+            self._count(indices)
+            error = self.model.reconstruction_loss(self.model.decoder(quantized), x)
+            return {"loss": error, "reconstruction": error}
         if step.number < self._start:
             reconstruction = self.model.decoder(self.model.latents(x))
             error = self.model.reconstruction_loss(reconstruction, x)
