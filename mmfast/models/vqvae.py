@@ -6,16 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmfast
 import mmfast.nn
-from mmfast.checks import check_choice, check_floating
+from mmfast.checks import check_floating
 from mmfast.models.configured import Configured
 from mmfast.models.convolutions import decoder, encoder
+from mmfast.models.losses import weighted
 
-_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 _TO_OUTPUT = ("get_output_from_indices", "indices_to_codes")  # names that the quantisers use
 
 
@@ -61,7 +60,8 @@ class VQVAE(Configured):
         spatial_dims: 1 for audio, 2 for images, 3 for videos.
         widths: channels of each level; each level after the first halves all sizes.
         num_blocks: residual blocks of each level.
-        reconstruction: the loss, ``"l1"`` or ``"l2"``.
+        reconstruction: the loss, ``"l1"`` or ``"l2"``; or weights of those and of the further ones
+            of :mod:`mmfast.models.losses`: ``{"l1": 1, "gradient": 0.5}``.
         patch_size: blocks of so many values in each dimension become channels first, and what the
             decoder makes becomes blocks. With 2 or 4, large images cost much less than with as many
             levels more.
@@ -79,7 +79,7 @@ class VQVAE(Configured):
         spatial_dims: int = 2,
         widths: Sequence[int] = (64, 128, 256),
         num_blocks: int = 2,
-        reconstruction: str = "l2",
+        reconstruction: str | Mapping[str, float] = "l2",
         patch_size: int = 1,
     ) -> None:
         super().__init__()
@@ -89,7 +89,6 @@ class VQVAE(Configured):
             raise ValueError(
                 f"widths and num_blocks must be at least 1, got {tuple(widths)} and {num_blocks}"
             )
-        check_choice("reconstruction", reconstruction, tuple(_LOSSES))
         if patch_size < 1:
             raise ValueError(f"patch_size must be at least 1, got {patch_size}")
         shape = spatial_dims, channels, tuple(widths), num_blocks, latent_dim, patch_size
@@ -98,7 +97,7 @@ class VQVAE(Configured):
         self.decoder = decoder(*shape)
         self.channels, self.spatial_dims = channels, spatial_dims
         self.downsampling = patch_size * 2 ** (len(widths) - 1)
-        self.reconstruction_loss = _LOSSES[reconstruction]
+        self.reconstruction_loss = weighted(reconstruction)
 
     def latents(self, x: Tensor) -> Tensor:
         """Vectors ``(B, D, *grid)`` before quantisation.
