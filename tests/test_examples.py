@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from mmfast.models import VQVAE, Diffusion, DiT, compress, decompress, describe_model, load_model
+
 image = pytest.importorskip("PIL.Image")
 for package in ("matplotlib", "safetensors"):
     pytest.importorskip(package)
-
-from mmfast.models import VQVAE, Diffusion, DiT, compress, decompress, describe_model, load_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
