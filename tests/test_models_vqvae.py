@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import normal
+from whole_models import assert_sound
 
 import mmfast.nn
 from mmfast.models import VQVAE, code_usage
@@ -173,6 +174,33 @@ def test_k_means():
         vqvae.initialize_codebook([normal(1, 3, 4, 4)])
     with pytest.raises(TypeError, match="needs a VectorQuantize with one codebook, got FSQ"):
         model("FSQ").initialize_codebook([x])
+
+
+def test_the_plain_recipe():
+    """Encode all, a codebook by k-means, quantise, train the decoder alone."""
+    vqvae, x = model().eval(), normal(8, 3, 8, 8)
+    vqvae.initialize_codebook(x.split(4))
+    vqvae.requires_grad_(False).decoder.requires_grad_(True)
+    before = {name: value.clone() for name, value in vqvae.state_dict().items()}
+    indices = vqvae.encode(x)
+    optimizer = torch.optim.Adam(vqvae.decoder.parameters(), 1e-2)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = vqvae.reconstruction_loss(vqvae.decode(indices), x)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    for name, value in vqvae.state_dict().items():
+        assert torch.equal(value, before[name]) != name.startswith("decoder."), name
+    assert torch.equal(vqvae.encode(x), indices)
+
+
+def test_step_is_the_references():
+    """Loss, gradients and a step in float32 against float64 on the reference backend."""
+    x = normal(2, 3, 8, 8)
+    assert_sound(model().eval(), lambda m, dtype: m(x.to(dtype)).loss, compiles=False)
 
 
 def test_usage():

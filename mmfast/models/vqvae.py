@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmfast
@@ -14,6 +13,7 @@ import mmfast.nn
 from mmfast.checks import check_choice, check_floating
 from mmfast.models.configured import Configured
 from mmfast.models.convolutions import decoder, encoder
+from mmfast.models.losses import weighted
 from mmfast.models.shortcut import (
     Shortcut,
     linear_decoder,
@@ -21,7 +21,6 @@ from mmfast.models.shortcut import (
     set_principal_components,
 )
 
-_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 _TO_OUTPUT = ("get_output_from_indices", "indices_to_codes")  # names that the quantisers use
 
 
@@ -67,7 +66,8 @@ class VQVAE(Configured):
         spatial_dims: 1 for audio, 2 for images, 3 for videos.
         widths: channels of each level; each level after the first halves all sizes.
         num_blocks: residual blocks of each level.
-        reconstruction: the loss, ``"l1"`` or ``"l2"``.
+        reconstruction: the loss, ``"l1"`` or ``"l2"``; or weights of those and of the further ones
+            of :mod:`mmfast.models.losses`: ``{"l1": 1, "gradient": 0.5}``.
         patch_size: blocks of so many values in each dimension become channels first, and what the
             decoder makes becomes blocks. With 2 or 4, large images cost much less than with as many
             levels more.
@@ -90,7 +90,7 @@ class VQVAE(Configured):
         spatial_dims: int = 2,
         widths: Sequence[int] = (64, 128, 256),
         num_blocks: int = 2,
-        reconstruction: str = "l2",
+        reconstruction: str | Mapping[str, float] = "l2",
         patch_size: int = 1,
         shortcut: bool = False,
         norm: str | None = "group",
@@ -102,7 +102,6 @@ class VQVAE(Configured):
             raise ValueError(
                 f"widths and num_blocks must be at least 1, got {tuple(widths)} and {num_blocks}"
             )
-        check_choice("reconstruction", reconstruction, tuple(_LOSSES))
         if patch_size < 1:
             raise ValueError(f"patch_size must be at least 1, got {patch_size}")
         if norm is not None:
@@ -117,7 +116,7 @@ class VQVAE(Configured):
             blocks = spatial_dims, channels, latent_dim, self.downsampling
             self.encoder = Shortcut(self.encoder, linear_encoder(*blocks))
             self.decoder = Shortcut(self.decoder, linear_decoder(*blocks))
-        self.reconstruction_loss = _LOSSES[reconstruction]
+        self.reconstruction_loss = weighted(reconstruction)
 
     @property
     def has_shortcut(self) -> bool:
