@@ -19,16 +19,14 @@ Needs the packages of ``pip install '.[examples]'``.
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from command_line import run_example
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from mmfast.data import ImageReader
@@ -98,9 +96,8 @@ def read(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
         return (classifier(images).argmax(1) == labels).float().mean().item()
 
 
-def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, float]:
+def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str]:
     """Train everything with one seed; what was reached, and a picture."""
-    start = time.process_time()
     torch.manual_seed(seed)
     images, labels = (x[:: effort.every] for x in mnist_digits())
     images = F.pad(images, (2, 2, 2, 2), value=-1)
@@ -148,12 +145,11 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, flo
         samples = vqvae.decoder(vqvae.quantize(drawn)[0])
     draw(real, reconstructed, samples[:60], out / f"digits-{seed}.png")
     return {
-        "held-out digits that are read right": read(classifier, real, labels),
-        "their reconstructions": read(classifier, reconstructed, labels),
-        "PSNR of these, dB": psnr(real, reconstructed),
-        f"perplexity of the {CODES} codes": code_usage(indices, CODES).perplexity.item(),
-        "samples that are read as their class": read(classifier, samples, classes),
-        "processor seconds": time.process_time() - start,
+        "held-out digits that are read right": f"{read(classifier, real, labels):.1%}",
+        "their reconstructions": f"{read(classifier, reconstructed, labels):.1%}",
+        "PSNR of these, dB": f"{psnr(real, reconstructed):.1f}",
+        f"perplexity of the {CODES} codes": f"{code_usage(indices, CODES).perplexity.item():.1f}",
+        "samples that are read as their class": f"{read(classifier, samples, classes):.1%}",
     }
 
 
@@ -174,38 +170,9 @@ def draw(real: Tensor, reconstructed: Tensor, samples: Tensor, path: Path) -> No
     plt.close(figure)
 
 
-def seeds(text: str) -> list[int]:
-    """``"0,1,2"`` as numbers."""
-    return [int(part) for part in text.split(",")]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run it for each seed, and print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("examples/out/digits"))
-    parser.add_argument("--seeds", type=seeds, default=[0], help="such as 0,1,2")
-    parser.add_argument("--short", action="store_true", help="seconds, to see that it runs")
-    parsed = parser.parse_args(arguments)
-    parsed.out.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    effort = SHORT if parsed.short else Effort()
-    try:
-        reached = [run(seed, effort, parsed.out, console) for seed in parsed.seeds]
-    except ImportError as error:
-        raise SystemExit(f"error: {error}") from None
-    table = Table(title="Digits")
-    for column in ("", *(f"seed {seed}" for seed in parsed.seeds)):
-        table.add_column(column, justify="right" if column else "left")
-    for name in reached[0]:
-        digits = ".0f" if "seconds" in name else ".1f"
-        form = digits if name.split()[0] in ("PSNR", "perplexity", "processor") else ".1%"
-        table.add_row(name, *(format(numbers[name], form) for numbers in reached))
-    console.print(table)
-    for seed in parsed.seeds:
-        console.print(f"wrote {parsed.out / f'digits-{seed}.png'} and the models", highlight=False)
-    return 0
+    return run_example("digits", __doc__, run, Effort(), SHORT, arguments)
 
 
 if __name__ == "__main__":
