@@ -30,7 +30,7 @@ from mmfast.train.optimizer import (
     optimizer_tensors,
 )
 from mmfast.train.progress import TrainingProgress
-from mmfast.train.run_folder import claim
+from mmfast.train.run_folder import claim, write_config
 from mmfast.train.state import gathered_state, load_state, named_state
 from mmfast.train.stopping import Stopped, stop_signals
 from mmfast.train.task import Step, Task
@@ -111,7 +111,7 @@ class _Training:
         self.batches = Batches(data, config, device)
         if config.gradient_checkpointing and not hasattr(task.model, "gradient_checkpointing"):
             raise ValueError(f"a {type(task.model).__name__} has no gradient_checkpointing")
-        loaded = distributed.from_first(lambda: self._open(resume, described))
+        loaded = distributed.from_first(lambda: self._open(resume))
         task.to(device)
         task.model.train()
         distributed.same_as_first(named_state(task.model).values())
@@ -127,22 +127,22 @@ class _Training:
         self.done = self.saved = 0
         if loaded is not None:
             self._load(loaded)
+        if self.main and self.out is not None:
+            facts = {"mmfast": __version__, **(described or {}), "train": asdict(config)}
+            write_config(self.out, facts)
         log = self.out if self.main else None
         self.log = Log(log, start=self.done, tensorboard=config.tensorboard)
         self.progress = TrainingProgress(config.steps, self.done, shown=progress and self.main)
         if self.done:
             self.progress.say(f"resuming after step {self.done}")
         self.window = Window(device)
-        self.row: dict[str, float] = {}
+        self.row = self.log.last
 
-    def _open(
-        self, resume: bool, described: Mapping[str, Any] | None
-    ) -> checkpoint.Checkpoint | None:
+    def _open(self, resume: bool) -> checkpoint.Checkpoint | None:
         """Claim the folder; what is to be resumed."""
         if self.out is None:
             return None
-        facts = {"mmfast": __version__, **(described or {}), "train": asdict(self.config)}
-        claim(self.out, resume, facts)
+        claim(self.out, resume)
         path = checkpoint.newest_checkpoint(self.out) if resume else None
         return None if path is None else checkpoint.read_checkpoint(path)
 
