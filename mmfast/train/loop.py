@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmfast.data import write_image
+from mmfast.data.errors import needed
 from mmfast.data.sampling import Samples
 from mmfast.nn.ranks import several
 from mmfast.train import checkpoint, distributed
@@ -80,6 +81,7 @@ def fit(
 
     Raises:
         FileExistsError: ``out`` holds a run, and ``resume`` is not set.
+        ImportError: safetensors is not installed, in which checkpoints are written.
         NonFiniteError: a loss or gradient was not finite; the message names the step. The last
             checkpoint, which is older, remains.
         Stopped: Ctrl-C or a termination signal came.
@@ -142,12 +144,18 @@ class _Training:
         """Claim the folder; what is to be resumed."""
         if self.out is None:
             return None
+        needed("safetensors.torch")  # or the first checkpoint would be the first to miss it
         claim(self.out, resume)
         path = checkpoint.newest_checkpoint(self.out) if resume else None
         return None if path is None else checkpoint.read_checkpoint(path)
 
     def _load(self, loaded: checkpoint.Checkpoint) -> None:
         tensors, state = loaded
+        if state["step"] > self.config.steps:
+            raise ValueError(
+                f"the run to be resumed has made {state['step']} steps, got steps = "
+                f"{self.config.steps}"
+            )
         if state["batch_size"] != self.config.batch_size:
             raise ValueError(
                 f"the run to be resumed has batch_size {state['batch_size']}, "
@@ -183,9 +191,6 @@ class _Training:
                     self.done += 1
                     self.progress.step(self.done)
                     self._after(stop)
-                if self.done > self.saved:
-                    self.window.check(False)
-                    self._save()
                 if config.sample_every and self.done % config.sample_every:
                     self._picture()
         except NonFiniteError as error:
