@@ -38,7 +38,8 @@ def torch_root() -> Path | None:
     spec = find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places.append(Path(sysconfig.get_path("purelib")) / "torch")
-    return next((p for p in places if (p / "include/torch/csrc/stable/library.h").exists()), None)
+    found = (p.absolute() for p in places if (p / "include/torch/csrc/stable/library.h").exists())
+    return next(found, None)
 
 
 def wanted() -> bool:
@@ -56,8 +57,29 @@ def wanted() -> bool:
     return True
 
 
+def is_current(made: Path, command: str) -> bool:
+    """Whether a file was made by ``command`` after all that it was made of last changed.
+
+    GCC leaves the names of these beside it in a rule for make, ``x.d`` for ``x.o``.
+    """
+    rule, stamp = made.with_suffix(".d"), made.with_suffix(".cmd")
+    if not (made.exists() and rule.exists() and stamp.exists() and stamp.read_text() == command):
+        return False
+    names = rule.read_text().partition(": ")[2].replace("\\\n", " ").split()
+    newest = max((Path(n).stat().st_mtime_ns if Path(n).exists() else sys.maxsize) for n in names)
+    return newest <= made.stat().st_mtime_ns
+
+
 class BuildExtension(build_ext):
-    """Adds each file's own flags, compiles files side by side, and never fails the install."""
+    """Adds each file's own flags, compiles what has changed, files side by side, and never fails
+    the install."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:
+            # Where `setup.py build_ext` keeps them: an editable install compiles what has changed.
+            tag = f"{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_temp = str(Path("build") / f"temp.{tag}")
 
     def build_extension(self, ext: Extension) -> None:
         compile_one, link = self.compiler._compile, self.compiler.link_shared_object
@@ -69,8 +91,19 @@ class BuildExtension(build_ext):
                 path = Path(src)
                 level = path.stem.partition("_")[0] if path.parent.name == "isa" else "baseline"
                 flags = ISA_FLAGS[level]
-                job = (obj, src, ext_name, cc_args, [*extra_args, *flags], pp_opts)
-                jobs.append(pool.submit(compile_one, *job))
+                job = (obj, src, ext_name, cc_args, [*extra_args, *flags, "-MMD"], pp_opts)
+                made, options = Path(obj), [*self.compiler.compiler_so_cxx, *cc_args, *job[4]]
+                # Not where headers are looked for: the rule names those that were found.
+                command = " ".join(o for o in options if not o.startswith("-I"))
+
+                def compile_changed():
+                    if not is_current(made, command):
+                        stamp = made.with_suffix(".cmd")
+                        stamp.unlink(missing_ok=True)
+                        compile_one(*job)
+                        stamp.write_text(command)
+
+                jobs.append(pool.submit(compile_changed))
 
             def link_when_compiled(*args, **kwargs):
                 for job in jobs:
@@ -118,7 +151,7 @@ def extension(torch: Path) -> Extension:
         include_dirs=[
             str(torch / "include"),
             str(torch / "include/torch/csrc/api/include"),
-            pybind11.get_include(),
+            str(Path(pybind11.get_include()).absolute()),
             "csrc",
         ],
         library_dirs=[str(torch / "lib")],

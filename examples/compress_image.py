@@ -9,10 +9,10 @@
 
 Needs the packages of ``pip install '.[examples]'``.
 
-A compressed file is, all little-endian: HEADER; the codebook, or the SHA-256 of a shared one;
-the indices; CRC-32 of all that. Codes are bytes, ordered by brightness, so that neighbouring
-patches have similar indices. Indices are stored as all low bytes, then all high bytes. Both are
-compressed with Zstandard, which includes its entropy coder.
+A compressed file is a header; the codebook, or the SHA-256 of a shared one; the indices; CRC-32 of
+all that. Codes are bytes, ordered by brightness, so that neighbouring patches have similar indices.
+Indices are stored as all low bytes, then all high bytes. Both are compressed with Zstandard, which
+includes its entropy coder. Learned compression, with more than a codebook: mmfast compress.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ import argparse
 import contextlib
 import hashlib
 import io
-import os
 import struct
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,18 +36,22 @@ from rich.console import Console
 from rich.table import Table
 
 import mmfast
+from mmfast.commands.options import within
+from mmfast.data import to_float, to_pillow, write_image
+from mmfast.data.images import open_image
+from mmfast.files import write_whole
+from mmfast.quality import psnr
+from mmfast.sealed import SealedFormat
 
 try:
     import zstandard
-    from PIL import Image, ImageDraw, ImageOps
+    from PIL import Image, ImageDraw
 except ImportError as error:
     raise SystemExit(f"error: {error}; pip install '.[examples]' brings it") from None
 
-MAGIC = b"\x89MMF\r\n\x1a\n"  # as PNG's: a transfer as text or through 7 bits breaks it
-VERSION = 1
-# Magic, version, patch, channels, shared, width, height, codes, bytes of codebook and of indices.
-HEADER = struct.Struct("<8s4B5I")
-CRC = struct.Struct("<I")
+MAGIC = b"\x89MMF\r\n\x1a\n"
+# Patch, channels, shared, width, height, codes; the codebook, the indices.
+FORMAT = SealedFormat(MAGIC, 1, "3B3I", 2, "a file that this program compressed")
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 MAX_PIXELS = 1 << 28
 MAX_CODES = 1 << 16
@@ -57,7 +59,7 @@ MAX_PATCH = 32
 LEARNING_PATCHES = 1 << 18  # a codebook is learned from so many patches at most
 
 
-class RefusedError(Exception):
+class RefusedError(ValueError):
     """An input that cannot be used; the message is for the user."""
 
 
@@ -89,62 +91,20 @@ class Compressed:
 
 def read_image(path: Path) -> np.ndarray:
     """uint8 (height, width, channels), upright, from any 8-bit picture that Pillow reads."""
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            if mode.startswith(("I", "F")):
-                raise RefusedError(
-                    f"{path}: pixels of mode {mode} (more than 8 bits) are not supported, "
-                    "convert the picture to 8 bits a channel first"
-                )
-            upright = ImageOps.exif_transpose(image)
-            if upright.width * upright.height > MAX_PIXELS:
-                raise RefusedError(f"{path}: more than {MAX_PIXELS} pixels")
-            if mode in ("1", "L"):
-                target = "L"
-            elif mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info:
-                target = "RGBA"
-            else:
-                target = "RGB"
-            pixels = np.asarray(upright.convert(target))
-    except FileNotFoundError:
-        raise RefusedError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RefusedError(f"{path}: cannot be read as a picture ({error})") from None
+    image = open_image(path)
+    if image.mode.startswith(("I", "F")):
+        raise RefusedError(
+            f"{path}: pixels of mode {image.mode} (more than 8 bits) are not supported, "
+            "convert the picture to 8 bits a channel first"
+        )
+    if image.mode in ("1", "L"):
+        target = "L"
+    elif image.mode in ("LA", "PA", "La", "RGBa", "RGBA") or "transparency" in image.info:
+        target = "RGBA"
+    else:
+        target = "RGB"
+    pixels = np.asarray(image.convert(target))
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
-
-
-def to_image(pixels: np.ndarray) -> Image.Image:
-    """The reverse of :func:`read_image`."""
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-
-
-def write_image(path: Path, image: Image.Image) -> None:
-    """Save in the format that the file's name asks for."""
-    formats = Image.registered_extensions()
-    if path.suffix.lower() not in formats:
-        raise RefusedError(f"{path}: the name must end in that of a picture format, such as .png")
-    buffer = io.BytesIO()
-    try:
-        image.save(buffer, formats[path.suffix.lower()])
-    except (OSError, KeyError, ValueError) as error:
-        raise RefusedError(f"{path}: cannot be written in this format ({error})") from None
-    write_file(path, buffer.getvalue())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """All of it or nothing: a file that exists is replaced only by a complete one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def to_patches(pixels: np.ndarray, patch: int) -> np.ndarray:
@@ -188,7 +148,7 @@ def write_codebook(path: Path, codebook: Codebook) -> None:
     """Save a codebook to share, as an .npz file."""
     buffer = io.BytesIO()
     np.savez(buffer, codes=codebook.codes, patch=codebook.patch, channels=codebook.channels)
-    write_file(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
 def read_codebook(path: Path) -> Codebook:
@@ -251,28 +211,17 @@ def compress(pixels: np.ndarray, codebook: Codebook, *, shared: bool) -> Compres
     pack = zstandard.ZstdCompressor(level=19).compress
     book = codebook.digest() if shared else pack(codebook.codes.tobytes())
     body = pack(indices.view(np.uint8).reshape(-1, 2).T.tobytes())
-    sizes = (width, height, len(codebook.codes), len(book), len(body))
-    header = HEADER.pack(MAGIC, VERSION, codebook.patch, channels, shared, *sizes)
-    data = header + book + body
-    return Compressed(data + CRC.pack(zlib.crc32(data)), len(book), indices)
+    sizes = (width, height, len(codebook.codes))
+    data = FORMAT.seal((codebook.patch, channels, shared, *sizes), (book, body))
+    return Compressed(data, len(book), indices)
 
 
 def decompress(data: bytes, shared: Codebook | None = None) -> np.ndarray:
     """The picture in a compressed file, uint8 (height, width, channels)."""
-    if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
-        raise RefusedError("not a file that this program compressed")
-    if len(data) < HEADER.size + CRC.size:
-        raise RefusedError(f"truncated: {len(data)} bytes are less than the header")
-    _, version, patch, channels, is_shared, *sizes = HEADER.unpack_from(data)
-    width, height, num_codes, book_size, body_size = sizes
-    if version != VERSION:
-        raise RefusedError(f"version {version} of the format; this program reads {VERSION}")
-    expected = HEADER.size + book_size + body_size + CRC.size
-    if len(data) != expected:
-        kind = "truncated" if len(data) < expected else "damaged"
-        raise RefusedError(f"{kind}: {len(data)} bytes, the header says {expected}")
-    if zlib.crc32(data[: -CRC.size]) != CRC.unpack(data[-CRC.size :])[0]:
-        raise RefusedError("damaged: the checksum does not match")
+    try:
+        (patch, channels, is_shared, width, height, num_codes), (book, body) = FORMAT.open(data)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
     sane = (
         1 <= patch <= MAX_PATCH
         and channels in CHANNELS
@@ -281,8 +230,6 @@ def decompress(data: bytes, shared: Codebook | None = None) -> np.ndarray:
     )
     if not sane:
         raise RefusedError("the header makes no sense, though its checksum matches")
-    book = data[HEADER.size : HEADER.size + book_size]
-    body = data[HEADER.size + book_size : -CRC.size]
     if is_shared:
         codebook = shared_codebook(book, shared)
     else:
@@ -326,14 +273,9 @@ def unpack(data: bytes, size: int) -> bytes:
 # The report
 
 
-def psnr(original: np.ndarray, restored: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal pictures."""
-    error = float(np.square(original.astype(np.float64) - restored).mean())
-    return 10 * float(np.log10(255**2 / error)) if error else float("inf")
-
-
-def side_by_side(pictures: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
-    """The pictures in a row, each under its caption, transparent pixels on white."""
+def side_by_side(pictures: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
+    """The pictures in a row, each under its caption, transparent pixels on white: uint8
+    (height, width, 3)."""
     gap, line = 8, 16
     height, width = pictures[0][1].shape[:2]
     size = (len(pictures) * (width + gap) - gap, height + line)
@@ -341,10 +283,10 @@ def side_by_side(pictures: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     for i, (caption, pixels) in enumerate(pictures):
         left = i * (width + gap)
-        image = to_image(pixels).convert("RGBA")
+        image = to_pillow(to_float(pixels)).convert("RGBA")
         canvas.paste(image, (left, line), image)
         draw.text((left + 2, 2), caption, fill="black")
-    return canvas
+    return np.asarray(canvas)
 
 
 def round_trip(arguments: argparse.Namespace) -> None:
@@ -374,22 +316,22 @@ def round_trip(arguments: argparse.Namespace) -> None:
             codebook = learn([pixels], arguments.codes, arguments.patch)
     with stage("compress"):
         packed = compress(pixels, codebook, shared=arguments.codebook is not None)
-        write_file(target, packed.data)
+        write_whole(target, packed.data)
     with stage("decompress"):
         restored = decompress(target.read_bytes(), codebook)
     with stage("write the picture"):
-        write_image(restored_path, to_image(restored))
+        write_image(to_float(restored), restored_path)
 
     height, width, channels = pixels.shape
     bits = 8 / (height * width)
-    quality = psnr(pixels, restored)
+    quality = psnr(torch.tensor(pixels), torch.tensor(restored), 255)
     decibels = "no difference" if quality == float("inf") else f"{quality:.2f} dB"
     total = len(packed.data) * bits
     pictures = (
         (f"original, {8 * channels} bits per pixel", pixels),
         (f"restored, {total:.3f} bits per pixel, {decibels}", restored),
     )
-    write_image(compared_path, side_by_side(pictures))
+    write_image(to_float(side_by_side(pictures)), compared_path)
 
     console = Console()
     sizes = Table(title=f"{source.name}, {width} x {height} {CHANNELS[channels]}")
@@ -435,7 +377,7 @@ def run_compress(arguments: argparse.Namespace) -> None:
     else:
         codebook = learn([pixels], arguments.codes, arguments.patch)
     packed = compress(pixels, codebook, shared=arguments.codebook is not None)
-    write_file(arguments.output, packed.data)
+    write_whole(arguments.output, packed.data)
 
 
 def run_decompress(arguments: argparse.Namespace) -> None:
@@ -445,7 +387,7 @@ def run_decompress(arguments: argparse.Namespace) -> None:
         pixels = decompress(arguments.input.read_bytes(), codebook)
     except RefusedError as error:
         raise RefusedError(f"{arguments.input}: {error}") from None
-    write_image(arguments.output, to_image(pixels))
+    write_image(to_float(pixels), arguments.output)
 
 
 def run_learn(arguments: argparse.Namespace) -> None:
@@ -459,18 +401,6 @@ def run_learn(arguments: argparse.Namespace) -> None:
                 f"{CHANNELS[channels]}: a codebook is for one of them"
             )
     write_codebook(arguments.output, learn(pictures, arguments.codes, arguments.patch))
-
-
-def within(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: an integer from ``low`` to ``high``."""
-
-    def parse(text: str) -> int:
-        value = int(text) if text.isdecimal() else low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
-        return value
-
-    return parse
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -523,7 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         parsed.run(parsed)
-    except (RefusedError, OSError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

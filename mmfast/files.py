@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,3 +44,51 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` as the file ``path``: all of it or nothing."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside ``path``, which takes its place if the block succeeds.
+
+    Every file in it is on the disk before the name changes. A folder of that name that is there
+    already goes away first. What a killed process leaves has a name that starts with a dot.
+
+    Args:
+        path: of the folder to write; the directory that it is in must exist.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    target = Path(path)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        for file in sorted(temporary.rglob("*"), reverse=True):
+            _to_disk(file)
+        _to_disk(temporary)
+        if target.exists():
+            remove_folder(target)
+        temporary.replace(target)
+        _to_disk(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Remove a folder, renamed first: a part of it never has its name."""
+    target = Path(path)
+    going = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    target.replace(going)
+    shutil.rmtree(going)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

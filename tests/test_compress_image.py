@@ -119,9 +119,9 @@ def test_foreign_data_is_refused(data):
 
 def sealed(position: int, form: str, value: int) -> bytes:
     """A file with one field of the header changed, and the checksum made to match."""
-    data = bytearray(PACKED[False][: -example.CRC.size])
+    data = bytearray(PACKED[False][:-4])
     struct.pack_into(form, data, position, value)
-    return bytes(data) + example.CRC.pack(zlib.crc32(data))
+    return bytes(data) + struct.pack("<I", zlib.crc32(data))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,8 @@ def test_report(tmp_path, capsys):
     for word in ("bits per pixel", "PSNR", "learn the codebook", "compress", "decompress"):
         assert word in printed
     restored = np.asarray(image.open(tmp_path / "out" / "a-restored.png"))
-    assert f"{example.psnr(picture(), restored):.2f} dB" in printed
+    error = np.square(picture().astype(np.float64) - restored).mean()
+    assert f"{10 * np.log10(255**2 / error):.2f} dB" in printed
     size = (tmp_path / "out" / "a.mmf").stat().st_size
     assert f"{8 * size / (21 * 30):.3f}" in printed
     assert image.open(tmp_path / "out" / "a-compared.png").width >= 60
@@ -231,7 +232,7 @@ def test_unusable_inputs(tmp_path, capsys):
     assert "no such file" in refused(capsys, "compress", tmp_path / "absent.png", out)
     text = tmp_path / "text.png"
     text.write_text("hello")
-    assert "cannot be read as a picture" in refused(capsys, "compress", text, out)
+    assert "is no picture that Pillow knows" in refused(capsys, "compress", text, out)
     whole = save(tmp_path / "whole.png", picture(80, 80))
     cut = tmp_path / "cut.png"
     cut.write_bytes(whole.read_bytes()[:4000])
@@ -252,20 +253,6 @@ def test_unusable_inputs(tmp_path, capsys):
     assert "not a file that this program" in refused(capsys, "decompress", text, tmp_path / "r.png")
     assert run(capsys, "compress", whole, out)[0] == 0
     assert "picture format" in refused(capsys, "decompress", out, tmp_path / "restored.xyz")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    target = tmp_path / "a.mmf"
-    target.write_bytes(b"old")
-
-    def fail(*_):
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(example.os, "replace", fail)
-    with pytest.raises(OSError, match="full"):
-        example.write_file(target, b"new")
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("arguments", [[], ["a.png", "--demo"], ["a.png", "--codes", "0"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -203,3 +204,10 @@ def test_a_changed_copy_is_left():
     report = patch(DiT(Changed))
     assert [entry.name for entry in report.swapped] == ["final_layer"]
     assert "gives something else than the original's" in report.left[0].left
+
+
+@pytest.mark.parametrize("setting", transformers.SETTINGS[:2], ids=lambda setting: setting.key)
+def test_wide_blocks_are_taken(setting):
+    model = transformers.DiT(dataclasses.replace(setting, blocks=1))
+    report = patch(model)
+    assert "blocks.0" in [entry.name for entry in report.swapped], str(report)

@@ -65,6 +65,12 @@ def copy_source(to: Path) -> Path:
     return Path(shutil.copytree(ROOT, to, ignore=ignore))
 
 
+def copy_objects(source: Path) -> None:
+    """What the checkout has compiled is not compiled again."""
+    if (ROOT / "build").exists():
+        shutil.copytree(ROOT / "build", source / "build")
+
+
 class Environment:
     """A virtual environment that sees this one's packages, but no mmfast of theirs."""
 
@@ -113,15 +119,11 @@ def build_wheel(source: Path, to: Path, **variables: str) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel, built once, with the extension where this system can have it.
-
-    What the checkout has compiled is not compiled again; the editable install compiles it all.
-    """
+    """The wheel, built once, with the extension where this system can have it."""
     path = tmp_path_factory.mktemp("wheel")
     require = "1" if NATIVE else "0"
     source = copy_source(path / "source")
-    if (ROOT / "build").exists():
-        shutil.copytree(ROOT / "build", source / "build")
+    copy_objects(source)
     return build_wheel(source, path, MMFAST_REQUIRE_EXTENSION=require)
 
 
@@ -157,11 +159,14 @@ def test_wheel_install(wheel, environment):
 @pytest.mark.packaging
 def test_editable_install(source, environment):
     require = "1" if NATIVE else "0"
+    copy_objects(source)
+    objects = {p: p.stat().st_mtime_ns for p in source.glob("build/temp*/**/*.o")}
     installed = environment.install("--editable", source, MMFAST_REQUIRE_EXTENSION=require)
     assert installed.returncode == 0, installed.stdout + installed.stderr
     answer = environment.ask()
     assert Path(answer["file"]) == source / "mmfast/__init__.py"
     assert Path(answer["kernels"]) == source / "kernels/__init__.py"
+    assert objects == {p: p.stat().st_mtime_ns for p in objects}
     assert answer["backend"] == ("cpp" if NATIVE else "reference")
     assert answer["complaints"] == []
 

@@ -82,7 +82,7 @@ struct EmaUpdate {
       sum += now;
     };
     for_vectors<vd>(some, end - begin);
-    totals[block] = sum_of(sum);
+    totals[block] = sum_lanes(sum);
   }
 
   bool has(Dtype dtype, bool all) const {
@@ -153,9 +153,9 @@ struct EmaUpdate {
     };
     for_vectors<V>(some, args.width);
     if (!UNIT) return;
-    const V divisor = V{} + (T)divisor_of(unit, args.width, (double)sum_of(squares));
+    const V divisor = V{} + (T)divisor_of(unit, args.width, (double)sum_lanes(squares));
     for (int64_t d = 0; d < args.width; d += native_width<T>)
-      write_first(code.at(d), code.dtype, args.width - d, load<V>(unit + d) / divisor);
+      write_first(code.at(d), code.dtype, load<V>(unit + d) / divisor, args.width - d);
   }
 
   // some(d, read, write) for every vector of a row; the last one has zeros behind the row.
@@ -178,12 +178,9 @@ struct EmaUpdate {
       some(
           d,
           [n](const Numbers& row, int64_t at) {
-            V v;
-            read_first(row.at(at), row.dtype, n, v);
-            for (int64_t i = n; i < width; ++i) v[i] = 0;
-            return v;
+            return read_first<V>(row.at(at), row.dtype, n);
           },
-          [n](const Numbers& row, int64_t at, V v) { write_first(row.at(at), row.dtype, n, v); });
+          [n](const Numbers& row, int64_t at, V v) { write_first(row.at(at), row.dtype, v, n); });
   }
 
   // The norm of what has such a sum of squares, which may have been too large or small for a T.

@@ -19,9 +19,7 @@ struct GuidanceSums {
 
   // The first count of numbers in a row, zeros behind them.
   MMFAST_INLINE vd take(const SampleView& view, int64_t b, int64_t e, int64_t count) {
-    vd v;
-    read_first(at(view, b, e), view.dtype, count, v);
-    return v;
+    return read_first<vd>(at(view, b, e), view.dtype, count);
   }
 
   void block(int64_t index) const {
@@ -43,15 +41,15 @@ struct GuidanceSums {
         char written[width * sizeof(double)];
         write_numbers(written, args.average.dtype, d);
         read_numbers(written, args.average.dtype, d);
-        write_first((char*)at(args.average, b, e), args.average.dtype, n, d);
+        write_first((char*)at(args.average, b, e), args.average.dtype, d, n);
       }
       aa = fma(c, c, aa);
       ab = fma(c, d, ab);
       bb = fma(d, d, bb);
     }
-    part[0] = sum_of(aa);
-    part[1] = sum_of(ab);
-    part[2] = sum_of(bb);
+    part[0] = sum_lanes(aa);
+    part[1] = sum_lanes(ab);
+    part[2] = sum_lanes(bb);
   }
 
   Two both(int64_t b, int64_t e, int64_t n) const {
@@ -67,8 +65,8 @@ struct GuidanceSums {
       g += v.b;
     }
     const double count = (double)(last - first);
-    part[0] = sum_of(a) / count;
-    part[1] = sum_of(g) / count;
+    part[0] = sum_lanes(a) / count;
+    part[1] = sum_lanes(g) / count;
     a = g = vd{};
     for (int64_t e = first; e < last; e += width) {
       const int64_t n = last - e < width ? last - e : width;
@@ -79,8 +77,8 @@ struct GuidanceSums {
       a = fma(v.a, v.a, a);
       g = fma(v.b, v.b, g);
     }
-    part[2] = sum_of(a);
-    part[3] = sum_of(g);
+    part[2] = sum_lanes(a);
+    part[3] = sum_lanes(g);
   }
 };
 

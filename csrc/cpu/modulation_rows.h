@@ -28,7 +28,9 @@ struct Channels {
   __attribute__((always_inline)) void each(const Work& work) const {
     int64_t c = 0;
     for (; c + width <= count; c += width) work(c, width);
-    if (c < count) work(c, count - c);
+    const int64_t rest = count - c;
+    if (rest >= width) __builtin_unreachable();  // GCC would warn of what came of it
+    if (rest) work(c, rest);
   }
 
   // v, zero from its n-th number on.
@@ -39,9 +41,7 @@ struct Channels {
   }
 
   MMFAST_INLINE V read(const char* row, Dtype dtype, int64_t c, int64_t n) {
-    V v;
-    read_first(row + c * size_of(dtype), dtype, n, v);
-    return v;
+    return read_first<V>(row + c * size_of(dtype), dtype, n);
   }
 
   MMFAST_INLINE void write(char* row, Dtype dtype, int64_t c, int64_t n, V v,

@@ -177,37 +177,73 @@ MMFAST_INLINE double sum_lanes(vd v) {
 #endif
 }
 
-// The first count of a vector's numbers, zeros behind them.
-template <class V>
-MMFAST_INLINE void read_first(const char* at, Dtype dtype, int64_t count, V& v) {
-  constexpr int64_t width = sizeof(V) / sizeof(v[0]);
-  char padded[width * sizeof(double)];
-  if (count < width) {
-    std::memset(padded, 0, sizeof padded);
-    std::memcpy(padded, at, (size_t)(count * size_of(dtype)));
-    at = padded;
+// The first `bytes` bytes at p, zeros behind them.
+template <class R>
+MMFAST_INLINE R load_first(const void* p, int64_t bytes) {
+  if (bytes >= (int64_t)sizeof(R)) return load<R>(p);
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(R) == 64) {
+    const __m512i found = _mm512_maskz_loadu_epi8((1ull << bytes) - 1, p);
+    R v;
+    std::memcpy(&v, &found, sizeof v);
+    return v;
   }
-  read_numbers(at, dtype, v);
+#endif
+  R v{};
+  std::memcpy(&v, p, (size_t)bytes);
+  return v;
+}
+
+template <class R>
+MMFAST_INLINE void store_first(void* p, R v, int64_t bytes) {
+  if (bytes >= (int64_t)sizeof(R)) {
+    store(p, v);
+    return;
+  }
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(R) == 64) {
+    __m512i given;
+    std::memcpy(&given, &v, sizeof v);
+    _mm512_mask_storeu_epi8(p, (1ull << bytes) - 1, given);
+    return;
+  }
+#endif
+  std::memcpy(p, &v, (size_t)bytes);
+}
+
+// The first count numbers of a row, zeros behind them.
+template <class V>
+MMFAST_INLINE V read_first(const char* at, Dtype dtype, int64_t count) {
+  constexpr int per = sizeof(V) / sizeof(V{}[0]);
+  V v;
+  if (count >= per) {
+    read_numbers(at, dtype, v);
+    return v;
+  }
+  const int64_t bytes = count * size_of(dtype);
+  V padded[2]{};
+  if (bytes <= (int64_t)sizeof(V))
+    padded[0] = load_first<V>(at, bytes);
+  else
+    std::memcpy(padded, at, (size_t)bytes);
+  read_numbers((const char*)padded, dtype, v);
+  return v;
 }
 
 template <class V>
-MMFAST_INLINE void write_first(char* at, Dtype dtype, int64_t count, V v) {
-  constexpr int64_t width = sizeof(V) / sizeof(v[0]);
-  if (count >= width) {
+MMFAST_INLINE void write_first(char* at, Dtype dtype, V v, int64_t count) {
+  constexpr int per = sizeof(V) / sizeof(V{}[0]);
+  if (count >= per) {
     write_numbers(at, dtype, v);
     return;
   }
-  char written[width * sizeof(double)];
-  write_numbers(written, dtype, v);
-  std::memcpy(at, written, (size_t)(count * size_of(dtype)));
-}
-
-// In the order of the lanes.
-template <class V>
-MMFAST_INLINE auto sum_of(V v) -> std::remove_reference_t<decltype(v[0])> {
-  auto total = v[0];
-  for (int i = 1; i < (int)(sizeof(V) / sizeof(v[0])); ++i) total += v[i];
-  return total;
+  V written[2];
+  write_numbers((char*)written, dtype, v);
+  const int64_t bytes = count * size_of(dtype);
+  if (bytes <= (int64_t)sizeof(V))
+    store_first(at, written[0], bytes);
+  else
+    std::memcpy(at, written, (size_t)bytes);
 }
 
 // e^x for any x. Polynomial of Cephes' expf; the power of two is applied in halves, so that

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Protocol
@@ -157,6 +157,17 @@ class NotLoaded:
 def loaded_class(module: str, name: str) -> type:
     """Class ``name`` of ``module``; :class:`NotLoaded` unless that has been imported already."""
     return getattr(sys.modules.get(module), name, NotLoaded)
+
+
+def method_of(
+    module: nn.Module, library: str, functions: Mapping[str, Callable[..., Any]]
+) -> Method | None:
+    """The function for the first class, by its name in module ``library``, that this is one of."""
+    for name, function in functions.items():
+        theirs = loaded_class(library, name)
+        if isinstance(module, theirs):
+            return Method(module, theirs, function)
+    return None
 
 
 def is_bound(module: nn.Module, name: str) -> bool:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -46,12 +47,19 @@ class Configured(nn.Module):
         cls.__init__ = recording  # type: ignore[method-assign, assignment]
 
 
-def save_model(model: Configured, path: str | os.PathLike[str], **about: Any) -> None:
+def save_model(
+    model: Configured,
+    path: str | os.PathLike[str],
+    *,
+    parts: Mapping[str, Configured] | None = None,
+    **about: Any,
+) -> None:
     """Write a model's weights and constructor arguments as one safetensors file, whole or not.
 
     Args:
         model: to be rebuilt by :func:`load_model`.
         path: of the file.
+        parts: further models to keep in the file, such as the one whose latents this one makes.
         about: what else to keep, such as how the data was prepared; see :func:`describe_model`.
 
     Raises:
@@ -59,11 +67,12 @@ def save_model(model: Configured, path: str | os.PathLike[str], **about: Any) ->
     """
     from safetensors.torch import save_file
 
+    parts = parts or {}
     described = {
         "format": _FORMAT,
-        "class": type(model).__name__,
-        "config": model.config,
+        **_description(model),
         "about": about,
+        "parts": {name: _description(part) for name, part in parts.items()},
     }
     try:
         text = json.dumps(described)
@@ -73,13 +82,22 @@ def save_model(model: Configured, path: str | os.PathLike[str], **about: Any) ->
             "describe a quantizer by a mapping such as {'type': 'VectorQuantize', 'dim': 64, ...}"
         ) from None
     # Tensors that share memory are refused by the format.
-    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    weights = {
+        prefix + name: value.detach().contiguous().clone()
+        for prefix, module in (("", model), *((f"{name}/", part) for name, part in parts.items()))
+        for name, value in module.state_dict().items()
+    }
     with replacing(path) as temporary:
         save_file(weights, temporary, metadata={_KEY: text})
 
 
+def _description(model: Configured) -> dict[str, Any]:
+    return {"class": type(model).__name__, "config": model.config}
+
+
 def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file of :func:`save_model` says of itself: ``class``, ``config`` and ``about``.
+    """What a file of :func:`save_model` says of itself: ``class``, ``config`` and ``about``, and
+    ``parts``, classes and configs by name.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -108,6 +126,7 @@ def load_model(
     path: str | os.PathLike[str],
     expected: type[M] = Configured,  # type: ignore[assignment]
     *,
+    part: str | None = None,
     device: str | torch.device = "cpu",
 ) -> M:
     """The model that :func:`save_model` wrote, in evaluation mode.
@@ -115,22 +134,36 @@ def load_model(
     Args:
         path: of the file.
         expected: class of the model.
+        part: load this one of the file's ``parts`` instead.
         device: to put it on.
 
     Raises:
         FileNotFoundError: there is no such file.
+        KeyError: the file has no such part.
         TypeError: the file holds a model of another class.
         ValueError: it is another kind of file, damaged, or its weights do not fit.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     described = describe_model(path)
+    prefix = ""
+    if part is not None:
+        parts = described.get("parts", {})
+        if part not in parts:
+            raise KeyError(f"{path}: has no part {part!r}; it has {', '.join(parts) or 'none'}")
+        described, prefix = parts[part], f"{part}/"
     cls = Configured.classes.get(described["class"])
     if cls is None or not issubclass(cls, expected):
         raise TypeError(f"{path}: holds a {described['class']}, expected a {expected.__name__}")
     model = cls(**described["config"])
+    with safe_open(path, "pt") as file:
+        weights = {
+            name.removeprefix(prefix): file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118
+            if name.startswith(prefix) and (prefix or "/" not in name)
+        }
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{path}: the weights do not fit a {cls.__name__}: {error}") from None
     return model.to(device).eval()

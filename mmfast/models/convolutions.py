@@ -16,7 +16,9 @@ def convolution(dims: int, inputs: int, outputs: int, size: int = 3, stride: int
     return _CONVOLUTIONS[dims](inputs, outputs, size, stride, padding=(size - 1) // 2)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def _norm(channels: int, norm: str | None) -> nn.Module:
+    if norm is None:
+        return nn.Identity()
     groups = next(g for g in range(min(_GROUPS, channels), 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups, channels)
 
@@ -24,13 +26,13 @@ def _norm(channels: int) -> nn.GroupNorm:
 class ResidualBlock(nn.Module):
     """Two convolutions beside a shortcut: ``(B, C, ...)`` to ``(B, outputs, ...)``."""
 
-    def __init__(self, dims: int, inputs: int, outputs: int) -> None:
+    def __init__(self, dims: int, inputs: int, outputs: int, norm: str | None = "group") -> None:
         super().__init__()
         self.body = nn.Sequential(
-            _norm(inputs),
+            _norm(inputs, norm),
             nn.SiLU(),
             convolution(dims, inputs, outputs),
-            _norm(outputs),
+            _norm(outputs, norm),
             nn.SiLU(),
             convolution(dims, outputs, outputs),
         )
@@ -64,24 +66,66 @@ class Upsample(nn.Module):
         return self.convolution(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+class Fold(nn.Module):
+    """Blocks as channels: ``(B, C, *sizes)`` to ``(B, C patch^dims, *sizes / patch)``."""
+
+    def __init__(self, dims: int, patch: int) -> None:
+        super().__init__()
+        self.dims, self.patch = dims, patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(self.dims):
+            x = x.unflatten(2 + 2 * i, (-1, self.patch)).movedim(3 + 2 * i, 2 + i)
+        return x.flatten(1, 1 + self.dims)  # (B, C, patch, patch, ..., *sizes / patch) before
+
+
+class Unfold(nn.Module):
+    """The way back of :class:`Fold`."""
+
+    def __init__(self, dims: int, patch: int) -> None:
+        super().__init__()
+        self.dims, self.patch = dims, patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (-1, *(self.patch,) * self.dims))
+        for i in reversed(range(self.dims)):
+            x = x.movedim(2 + i, 3 + 2 * i).flatten(2 + 2 * i, 3 + 2 * i)
+        return x
+
+
 def encoder(
-    dims: int, channels: int, widths: Sequence[int], num_blocks: int, latent_dim: int
+    dims: int,
+    channels: int,
+    widths: Sequence[int],
+    num_blocks: int,
+    latent_dim: int,
+    patch: int = 1,
+    norm: str | None = "group",
 ) -> nn.Sequential:
     """``(B, channels, ...)`` to ``(B, latent_dim, ...)``, each size halved once per width after
-    the first."""
-    layers: list[nn.Module] = [convolution(dims, channels, widths[0])]
+    the first; before that, blocks of ``patch`` become channels."""
+    layers: list[nn.Module] = [Fold(dims, patch)] if patch > 1 else []
+    layers.append(convolution(dims, channels * patch**dims, widths[0]))
     width = widths[0]
     for level, wider in enumerate(widths):
         if level:
             layers.append(Downsample(dims, width))
         for _ in range(num_blocks):
-            layers.append(ResidualBlock(dims, width, wider))
+            layers.append(ResidualBlock(dims, width, wider, norm))
             width = wider
-    return nn.Sequential(*layers, _norm(width), nn.SiLU(), convolution(dims, width, latent_dim))
+    return nn.Sequential(
+        *layers, _norm(width, norm), nn.SiLU(), convolution(dims, width, latent_dim)
+    )
 
 
 def decoder(
-    dims: int, channels: int, widths: Sequence[int], num_blocks: int, latent_dim: int
+    dims: int,
+    channels: int,
+    widths: Sequence[int],
+    num_blocks: int,
+    latent_dim: int,
+    patch: int = 1,
+    norm: str | None = "group",
 ) -> nn.Sequential:
     """The way back of :func:`encoder`."""
     width = widths[-1]
@@ -90,6 +134,7 @@ def decoder(
         if level:
             layers.append(Upsample(dims, width))
         for _ in range(num_blocks):
-            layers.append(ResidualBlock(dims, width, narrower))
+            layers.append(ResidualBlock(dims, width, narrower, norm))
             width = narrower
-    return nn.Sequential(*layers, _norm(width), nn.SiLU(), convolution(dims, width, channels))
+    layers += [_norm(width, norm), nn.SiLU(), convolution(dims, width, channels * patch**dims)]
+    return nn.Sequential(*layers, *([Unfold(dims, patch)] if patch > 1 else []))

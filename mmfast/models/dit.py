@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmfast.models.configured import Configured
-from mmfast.nn.adaptive_norm import Pending, zero
-from mmfast.nn.dit_block import DiTBlock, FinalLayer
-from mmfast.nn.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_positions
+from mmfast.models.patches import PatchTransformer, repeatable, xavier
+from mmfast.nn.adaptive_norm import zero
+from mmfast.nn.dit_block import DiTBlock
+from mmfast.nn.embedders import LabelEmbedder, sincos_positions
 from mmfast.nn.weights import dit_from_diffusers, dit_to_diffusers
-from mmfast.ops.patchify import unpatchify
 
 SIZES = {
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
@@ -24,7 +22,7 @@ SIZES = {
 }
 
 
-class DiT(Configured):
+class DiT(PatchTransformer):
     """A diffusion transformer with adaLN-Zero blocks, conditioned on timesteps and class labels.
 
     Its parameters have the names of facebookresearch/DiT; :meth:`load_state_dict` also takes the
@@ -63,27 +61,22 @@ class DiT(Configured):
         mlp_eps: float = 1e-6,
         downscale_freq_shift: float = 0.0,
     ) -> None:
-        super().__init__()
-        sizes = (input_size,) * 2 if isinstance(input_size, int) else tuple(input_size)
-        patch = (patch_size,) * len(sizes) if isinstance(patch_size, int) else tuple(patch_size)
-        if len(patch) != len(sizes) or any(s % p for s, p in zip(sizes, patch, strict=True)):
-            raise ValueError(
-                f"input_size must be multiples of patch_size {patch}, one for each, got {sizes}"
-            )
-        self.input_size, self.patch_size = sizes, patch
-        self.in_channels, self.learn_sigma = in_channels, learn_sigma
-        self.out_channels = in_channels * (1 + learn_sigma)
-        self.x_embedder = PatchEmbed(patch, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size, downscale_freq_shift=downscale_freq_shift)
+        super().__init__(
+            input_size,
+            patch_size,
+            in_channels,
+            hidden_size,
+            learn_sigma,
+            downscale_freq_shift=downscale_freq_shift,
+        )
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        grid = [s // p for s, p in zip(sizes, patch, strict=True)]
-        positions = sincos_positions(grid, hidden_size)[None]
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, mlp_ratio, mlp_eps=mlp_eps) for _ in range(depth)
         )
-        self.final_layer = FinalLayer(hidden_size, patch, self.out_channels)
-        self._initialise()
+        xavier(*self.blocks)
+        for block in self.blocks:
+            assert isinstance(block, DiTBlock)
+            zero(block.adaLN_modulation)
 
     @classmethod
     def named(cls, name: str, **options: Any) -> DiT:
@@ -128,18 +121,49 @@ class DiT(Configured):
             mlp_eps=given["norm_eps"],
             downscale_freq_shift=1.0,
         )
-        made.load_state_dict(model.state_dict())
         parameter = next(model.parameters())
-        return made.to(parameter.device, parameter.dtype)
+        made.to(parameter.device, parameter.dtype)
+        made.load_state_dict(model.state_dict())
+        return made
 
-    def _initialise(self) -> None:
-        for block in self.blocks:
-            for layer in block.modules():
-                if isinstance(layer, nn.Linear):
-                    nn.init.xavier_uniform_(layer.weight)
-                    nn.init.zeros_(layer.bias)
-            assert isinstance(block, DiTBlock)
-            zero(block.adaLN_modulation)
+    def to_diffusers(self) -> Any:
+        """The inverse of :meth:`from_diffusers`: a ``DiTTransformer2DModel`` with these weights.
+
+        Raises:
+            ValueError: diffusers' model cannot do the same.
+        """
+        import diffusers
+
+        first = self.blocks[0] if len(self.blocks) else None
+        if not isinstance(first, DiTBlock):
+            raise ValueError("diffusers' DiT needs at least one block")
+        dim, hidden = first.attn.dim, first.mlp.fc1.out_features
+        for what, got, wanted in (
+            ("dimensions of equal sizes", self.input_size, self.input_size[:1] * 2),
+            ("patches of equal sides", self.patch_size, self.patch_size[:1] * 2),
+            ("an MLP's hidden size", hidden, 4 * dim),
+            ("downscale_freq_shift", self.t_embedder.downscale_freq_shift, 1.0),
+            ("labels that are dropped", self.y_embedder.dropout_prob > 0, True),
+        ):
+            if got != wanted:
+                raise ValueError(f"diffusers' DiT has {what}: {wanted}, got {got}")
+        placed = sincos_positions(self.grid, dim).to(self.pos_embed)
+        if not torch.allclose(self.pos_embed[0], placed, atol=1e-3):
+            raise ValueError("diffusers' DiT has sines and cosines as pos_embed, this one others")
+        made: Any = diffusers.DiTTransformer2DModel(
+            num_attention_heads=first.attn.num_heads,
+            attention_head_dim=dim // first.attn.num_heads,
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            num_layers=len(self.blocks),
+            sample_size=self.input_size[0],
+            patch_size=self.patch_size[0],
+            num_embeds_ada_norm=self.y_embedder.num_classes,
+            norm_eps=first.mlp_eps,
+        )
+        made.to(self.pos_embed.device, self.pos_embed.dtype).train(self.training)
+        made.load_state_dict(self.diffusers_state_dict())
+        return made
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -153,13 +177,32 @@ class DiT(Configured):
         """The weights by the names of diffusers' ``DiTTransformer2DModel``."""
         return dit_to_diffusers(self.state_dict())
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def for_guidance(self, y: Tensor) -> dict[str, Tensor]:
+        """What ``forward`` takes for a batch twice as long, whose first half is of no class.
+
+        Args:
+            y: labels, ``(B,)``.
+
+        Raises:
+            ValueError: the model was built without ``class_dropout_prob``.
+        """
+        self._check_null()
+        return {"y": torch.cat([torch.full_like(y, self.y_embedder.num_classes), y])}
+
+    def _check_null(self) -> None:
+        if self.y_embedder.dropout_prob <= 0:
+            raise ValueError("the label of no class needs class_dropout_prob above 0, got 0")
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, drop: Tensor | None = None
+    ) -> Tensor:
         """The prediction.
 
         Args:
             x: noisy samples, ``(B, in_channels, *input_size)``.
             t: timesteps, ``(B,)``, whole or not.
-            y: labels, ``(B,)``, int64.
+            y: labels, ``(B,)``, int64; all of no class where None.
+            drop: which labels to drop, ``(B,)``, bool; drawn in training by default.
 
         Returns:
             ``(B, in_channels, *input_size)``, twice the channels with ``learn_sigma``.
@@ -167,16 +210,15 @@ class DiT(Configured):
         Raises:
             ValueError: x has another shape.
         """
-        if x.shape[1:] != (self.in_channels, *self.input_size):
-            expected = ", ".join(map(str, (self.in_channels, *self.input_size)))
-            raise ValueError(f"x must be (B, {expected}), got {tuple(x.shape)}")
-        tokens = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y)
-        pending: Pending | None = None
+        if y is None:
+            self._check_null()
+            y = t.new_full((len(t),), self.y_embedder.num_classes, dtype=torch.int64)
+        c = self.t_embedder(t) + self.y_embedder(y, drop)
+        tokens, pending = self.tokens(x), None
         for block in self.blocks:
-            tokens, pending = block(tokens, c, pending, defer=True)
-        tokens = self.final_layer(tokens, c, pending)
-        return unpatchify(tokens, self.patch_size, self.input_size, order="channels_last")
+            run = repeatable(block, self.gradient_checkpointing)
+            tokens, pending = run(tokens, c, pending, defer=True)
+        return self.untokened(self.final_layer(tokens, c, pending))
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """The prediction with classifier-free guidance.
@@ -192,8 +234,3 @@ class DiT(Configured):
         conditional, unconditional = prediction.chunk(2)
         guided = torch.lerp(unconditional, conditional, cfg_scale)
         return torch.cat([torch.cat([guided, guided]), rest], 1)
-
-    def extra_repr(self) -> str:
-        """The sizes."""
-        tokens = math.prod(s // p for s, p in zip(self.input_size, self.patch_size, strict=True))
-        return f"input_size={self.input_size}, patch_size={self.patch_size}, tokens={tokens}"

@@ -103,7 +103,7 @@ class ResidualVQ(nn.Module):
         *,
         dim: int,
         num_quantizers: int | None = None,
-        codebook_size: int | tuple[int, ...],
+        codebook_size: int | Sequence[int],
         codebook_dim: int | None = None,
         shared_codebook: bool = False,
         diveq: bool = False,
@@ -505,9 +505,9 @@ class ResidualVQ(nn.Module):
             raise ValueError(f"mask must have shape {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
 
 
-def _sizes(codebook_size: int | tuple[int, ...], num_quantizers: int | None) -> tuple[int, ...]:
+def _sizes(codebook_size: int | Sequence[int], num_quantizers: int | None) -> tuple[int, ...]:
     """The number of codes of each stage."""
-    if not isinstance(codebook_size, tuple):
+    if isinstance(codebook_size, int):
         if num_quantizers is None:
             raise ValueError("num_quantizers must be given if codebook_size is one number")
         return (codebook_size,) * num_quantizers
@@ -516,7 +516,7 @@ def _sizes(codebook_size: int | tuple[int, ...], num_quantizers: int | None) -> 
             f"codebook_size must be of num_quantizers = {num_quantizers} stages, "
             f"got {len(codebook_size)}"
         )
-    return codebook_size
+    return tuple(codebook_size)
 
 
 def _check_implicit(beam_size: int | None, vq_kwargs: Mapping[str, Any]) -> None:

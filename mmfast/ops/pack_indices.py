@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmfast import backends
 from mmfast.checks import INDEX, check_dtype
+from mmfast.ops.unequal import unequal
 from mmfast.registry import Arguments, Cost, Op, Sample, register
 
 MOST_BITS = 32
@@ -137,23 +138,16 @@ def cost_unpack(packed: Tensor, bits: int, count: int) -> Cost:
     return Cost(bytes=packed.nbytes + 8 * indices, flops=indices)
 
 
-def _equal(result: Tensor, expected: Tensor) -> list[str]:
-    if (result.dtype, result.shape) != (expected.dtype, expected.shape):
-        return [f"{result.dtype} {tuple(result.shape)}, expected {tuple(expected.shape)}"]
-    wrong = int((result != expected).sum())
-    return [f"{wrong} of {result.numel()} are wrong"] if wrong else []
-
-
 def compare(result: Tensor, arguments: Arguments, expected: Tensor | None = None) -> list[str]:
     """Every byte must equal the reference's."""
-    return _equal(result, reference(*arguments) if expected is None else expected)
+    return unequal(result, reference(*arguments) if expected is None else expected)
 
 
 def compare_unpack(
     result: Tensor, arguments: Arguments, expected: Tensor | None = None
 ) -> list[str]:
     """Every index must equal the reference's."""
-    return _equal(result, reference_unpack(*arguments) if expected is None else expected)
+    return unequal(result, reference_unpack(*arguments) if expected is None else expected)
 
 
 def _sample(rows: int, length: int, bits: int) -> Sample:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmfast import backends
 from mmfast.checks import FLOATING, check_choice, check_floating
+from mmfast.ops.unequal import unequal
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
 
 ORDERS = ("channels_first", "channels_last")
@@ -185,23 +186,16 @@ def cost(x: Tensor, *_: Any) -> Cost:
     return Cost(bytes=2 * x.nbytes, flops=0)
 
 
-def _equal(result: Tensor, expected: Tensor) -> list[str]:
-    if (result.dtype, result.shape) != (expected.dtype, expected.shape):
-        return [f"{result.dtype} {tuple(result.shape)}, expected {tuple(expected.shape)}"]
-    wrong = int((result != expected).sum())
-    return [f"{wrong} of {result.numel()} are wrong"] if wrong else []
-
-
 def compare(result: Tensor, arguments: Arguments, expected: Tensor | None = None) -> list[str]:
     """Every number must be in its place."""
-    return _equal(result, reference(*arguments) if expected is None else expected)
+    return unequal(result, reference(*arguments) if expected is None else expected)
 
 
 def compare_unpatchify(
     result: Tensor, arguments: Arguments, expected: Tensor | None = None
 ) -> list[str]:
     """Likewise."""
-    return _equal(result, reference_unpatchify(*arguments) if expected is None else expected)
+    return unequal(result, reference_unpatchify(*arguments) if expected is None else expected)
 
 
 def _sample(shape: tuple[int, ...], patch: tuple[int, ...], channels_last: bool) -> Sample:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import mmfast
-from mmfast.integrations.binding import Library, Method, Swap, loaded_class
+from mmfast.integrations.binding import Library, Method, Swap, method_of
 
 
 class GELU:
@@ -40,11 +40,7 @@ _ACTIVATIONS: dict[str, Callable[..., Any]] = {
 
 
 def _match(module: nn.Module) -> Method | None:
-    for name, function in _ACTIVATIONS.items():
-        theirs = loaded_class("diffusers.models.activations", name)
-        if isinstance(module, theirs):
-            return Method(module, theirs, function)
-    return None
+    return method_of(module, "diffusers.models.activations", _ACTIVATIONS)
 
 
 def matches(module: nn.Module) -> bool:

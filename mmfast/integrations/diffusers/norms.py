@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mmfast
-from mmfast.integrations.binding import Library, Method, Swap, loaded_class
+from mmfast.integrations.binding import Library, Method, Swap, loaded_class, method_of
 
 
 def modulated(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
@@ -93,11 +93,7 @@ _NORMS: dict[str, Callable[..., Any]] = {
 
 
 def _match(module: nn.Module) -> Method | None:
-    for name, function in _NORMS.items():
-        theirs = loaded_class("diffusers.models.normalization", name)
-        if isinstance(module, theirs):
-            return Method(module, theirs, function)
-    return None
+    return method_of(module, "diffusers.models.normalization", _NORMS)
 
 
 def matches(module: nn.Module) -> bool:

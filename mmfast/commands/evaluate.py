@@ -1,0 +1,166 @@
+"""``mmfast evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmfast.commands import CommandError
+from mmfast.commands.drawing import Drawer, open_dit, seeds_of
+from mmfast.commands.held_out import open_held_out
+from mmfast.commands.judging import judge, read_classifier, train_classifier
+from mmfast.commands.measuring import measure_loss, measure_vqvae
+from mmfast.commands.media import check_out, reader_of, told
+from mmfast.commands.options import add_device, device_of, open_model, within
+from mmfast.commands.sample import add_sampling
+from mmfast.models import VQVAE, Configured, save_model
+
+_TRAIN = "train"  # a classifier, instead of reading one
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of ``evaluate``."""
+    parser.add_argument("model", type=Path, help="file of a VQVAE or DiT, or the folder of its run")
+    parser.add_argument(
+        "--data", help="mnist, photographs, a folder or a manifest (what the model was trained on)"
+    )
+    parser.add_argument(
+        "--limit", type=within(1, 1 << 31), default=1000, help="samples at most (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    dit = parser.add_argument_group("of a DiT")
+    dit.add_argument(
+        "--parts", type=within(1, 1000), default=10, help="ranges of timesteps (%(default)s)"
+    )
+    dit.add_argument(
+        "--classifier",
+        help="file of a classifier that is to read samples of each class; "
+        f"{_TRAIN}: train one on the data",
+    )
+    dit.add_argument("--keep", type=Path, metavar="FILE", help="write the trained classifier there")
+    dit.add_argument(
+        "--train-steps", type=within(1, 1 << 31), default=600, help="of it (%(default)s)"
+    )
+    dit.add_argument(
+        "--count", type=within(1, 1 << 16), default=20, help="samples of each class (%(default)s)"
+    )
+    add_sampling(dit)
+    add_device(parser)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Measure a model on what it was not trained on."""
+    device = device_of(given)
+    if given.keep is not None:
+        check_out(given.keep)
+    model, about = open_model(given.model, Configured, device)
+    if isinstance(model, VQVAE):
+        if given.classifier is not None:
+            raise CommandError("--classifier reads samples of a DiT, this is a VQVAE")
+        found = _vqvae(given, model, about)
+    else:
+        found = _dit(given, open_dit(given.model, device))
+    if given.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _show(found)
+    return 0
+
+
+def _vqvae(given: argparse.Namespace, model: VQVAE, about: dict[str, Any]) -> dict[str, Any]:
+    reader = reader_of(about, model)
+    data = open_held_out(given.data, about, reader, given.batch)
+    found = measure_vqvae(model, data.batches(given.limit), reader)
+    return {"model": "VQVAE", "data": data.name, **found}
+
+
+def _dit(given: argparse.Namespace, drawer: Drawer) -> dict[str, Any]:
+    guidance = drawer.guidance(given.guidance)
+    drawer.check(given.sampler, given.steps)
+    reader = reader_of(drawer.about, drawer.vqvae)
+    data = open_held_out(given.data, drawer.about, reader, given.batch)
+    classifier = None
+    if given.classifier == _TRAIN:
+        classifier = train_classifier(drawer, data, given.train_steps)
+        if given.keep is not None:
+            with told():
+                save_model(classifier, given.keep, data=drawer.about["data"])
+    elif given.classifier is not None:
+        classifier = read_classifier(Path(given.classifier), drawer)
+    found = measure_loss(drawer, data.batches(given.limit), data.modality, given.parts)
+    made = {"model": "DiT", "data": data.name, **found}
+    if classifier is None:
+        return made
+    labels, numbers = torch.cartesian_prod(
+        torch.arange(len(drawer.classes)), torch.arange(given.count)
+    ).unbind(1)
+    drawn = drawer.draw(
+        labels,
+        seeds_of(given.seed, labels, numbers),
+        guidance=guidance,
+        sampler=given.sampler,
+        steps=given.steps,
+        batch=given.batch,
+    )
+    real = data.batches(given.limit)
+    made["read_as_class"] = judge(classifier, drawn, labels, drawer.classes, real, data.modality)
+    return made
+
+
+def _show(found: dict[str, Any]) -> None:
+    console = Console(markup=False, highlight=False)
+    console.print(f"{found['model']} on {found['data']}, {found['samples']} samples")
+    for table in _vqvae_tables(found) if found["model"] == "VQVAE" else _dit_tables(found):
+        console.print(table)
+
+
+def _table(*headings: str) -> Table:
+    table = Table()
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left")
+    return table
+
+
+def _vqvae_tables(found: dict[str, Any]) -> Iterator[Table]:
+    table = _table("", "mean")
+    table.add_row("PSNR", f"{found['psnr']:.2f} dB")
+    if found["ssim"] is not None:
+        table.add_row("SSIM", f"{found['ssim']:.4f}")
+    table.add_row("reconstruction loss", f"{found['reconstruction_loss']:.5g}")
+    bits = found["bits"]
+    table.add_row(f"bits per {bits['unit']}, fixed length", f"{bits['fixed']:.4f}")
+    table.add_row("as their entropy allows", f"{bits['entropy']:.4f}")
+    yield table
+    table = _table("stage", "codes", "used", "perplexity")
+    for i, stage in enumerate(found["stages"]):
+        used = f"{stage['used']} ({stage['used'] / stage['codes']:.0%})"
+        table.add_row(str(i), str(stage["codes"]), used, f"{stage['perplexity']:.1f}")
+    yield table
+
+
+def _dit_tables(found: dict[str, Any]) -> Iterator[Table]:
+    table = _table("timesteps", "loss")
+    for part in found["parts"]:
+        low, high = part["timesteps"]
+        table.add_row(f"{low:g} to {high:g}", f"{part['loss']:.5f}")
+    table.add_section()
+    table.add_row("all", f"{found['loss']:.5f}")
+    yield table
+    read = found.get("read_as_class")
+    if read is None:
+        return
+    table = _table("class", "read as it")
+    for name, share in read["classes"].items():
+        table.add_row(name, f"{share:.1%}")
+    table.add_section()
+    table.add_row(f"all {read['samples']} samples", f"{read['share']:.1%}")
+    if read["of_real_samples"] is not None:
+        table.add_row("real samples", f"{read['of_real_samples']:.1%}")
+    yield table

@@ -1,0 +1,104 @@
+"""The data that ``mmfast evaluate`` measures on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
+
+from mmfast.commands import CommandError
+from mmfast.commands.media import told
+from mmfast.data import FileError, InMemory, Reader
+from mmfast.data.progress import tracked
+from mmfast.data.sampling import Loader
+from mmfast.data.sources import NAMES, open_source
+
+Batch = Mapping[str, Tensor]
+
+
+class HeldOut(NamedTuple):
+    """Samples to measure on, and others.
+
+    Attributes:
+        name: of the data.
+        modality: of the samples.
+        test: of data that the model was trained on, the part that is held out from training; else
+            all of it.
+        train: what could be trained on.
+        classes: names of the labels.
+        batch: how many samples are read at a time.
+    """
+
+    name: str
+    modality: str
+    test: Any
+    train: Any
+    classes: list[str]
+    batch: int
+
+    def labelled(self) -> Any:
+        """Of what could be trained on, the samples that have a label."""
+        if isinstance(self.train, InMemory):
+            labels = self.train.tensors.get("label", torch.empty(0, dtype=torch.int64))
+        else:
+            labels = self.train.labels
+        return self.train.subset((labels >= 0).nonzero()[:, 0])
+
+    def some(self, limit: int) -> Any:
+        """At most ``limit`` samples of the test part, from all of it."""
+        count = min(limit, len(self.test))
+        chosen = torch.linspace(0, len(self.test) - 1, count).round().long()
+        return Subset(self.test, chosen.tolist())
+
+    def batches(self, limit: int) -> Iterator[Batch]:
+        """Those, in batches.
+
+        Raises:
+            CommandError: a file is broken.
+        """
+        loader = Loader(
+            self.some(limit),
+            self.batch,
+            shuffle=False,
+            drop_last=False,
+            collate_fn=self.train.collate,
+        )
+        try:
+            yield from tracked(loader, "measuring", len(loader))
+        except FileError as error:
+            raise CommandError(str(error)) from None
+
+
+def open_held_out(
+    wanted: str | None, about: Mapping[str, Any], reader: Reader, batch: int
+) -> HeldOut:
+    """The data that is named, or what the model was trained on.
+
+    Args:
+        wanted: name of a source, see :func:`mmfast.data.sources.open_source`.
+        about: what the model's file says.
+        reader: that prepares files for the model.
+        batch: samples at a time; one, where their sizes vary.
+
+    Raises:
+        CommandError: there is no such data, or it is broken.
+    """
+    data = about.get("data") or {}
+    own = data.get("source")
+    name = wanted or own
+    if name is None:
+        raise CommandError("the model's file does not say what it was trained on: give --data")
+    with told():
+        try:
+            train, test, classes = open_source(name, reader, classes=data.get("classes"))
+        except FileError:
+            raise
+        except ValueError as error:
+            raise CommandError(f"--data {name}: {str(error).splitlines()[0]}") from None
+        if name not in (own, *NAMES):
+            test = ConcatDataset([train, test])  # type: ignore[assignment, list-item]
+    size = 1 if None in reader.shape else batch
+    return HeldOut(name, reader.modality, test, train, classes, size)

@@ -1,0 +1,69 @@
+"""What several commands' options mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mmfast.commands import CommandError
+from mmfast.models import Configured, describe_model, load_model
+
+M = TypeVar("M", bound=Configured)
+
+MODEL_FILE = "model.safetensors"  # of a run's folder
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``, for :func:`device_of`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="to run on (%(default)s)")
+
+
+def within(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from ``low`` to ``high``."""
+
+    def parse(text: str) -> int:
+        value = int(text) if text.isdecimal() else low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
+        return value
+
+    return parse
+
+
+def device_of(given: argparse.Namespace) -> torch.device:
+    """The device that was asked for.
+
+    Raises:
+        CommandError: it is not there, or no device.
+    """
+    try:
+        device = torch.device(given.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {given.device}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device must be cpu or cuda, got {device}")
+    return device
+
+
+def model_file(path: Path) -> Path:
+    """``path``, or the model's file in it if it is a run's folder."""
+    return path / MODEL_FILE if path.is_dir() else path
+
+
+def open_model(path: Path, expected: type[M], device: torch.device) -> tuple[M, dict[str, Any]]:
+    """The model of a file or of a run's folder, and what the file says ``about`` it.
+
+    Raises:
+        CommandError: there is none, it is of another class, or the file is damaged.
+    """
+    file = model_file(path)
+    try:
+        return load_model(file, expected, device=device), describe_model(file)["about"]
+    except (OSError, TypeError, ValueError) as error:
+        raise CommandError(str(error)) from None

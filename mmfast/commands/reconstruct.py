@@ -1,0 +1,166 @@
+"""``mmfast reconstruct``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mmfast.commands import CommandError
+from mmfast.commands.media import extent, reader_of, timed, told, whole
+from mmfast.commands.options import add_device, device_of, open_model
+from mmfast.data import FileError, Reader, write_image
+from mmfast.data.progress import tracked
+from mmfast.models import VQVAE, compress, count_codes, decompress, usage_of_counts
+from mmfast.quality import psnr
+from mmfast.train.grids import as_images, grid
+
+
+class Reconstructed(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        file: that was read.
+        size: of the sample.
+        psnr: in dB, of values in [-1, 1].
+        bits: of the compressed file, for each ``unit``.
+        unit: pixel or second.
+        used: how many different codes occur, in the mean of the stages.
+        perplexity: likewise.
+        written: files.
+    """
+
+    file: str
+    size: list[int]
+    psnr: float
+    bits: float
+    unit: str
+    used: float
+    perplexity: float
+    written: list[str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of ``reconstruct``."""
+    parser.add_argument("model", type=Path, help="file of a VQVAE, or the folder of its run")
+    parser.add_argument("files", type=Path, nargs="+", help="pictures, videos or sounds")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--cut", action="store_true", help="scale and cut to the size that the model was trained on"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_device(parser)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Write original and reconstruction of each file side by side; broken ones are left out.
+
+    Returns:
+        1 if a file was left out.
+    """
+    model, about = open_model(given.model, VQVAE, device_of(given))
+    reader = reader_of(about, model)
+    if not given.cut:
+        reader = whole(reader)
+    with told():
+        given.out.mkdir(parents=True, exist_ok=True)
+    rows, names = [], _Names(given.out)
+    for path in tracked(given.files, "reconstructing", len(given.files)):
+        try:
+            x = reader.read(path)
+        except FileError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        except ImportError as error:
+            raise CommandError(str(error)) from None
+        with told():
+            rows.append(_reconstruct(model, timed(reader, path), path, x, names.new(path)))
+    if given.json:
+        print(json.dumps([row._asdict() for row in rows], indent=2))
+    elif rows:
+        _show(rows)
+    return int(len(rows) < len(given.files))
+
+
+class _Names:
+    """Names to write to, without an ending: those of the files, numbered where two are alike."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._given = folder, set[str]()
+
+    def new(self, path: Path) -> Path:
+        name, number = path.stem, 1
+        while name in self._given:
+            number += 1
+            name = f"{path.stem}-{number}"
+        self._given.add(name)
+        return self._folder / name
+
+
+def _reconstruct(model: VQVAE, reader: Reader, path: Path, x: Tensor, out: Path) -> Reconstructed:
+    data = compress(model, x.to(next(model.parameters()).device))
+    y, indices, _ = decompress(model, data)
+    y = y.cpu()
+    counts = count_codes(model, indices[None])
+    amount, unit = extent(reader, x)
+    return Reconstructed(
+        str(path),
+        list(x.shape[1:]),
+        psnr(x, y),
+        8 * len(data) / amount,
+        unit,
+        _mean([float((c > 0).sum()) for c in counts]),
+        _mean([float(usage_of_counts(c).perplexity) for c in counts]),
+        [str(written) for written in _write(reader, x, y, out)],
+    )
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def _write(reader: Reader, x: Tensor, y: Tensor, out: Path) -> list[Path]:
+    """A picture of both, and what can be watched or listened to."""
+    picture = out.with_suffix(".png")
+    pair = torch.stack([x, y.clamp(-1, 1)])
+    shown = as_images(pair) if reader.modality != "image" else pair[:, :3]
+    # Wide ones, of videos and sounds, one below the other.
+    columns = 2 if reader.modality == "image" else 1
+    write_image(grid(shown, columns=columns), picture)
+    written = [picture]
+    if reader.modality == "video":
+        written.append(out.with_suffix(".mp4"))
+        reader.write(torch.cat([x, y], dim=-1), written[-1])
+    elif reader.modality in ("waveform", "mel"):
+        written.append(out.with_suffix(".wav"))
+        reader.write(y, written[-1])
+    return written
+
+
+def _show(rows: Sequence[Reconstructed]) -> None:
+    table = Table()
+    headings = "file", "size", "PSNR", f"bits per {rows[0].unit}", "codes", "perplexity"
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
+    for row in rows:
+        size = " x ".join(map(str, row.size))
+        numbers = (
+            f"{row.psnr:.2f} dB",
+            f"{row.bits:.3f}",
+            f"{row.used:.0f}",
+            f"{row.perplexity:.1f}",
+        )
+        table.add_row(row.file, size, *numbers)
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    for row in rows:
+        for path in row.written:
+            console.print(f"wrote {path}", soft_wrap=True)

