@@ -137,8 +137,8 @@ Tensor add_noise_bwd(const Optional& grad_noisy, const Optional& grad_target,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("add_noise", TORCH_BOX(&add_noise));
-  m.impl("add_noise_bwd", TORCH_BOX(&add_noise_bwd));
+  m.impl("add_noise", MMFAST_BOX(&add_noise));
+  m.impl("add_noise_bwd", MMFAST_BOX(&add_noise_bwd));
 }
 
 }  // namespace mmfast

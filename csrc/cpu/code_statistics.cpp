@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> code_statistics(const Tensor& x, const Tensor& indice
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("code_statistics", TORCH_BOX(&code_statistics));
+  m.impl("code_statistics", MMFAST_BOX(&code_statistics));
 }
 
 }  // namespace mmfast

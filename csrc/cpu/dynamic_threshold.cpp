@@ -99,7 +99,7 @@ Tensor dynamic_threshold(const Tensor& x, const Tensor& model_output,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("dynamic_threshold", TORCH_BOX(&dynamic_threshold));
+  m.impl("dynamic_threshold", MMFAST_BOX(&dynamic_threshold));
 }
 
 }  // namespace mmfast

@@ -45,6 +45,6 @@ void ema_update(const Tensor& codebook, const Tensor& cluster_size, const Tensor
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) { m.impl("ema_update", TORCH_BOX(&ema_update)); }
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) { m.impl("ema_update", MMFAST_BOX(&ema_update)); }
 
 }  // namespace mmfast

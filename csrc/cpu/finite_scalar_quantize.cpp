@@ -99,8 +99,8 @@ Tensor finite_scalar_quantize_bwd(const Tensor& given_grad, const Tensor& given,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("finite_scalar_quantize", TORCH_BOX(&finite_scalar_quantize));
-  m.impl("finite_scalar_quantize_bwd", TORCH_BOX(&finite_scalar_quantize_bwd));
+  m.impl("finite_scalar_quantize", MMFAST_BOX(&finite_scalar_quantize));
+  m.impl("finite_scalar_quantize_bwd", MMFAST_BOX(&finite_scalar_quantize_bwd));
 }
 
 }  // namespace mmfast

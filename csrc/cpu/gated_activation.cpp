@@ -87,8 +87,8 @@ std::tuple<Tensor, Tensor> gated_activation_bwd(const Tensor& given_grad, const 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("gated_activation", TORCH_BOX(&gated_activation));
-  m.impl("gated_activation_bwd", TORCH_BOX(&gated_activation_bwd));
+  m.impl("gated_activation", MMFAST_BOX(&gated_activation));
+  m.impl("gated_activation_bwd", MMFAST_BOX(&gated_activation_bwd));
 }
 
 }  // namespace mmfast

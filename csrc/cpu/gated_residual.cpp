@@ -46,8 +46,8 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& grad, const Tensor& 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("gated_residual", TORCH_BOX(&gated_residual));
-  m.impl("gated_residual_bwd", TORCH_BOX(&gated_residual_bwd));
+  m.impl("gated_residual", MMFAST_BOX(&gated_residual));
+  m.impl("gated_residual_bwd", MMFAST_BOX(&gated_residual_bwd));
 }
 
 }  // namespace mmfast

@@ -78,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residua
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("gated_residual_modulate", TORCH_BOX(&gated_residual_modulate));
-  m.impl("gated_residual_modulate_bwd", TORCH_BOX(&gated_residual_modulate_bwd));
+  m.impl("gated_residual_modulate", MMFAST_BOX(&gated_residual_modulate));
+  m.impl("gated_residual_modulate_bwd", MMFAST_BOX(&gated_residual_modulate_bwd));
 }
 
 }  // namespace mmfast

@@ -7,6 +7,7 @@
 
 #include <initializer_list>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/nearest_code.h"
@@ -26,6 +27,39 @@ inline Dtype dtype_of(const Tensor& tensor) {
     default: STD_TORCH_CHECK(false, "mmfast: expected float32, float16, bfloat16 or float64");
   }
 }
+
+// The string of a handle, which is freed. torch's own conversion (2.11 to 2.13) never frees a copy that
+// it makes: a few bytes a call, but between tensors, so that memory falls to pieces that nothing fits.
+inline std::string taken(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  const bool known = !torch_string_length(handle, &length) && !torch_string_c_str(handle, &data);
+  std::string text = known ? std::string(data, length) : std::string();
+  STD_TORCH_CHECK(!torch_delete_string(handle) && known, "mmfast: a string cannot be read");
+  return text;
+}
+
+// A function of an op, boxed: strings come as handles.
+template <auto function>
+struct Boxed;
+template <class Result, class... Parameters, Result (*function)(Parameters...)>
+struct Boxed<function> {
+  template <class T>
+  static constexpr bool is_string = std::is_same_v<std::remove_cvref_t<T>, std::string>;
+  template <class T>
+  using Held = std::conditional_t<is_string<T>, StringHandle, T>;
+
+  template <class T>
+  static decltype(auto) given(std::remove_reference_t<Held<T>>& held) {
+    if constexpr (is_string<T>)
+      return taken(held);
+    else
+      return static_cast<T&&>(held);
+  }
+
+  static Result call(Held<Parameters>... held) { return function(given<Parameters>(held)...); }
+};
+#define MMFAST_BOX(function) TORCH_BOX((&mmfast::Boxed<function>::call))
 
 // tensor, or a copy of it where its dimensions are too many for rows_of.
 inline Tensor for_rows(const Tensor& tensor) {

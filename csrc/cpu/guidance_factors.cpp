@@ -75,7 +75,7 @@ void guidance_factors(const Tensor& conditional, const Tensor& unconditional,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("guidance_factors", TORCH_BOX(&guidance_factors));
+  m.impl("guidance_factors", MMFAST_BOX(&guidance_factors));
 }
 
 }  // namespace mmfast

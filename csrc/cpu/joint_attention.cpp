@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> joint_attention(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("joint_attention", TORCH_BOX(&joint_attention));
+  m.impl("joint_attention", MMFAST_BOX(&joint_attention));
 }
 
 }  // namespace mmfast

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> joint_attention_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("joint_attention_bwd", TORCH_BOX(&joint_attention_bwd));
+  m.impl("joint_attention_bwd", MMFAST_BOX(&joint_attention_bwd));
 }
 
 }  // namespace mmfast

@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("layer_norm_modulate", TORCH_BOX(&layer_norm_modulate));
-  m.impl("layer_norm_modulate_bwd", TORCH_BOX(&layer_norm_modulate_bwd));
+  m.impl("layer_norm_modulate", MMFAST_BOX(&layer_norm_modulate));
+  m.impl("layer_norm_modulate_bwd", MMFAST_BOX(&layer_norm_modulate_bwd));
 }
 
 }  // namespace mmfast

@@ -91,8 +91,8 @@ Tensor lookup_free_quantize_bwd(const std::optional<Tensor>& given_quantized,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("lookup_free_quantize", TORCH_BOX(&lookup_free_quantize));
-  m.impl("lookup_free_quantize_bwd", TORCH_BOX(&lookup_free_quantize_bwd));
+  m.impl("lookup_free_quantize", MMFAST_BOX(&lookup_free_quantize));
+  m.impl("lookup_free_quantize_bwd", MMFAST_BOX(&lookup_free_quantize_bwd));
 }
 
 }  // namespace mmfast

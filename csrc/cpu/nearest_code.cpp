@@ -42,6 +42,6 @@ std::tuple<Tensor, Tensor> nearest_code(const Tensor& vectors, const Tensor& cod
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) { m.impl("nearest_code", TORCH_BOX(&nearest_code)); }
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) { m.impl("nearest_code", MMFAST_BOX(&nearest_code)); }
 
 }  // namespace mmfast

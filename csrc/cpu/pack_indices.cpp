@@ -44,8 +44,8 @@ Tensor unpack_indices(const Tensor& given, int64_t bits, int64_t count) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("pack_indices", TORCH_BOX(&pack_indices));
-  m.impl("unpack_indices", TORCH_BOX(&unpack_indices));
+  m.impl("pack_indices", MMFAST_BOX(&pack_indices));
+  m.impl("unpack_indices", MMFAST_BOX(&unpack_indices));
 }
 
 }  // namespace mmfast

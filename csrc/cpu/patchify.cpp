@@ -157,8 +157,8 @@ Tensor unpatchify(const Tensor& given, std::vector<int64_t> patch, std::vector<i
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("patchify", TORCH_BOX(&patchify));
-  m.impl("unpatchify", TORCH_BOX(&unpatchify));
+  m.impl("patchify", MMFAST_BOX(&patchify));
+  m.impl("unpatchify", MMFAST_BOX(&unpatchify));
 }
 
 }  // namespace mmfast

@@ -131,8 +131,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
-  m.impl("qk_norm_rope_bwd", TORCH_BOX(&qk_norm_rope_bwd));
+  m.impl("qk_norm_rope", MMFAST_BOX(&qk_norm_rope));
+  m.impl("qk_norm_rope_bwd", MMFAST_BOX(&qk_norm_rope_bwd));
 }
 
 }  // namespace mmfast

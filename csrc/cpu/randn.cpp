@@ -30,6 +30,6 @@ Tensor randn(const Tensor& seed, const Tensor& offset, std::vector<int64_t> shap
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) { m.impl("randn", TORCH_BOX(&randn)); }
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) { m.impl("randn", MMFAST_BOX(&randn)); }
 
 }  // namespace mmfast

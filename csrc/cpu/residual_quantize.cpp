@@ -136,8 +136,8 @@ std::tuple<Tensor, Tensor> residual_quantize_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("residual_quantize", TORCH_BOX(&residual_quantize));
-  m.impl("residual_quantize_bwd", TORCH_BOX(&residual_quantize_bwd));
+  m.impl("residual_quantize", MMFAST_BOX(&residual_quantize));
+  m.impl("residual_quantize_bwd", MMFAST_BOX(&residual_quantize_bwd));
 }
 
 }  // namespace mmfast

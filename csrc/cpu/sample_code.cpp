@@ -38,6 +38,6 @@ Tensor sample_code(const Tensor& given, const Tensor& codebook, double temperatu
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) { m.impl("sample_code", TORCH_BOX(&sample_code)); }
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) { m.impl("sample_code", MMFAST_BOX(&sample_code)); }
 
 }  // namespace mmfast

@@ -88,6 +88,6 @@ void sampler_step(const Tensor& x, const Tensor& model_output, const Optional& u
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) { m.impl("sampler_step", TORCH_BOX(&sampler_step)); }
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) { m.impl("sampler_step", MMFAST_BOX(&sampler_step)); }
 
 }  // namespace mmfast

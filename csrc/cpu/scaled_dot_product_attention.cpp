@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("scaled_dot_product_attention", TORCH_BOX(&scaled_dot_product_attention));
+  m.impl("scaled_dot_product_attention", MMFAST_BOX(&scaled_dot_product_attention));
 }
 
 }  // namespace mmfast

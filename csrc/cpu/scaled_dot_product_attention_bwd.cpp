@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scaled_dot_product_attention_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("scaled_dot_product_attention_bwd", TORCH_BOX(&scaled_dot_product_attention_bwd));
+  m.impl("scaled_dot_product_attention_bwd", MMFAST_BOX(&scaled_dot_product_attention_bwd));
 }
 
 }  // namespace mmfast

@@ -119,8 +119,8 @@ std::tuple<Tensor, Tensor> soft_assignment_statistics_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("soft_assignment_statistics", TORCH_BOX(&soft_assignment_statistics));
-  m.impl("soft_assignment_statistics_bwd", TORCH_BOX(&soft_assignment_statistics_bwd));
+  m.impl("soft_assignment_statistics", MMFAST_BOX(&soft_assignment_statistics));
+  m.impl("soft_assignment_statistics_bwd", MMFAST_BOX(&soft_assignment_statistics_bwd));
 }
 
 }  // namespace mmfast

@@ -34,7 +34,7 @@ Tensor timestep_embedding(const Tensor& timesteps, int64_t dim, double max_perio
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("timestep_embedding", TORCH_BOX(&timestep_embedding));
+  m.impl("timestep_embedding", MMFAST_BOX(&timestep_embedding));
 }
 
 }  // namespace mmfast

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> varlen_attention(const Tensor& query, const Tensor& k
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("varlen_attention", TORCH_BOX(&varlen_attention));
+  m.impl("varlen_attention", MMFAST_BOX(&varlen_attention));
 }
 
 }  // namespace mmfast

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("varlen_attention_bwd", TORCH_BOX(&varlen_attention_bwd));
+  m.impl("varlen_attention_bwd", MMFAST_BOX(&varlen_attention_bwd));
 }
 
 }  // namespace mmfast

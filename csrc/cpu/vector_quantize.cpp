@@ -102,8 +102,8 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("vector_quantize", TORCH_BOX(&vector_quantize));
-  m.impl("vector_quantize_bwd", TORCH_BOX(&vector_quantize_bwd));
+  m.impl("vector_quantize", MMFAST_BOX(&vector_quantize));
+  m.impl("vector_quantize_bwd", MMFAST_BOX(&vector_quantize_bwd));
 }
 
 }  // namespace mmfast
