@@ -19,9 +19,9 @@ from benchmarks.subjects import Arguments, Subject, answer, expected, judge, own
 from mmfast.registry import OPS
 
 _CUT_LEAST = 1024  # vectors
-# Bytes of a workspace, several tensors together, from which these are new pages in every call, as
-# they are of the whole problem: glibc may have up to 32 MiB for each from the call before.
-_NEW_PAGES = 1 << 28
+# Bytes of an N x K matrix that is new pages in every call, as that of the whole problem is: below,
+# glibc may have it from the call before.
+_NEW_PAGES = 70 << 20
 # On the curves only these are of interest, besides mmfast.
 CURVES = ("addmm+argmin", "faiss flat")
 
@@ -200,7 +200,8 @@ def _cut(
         fitting = max(_CUT_LEAST, rows * _free_memory(device) // needed // 64 * 64)
     if subject.peer.cut:
         # The cost of a vector grows when a product of N x K no longer fits the caches.
-        least = min(fitting, max(_CUT_LEAST, rows * min(_NEW_PAGES, needed) // max(needed, 1)))
+        of_new_pages = _NEW_PAGES // (4 * case.shape["K"]) if needed else 0
+        least = min(fitting, max(_CUT_LEAST, of_new_pages))
         probed = least
         while True:
             probe = subject.peer.make(*shorten(arguments, probed))

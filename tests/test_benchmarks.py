@@ -252,7 +252,6 @@ def test_a_short_call_is_timed_after_one_of_its_own():
 
 def test_a_cut_problem_needs_new_pages_like_the_whole(monkeypatch):
     op, n = "vector_quantize_eval", 60_000
-    each = 5 * 4 * 2048  # bytes of a vector's workspace
     case = cases.Case(op, "", {"N": n, "K": 2048, "D": 2}, "", lambda _: ())
     (library,) = (s for s in subjects.subjects(op) if s.name == goals.LIBRARY)
     seen = []
@@ -261,7 +260,7 @@ def test_a_cut_problem_needs_new_pages_like_the_whole(monkeypatch):
     monkeypatch.setattr(contest.timing, "once", lambda *_: (1.0, None))  # too slow for more
     arguments = (torch.zeros(n, 2), torch.zeros(2048, 2))
     given, rows = contest._cut(case, contender, arguments, CPU, 0.05)
-    assert len(given[0]) == rows == contest._NEW_PAGES // each
+    assert len(given[0]) == rows == contest._NEW_PAGES // (4 * 2048)
     assert set(seen) == {rows}
 
 

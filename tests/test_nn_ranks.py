@@ -1,4 +1,4 @@
-"""Modules in several processes: nn_many_ranks.py has the checks."""
+"""Modules in several processes: nn_many_ranks.py and nn_sharded_ranks.py have the checks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import multiprocessing
 import signal
 
 import nn_many_ranks
+import nn_sharded_ranks
+import pytest
 
 
-def test_many_ranks(tmp_path):
+@pytest.mark.parametrize("checks", [nn_many_ranks, nn_sharded_ranks], ids=lambda m: m.__name__)
+def test_many_ranks(checks, tmp_path):
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=nn_many_ranks.work, args=(rank, str(tmp_path)))
+        context.Process(target=checks.work, args=(rank, str(tmp_path)))
         for rank in range(nn_many_ranks.RANKS)
     ]
     for process in processes:

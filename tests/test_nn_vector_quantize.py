@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import mmfast
 from mmfast.nn import LossBreakdown, VectorQuantize, losses, similarity
 from mmfast.nn.dead_codes import replacements
+from mmfast.nn.ranks import Sharing
 
 STEPS = 20
 LEARNS = {"learnable_codebook": True, "ema_update": False}
@@ -550,7 +551,7 @@ def test_replacements(n, k, heads, share, seed):
     torch.manual_seed(seed)
     x = torch.arange(1.0, heads * n + 1).view(heads, n, 1)
     dead, inside = torch.rand(heads, k) < share, torch.rand(heads, n) < 0.6
-    vectors, chosen = replacements(x, dead, inside, sync=False)
+    vectors, chosen = replacements(x, dead, inside, Sharing(False))
     assert not (chosen & ~dead).any()
     for head in range(heads):
         taken = vectors[head, chosen[head], 0]
@@ -562,9 +563,9 @@ def test_replacements(n, k, heads, share, seed):
 def test_replacements_can_be_any_vector_of_any_code():
     torch.manual_seed(0)
     x, dead = torch.arange(1.0, 6).view(1, 5, 1), torch.ones(1, 3, dtype=torch.bool)
-    draws = [replacements(x, dead, None, sync=False)[0] for _ in range(200)]
+    draws = [replacements(x, dead, None, Sharing(False))[0] for _ in range(200)]
     assert len(torch.cat(draws, 1).unique()) == 5
-    few = [replacements(x[:, :1], dead, None, sync=False)[1] for _ in range(100)]
+    few = [replacements(x[:, :1], dead, None, Sharing(False))[1] for _ in range(100)]
     assert (torch.cat(few).sum(0) > 10).all()
 
 

@@ -12,7 +12,7 @@ from mmfast.nn.affine import Affine
 from mmfast.nn.dead_codes import replacements
 from mmfast.nn.initialisation import lloyd, unit
 from mmfast.nn.nonfinite import NonFiniteBatches
-from mmfast.nn.ranks import add_up, gathered, several
+from mmfast.nn.ranks import Sharing, add_up, check_agreement, several
 from mmfast.nn.sharded_parameter import is_sharded, set_whole, whole
 from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.ema_update import ema_update_from_statistics_
@@ -167,22 +167,10 @@ class Codebook(Affine):
             )
         self._ready = bool(self.initted)
         if self.use_ddp and (self.training or self.sync_kmeans):
-            self._check_agreement()
+            check_agreement(self.initted)
+            self._agreed = True
         if not self._ready:
             self.init_embed_(x, mask)
-
-    @torch.no_grad()
-    def _check_agreement(self) -> None:
-        """Either all ranks are initialised or none: else some would wait for others that never
-        come."""
-        every = gathered(self.initted.long(), "comparing whether codebooks are initialised")
-        ready = [rank for rank, value in enumerate(every.tolist()) if value]
-        if 0 < len(ready) < len(every):
-            raise RuntimeError(
-                f"the codebook is initialised on ranks {ready} of {len(every)} only: load the "
-                "same state on all of them before the first step"
-            )
-        self._agreed = True
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -194,7 +182,7 @@ class Codebook(Affine):
             self.kmeans_iters,
             metric=self.metric,
             inside=mask,
-            sync=self.sync_kmeans,
+            sharing=Sharing(self.sync_kmeans),
         )
         self.embed_avg.copy_(codes * counts[:, :, None])
         self.cluster_size.copy_(counts)
@@ -299,7 +287,7 @@ class Codebook(Affine):
             return
         x = x.detach().flatten(1, -2)
         dead = self.cluster_size < self.threshold_ema_dead_code  # [H, K]
-        vectors, chosen = replacements(x, dead, inside, self.use_ddp)
+        vectors, chosen = replacements(x, dead, inside, Sharing(self.use_ddp))
         if self.affine_param:
             vectors = self.carried_back(vectors, torch.ones_like(self.cluster_size))
         at = chosen[:, :, None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -92,11 +92,50 @@ def total_of(tensor: Tensor, what: str) -> Tensor:
     return _Total.apply(tensor, what)
 
 
-def of_first(tensor: Tensor, sync: bool, what: str) -> Tensor:
+def of_first(tensor: Tensor, sync: bool, what: str, group: ProcessGroup | None = None) -> Tensor:
     """The first process's ``tensor``, so that all draw the same random numbers."""
-    if not sync or dist.get_rank() == 0:
-        return add_up(tensor, sync, what)
-    return add_up(torch.zeros_like(tensor), sync, what)
+    if not sync or dist.get_rank(group) == 0:
+        return add_up(tensor, sync, what, group)
+    return add_up(torch.zeros_like(tensor), sync, what, group)
+
+
+class Sharing(NamedTuple):
+    """Which processes a codebook's random vectors come from, and which of its codes this one has.
+
+    Attributes:
+        sync: whether there are several, with batches of their own.
+        group: those with batches of their own; all processes if None.
+        others: groups of processes that must draw the same random numbers besides.
+        codes: of all K, this process's.
+    """
+
+    sync: bool
+    group: ProcessGroup | None = None
+    others: tuple[ProcessGroup, ...] = ()
+    codes: slice = slice(None)
+
+    def same(self, drawn: Tensor, what: str) -> Tensor:
+        """The numbers that one process of all has ``drawn``."""
+        for group in self.others:
+            drawn = of_first(drawn, True, what, group)
+        return of_first(drawn, self.sync, what, self.group)
+
+
+def check_agreement(initted: Tensor, group: ProcessGroup | None = None) -> None:
+    """All processes are initialised or none: else some would wait for others that never come.
+    Reads back what they say in ``initted`` ().
+
+    Raises:
+        RuntimeError: some are.
+    """
+    what = "comparing whether codebooks are initialised"
+    every = gathered(initted.long(), what, group).tolist()
+    ranks = [rank for rank, value in enumerate(every) if value]
+    if 0 < len(ranks) < len(every):
+        raise RuntimeError(
+            f"the codebook is initialised on ranks {ranks} of {len(every)} only: load the "
+            "same state on all of them before the first step"
+        )
 
 
 class Joined:
@@ -106,19 +145,20 @@ class Joined:
         total: vectors there are, ``(H,)`` int64.
     """
 
-    def __init__(self, x: Tensor, inside: Tensor | None, sync: bool, what: str) -> None:
+    def __init__(self, x: Tensor, inside: Tensor | None, sharing: Sharing, what: str) -> None:
         """x: this process's vectors, ``(H, N, D)``. inside: ``(H, N)``, which of them count.
         what: they are for, as :func:`add_up` says it."""
-        self._x, self._inside, self._sync, self._what = x, inside, sync, what
+        self._x, self._inside, self._what = x, inside, what
+        self._sync, self._group = sharing.sync, sharing.group
         own = x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64)
         if inside is not None:
             own = inside.sum(1)
         self._own = own
         self._start = torch.zeros_like(own)
         self.total = own
-        if sync:
-            every = gathered(own, what)  # [W, H]
-            self._start = every[: dist.get_rank()].sum(0)
+        if sharing.sync:
+            every = gathered(own, what, sharing.group)  # [W, H]
+            self._start = every[: dist.get_rank(sharing.group)].sum(0)
             self.total = every.sum(0)
 
     def take(self, positions: Tensor) -> Tensor:
@@ -135,4 +175,4 @@ class Joined:
             row = row.clamp(0, self._x.shape[1] - 1)[:, :, None]
             found = self._x.gather(1, row.expand(-1, -1, self._x.shape[2]))
             taken = torch.where(own[:, :, None], found.to(dtype), taken)
-        return add_up(taken, self._sync, self._what)
+        return add_up(taken, self._sync, self._what, self._group)

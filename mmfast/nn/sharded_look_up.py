@@ -23,10 +23,10 @@ _LARGEST = torch.iinfo(torch.int64).max
 
 
 class Part(NamedTuple):
-    """What a process holds of K codes.
+    """What a process holds of H codebooks of K codes.
 
     Attributes:
-        codes: ``(P, D)``, P from 0.
+        codes: ``(H, P, D)``, P from 0.
         start: index of the first of them among all; a number, or () int64.
         group: the processes that hold the others. A process of higher rank holds codes of
             higher index.
@@ -74,8 +74,10 @@ def nearest_code_sharded(
     check_choice("metric", metric, METRICS)
     part = part_of_dtensor(shard, group) if is_sharded(shard) else _part(shard, group)
     check_device(x=x, shard=part.codes)
-    check_part(x, part.codes)
-    return look_up(x, part, metric)
+    check_part(x, part.codes[0])
+    lead = x.shape[:-1]
+    indices, distances = look_up(x.reshape(1, -1, x.shape[-1]), part, metric)
+    return indices.view(lead), distances.view(lead)
 
 
 def check_part(x: Tensor, codes: Tensor) -> None:
@@ -86,13 +88,14 @@ def check_part(x: Tensor, codes: Tensor) -> None:
 
 
 def look_up(x: Tensor, part: Part, metric: str) -> tuple[Tensor, Tensor]:
-    """:func:`nearest_code_sharded` with checked arguments."""
-    rows = x.reshape(-1, x.shape[-1])  # [N, D]
-    own = torch.zeros_like(rows[:, 0], dtype=torch.int64)
+    """Nearest codes of vectors ``x`` (H, N, D), and distances, both (H, N), as
+    :func:`nearest_code_sharded` gives them for one codebook."""
+    own = torch.zeros_like(x[:, :, 0], dtype=torch.int64)
     key = torch.full_like(own, _LARGEST)
-    if len(part.codes):
-        own, _ = nearest_code(rows, part.codes, metric=metric)  # [N]
-        key = _key(_paired(rows, part.codes, own, metric))
+    if part.codes.shape[1]:
+        own, _ = nearest_code(x, part.codes, metric=metric)  # [H, N]
+        heads = zip(x, part.codes, own, strict=True)
+        key = _key(torch.stack([_paired(*head, metric) for head in heads]))
     least = reduce(key.clone(), dist.ReduceOp.MIN, "looking up sharded codes", part.group)
     chosen = (key == least) & (key != _LARGEST)
     index = torch.where(chosen, own + part.start, _LARGEST)
@@ -100,17 +103,17 @@ def look_up(x: Tensor, part: Part, metric: str) -> tuple[Tensor, Tensor]:
     index = torch.where(index == _LARGEST, -1, index)
     value = _value(least)
     distances = value if metric == "euclidean" else -value
-    lead = x.shape[:-1]
-    return index.view(lead), distances.to(output_dtype(x, part.codes)).view(lead)
+    return index, distances.to(output_dtype(x, part.codes))
 
 
 def codes_at(indices: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
-    """Codes (..., D) at ``indices`` (...) of the whole codebook, zeros where they are -1, in
+    """Codes (H, N, D) at ``indices`` (H, N) of the whole codebooks, zeros where they are -1, in
     ``dtype``; the same in all processes."""
     local = own_indices(indices, part)
-    found = part.codes.new_zeros(*indices.shape, part.codes.shape[1], dtype=dtype)
-    if len(part.codes):
-        codes = part.codes[local.clamp_min(0)].to(dtype)
+    found = part.codes.new_zeros(*indices.shape, part.codes.shape[2], dtype=dtype)
+    if part.codes.shape[1]:
+        heads = zip(part.codes, local.clamp_min(0), strict=True)
+        codes = torch.stack([own[at] for own, at in heads]).to(dtype)
         found = torch.where((local >= 0)[..., None], codes, found)
     # All but one add zero: the order does not matter.
     return add_up(found, True, "gathering sharded codes", part.group)
@@ -119,7 +122,7 @@ def codes_at(indices: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
 def own_indices(indices: Tensor, part: Part) -> Tensor:
     """Which of the process's codes the ``indices`` mean, -1 for others."""
     local = indices - part.start
-    own = (indices >= 0) & (local >= 0) & (local < len(part.codes))
+    own = (indices >= 0) & (local >= 0) & (local < part.codes.shape[1])
     return torch.where(own, local, -1)
 
 
@@ -130,8 +133,8 @@ def bounds(num_codes: int, ranks: int, rank: int) -> tuple[int, int]:
     return start, min(step, num_codes - start)
 
 
-def part_of_dtensor(codes: Any, group: object = None, dim: int = 0) -> Part:
-    """What this process holds of a DTensor of codes.
+def part_of_dtensor(codes: Any, group: object = None) -> Part:
+    """What this process holds of a DTensor of codes (K, D).
 
     Raises:
         ValueError: it is not sharded by code, or a group is given, too.
@@ -141,19 +144,19 @@ def part_of_dtensor(codes: Any, group: object = None, dim: int = 0) -> Part:
     if group is not None:
         raise ValueError(f"group must be None for a DTensor, which has its own, got {group}")
     placements = codes.placements
-    sharded = [i for i, p in enumerate(placements) if type(p) is Shard and p.dim == dim]
+    sharded = [i for i, p in enumerate(placements) if type(p) is Shard and p.dim == 0]
     rest = [p for i, p in enumerate(placements) if i not in sharded]
     if len(sharded) != 1 or any(type(p) is not Replicate for p in rest):
         raise ValueError(
-            f"codes must have placement Shard({dim}) on one dimension of their mesh, and "
+            "codes must have placement Shard(0) on one dimension of their mesh, and "
             f"Replicate() on the others, got {placements}"
         )
     mesh = codes.device_mesh
     ranks, rank = mesh.size(sharded[0]), mesh.get_local_rank(sharded[0])
-    start, size = bounds(codes.shape[dim], ranks, rank)
+    start, size = bounds(codes.shape[0], ranks, rank)
     local = codes.to_local()
-    assert local.shape[dim] == size
-    return Part(local, start, mesh.get_group(sharded[0]))
+    assert local.shape[0] == size
+    return Part(local[None], start, mesh.get_group(sharded[0]))
 
 
 def _part(codes: Tensor, group: ProcessGroup | DeviceMesh | None) -> Part:
@@ -165,7 +168,7 @@ def _part(codes: Tensor, group: ProcessGroup | DeviceMesh | None) -> Part:
         group = group.get_group()
     own = torch.full((), codes.shape[0], dtype=torch.int64, device=codes.device)
     sizes = gathered(own, "counting sharded codes", group)
-    return Part(codes, sizes[: dist.get_rank(group)].sum(), group)
+    return Part(codes[None], sizes[: dist.get_rank(group)].sum(), group)
 
 
 def _paired(x: Tensor, codes: Tensor, indices: Tensor, metric: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,19 +11,15 @@ from torch import Tensor, nn
 
 from mmfast.checks import check_codebook, check_floating, check_mask
 from mmfast.nn.initialisation import unit
+from mmfast.nn.layouts import Heads
 from mmfast.nn.losses import passed
-from mmfast.nn.nonfinite import NonFiniteBatches
-from mmfast.nn.ranks import add_up, gathered
-from mmfast.nn.sharded_look_up import Part, bounds, codes_at, look_up, own_indices
-from mmfast.nn.sharded_parameter import is_sharded, whole
-from mmfast.ops.code_statistics import code_statistics
-from mmfast.ops.ema_update import codes_of
+from mmfast.nn.sharded_codebook import CodebookShard
+from mmfast.nn.sharded_look_up import codes_at, look_up
+from mmfast.nn.sharded_parameter import whole
 from mmfast.ops.nearest_code import output_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-_SHARDED = ("cluster_size", "embed_avg", "embed")
 
 
 class _Valued(torch.autograd.Function):
@@ -38,151 +34,6 @@ class _Valued(torch.autograd.Function):
         return grads[0], None
 
 
-class CodebookShard(nn.Module):
-    """A process's part of the buffers of :class:`mmfast.nn.codebook.Codebook`, with its names.
-
-    ``cluster_size`` (1, P), ``embed_avg`` and ``embed`` (1, P, D) are plain tensors. The state
-    dict has them as DTensors of K codes with placement ``Shard(1)``, over the same memory; loading
-    takes such ones, DTensors of other placements, and plain tensors of all K codes.
-    """
-
-    initted: Tensor
-    cluster_size: Tensor
-    embed_avg: Tensor
-    embed: Tensor
-    nonfinite_batches: Tensor
-    first_code: Tensor
-
-    def __init__(self, embed: Tensor, mesh: DeviceMesh) -> None:
-        """embed: all codes, ``(1, K, D)``. mesh: of one dimension."""
-        super().__init__()
-        self.mesh = mesh
-        self.codebook_size = embed.shape[1]
-        self.start, size = bounds(embed.shape[1], mesh.size(), mesh.get_local_rank())
-        own = embed[:, self.start : self.start + size].clone()
-        self.register_buffer("initted", torch.tensor(True))
-        self.register_buffer("cluster_size", own.new_ones(1, size))
-        self.register_buffer("embed_avg", own.clone())
-        self.register_buffer("embed", own)
-        zero = torch.zeros((), dtype=torch.int64)
-        self.register_buffer("nonfinite_batches", zero, persistent=False)
-        self._watch = NonFiniteBatches()
-        first = torch.tensor(self.start)
-        self.register_buffer("first_code", first, persistent=False)
-        self._checked = False
-
-    def check_own(self) -> None:
-        """At the first forward, no process's codes have been overwritten by another's.
-
-        Raises:
-            RuntimeError: some have.
-        """
-        if self._checked or torch.compiler.is_compiling():
-            return
-        own = (self.first_code != self.start).long()
-        foreign = gathered(own, "comparing shards", self.mesh.get_group())
-        if foreign.any():
-            raise RuntimeError(
-                f"{int(foreign.sum())} of {len(foreign)} shards hold the codes of another one: "
-                "DistributedDataParallel broadcasts buffers; let it run over the processes with "
-                "the same codes only"
-            )
-        self._checked = True
-
-    @property
-    def part(self) -> Part:
-        """This process's codes."""
-        return Part(self.embed[0], self.start, self.mesh.get_group())
-
-    def of_all(self, name: str) -> Tensor:
-        """The buffer ``name`` of all processes as a DTensor over this one's memory."""
-        from torch.distributed.tensor import DTensor, Shard
-
-        own = getattr(self, name)
-        shape = torch.Size((1, self.codebook_size, *own.shape[2:]))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            own, self.mesh, [Shard(1)], run_check=False, shape=shape, stride=stride
-        )
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in _SHARDED:
-            destination[prefix + name] = self.of_all(name)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        own = dict(state_dict)
-        for name in _SHARDED:
-            given = own.get(prefix + name)
-            if given is None:
-                continue
-            if given.shape[1:2] == (self.codebook_size,):
-                own[prefix + name] = self._own_of(given)
-            else:
-                error_msgs.append(
-                    f"size mismatch for {prefix + name}: expected (1, {self.codebook_size}, ...) "
-                    f"of all codes, got {tuple(given.shape)}"
-                )
-                del own[prefix + name]
-        super()._load_from_state_dict(
-            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _own_of(self, given: Any) -> Tensor:
-        from torch.distributed.tensor import Shard
-
-        if is_sharded(given):
-            if given.device_mesh == self.mesh and given.placements == (Shard(1),):
-                return given.to_local()
-            given = whole(given)
-        return given.narrow(1, self.start, self.embed.shape[1])
-
-    @torch.no_grad()
-    def update_(
-        self,
-        x: Tensor,
-        indices: Tensor,
-        *,
-        decay: float,
-        eps: float,
-        normalize: bool,
-        data_mesh: DeviceMesh | None,
-    ) -> None:
-        """Follow the vectors ``x`` (N, D) and their codes ``indices`` (N,), -1 for none, as
-        :func:`mmfast.ema_update_` does; of all processes of ``data_mesh``."""
-        size = self.embed.shape[1]
-        local = own_indices(indices, self.part)
-        counts, sums = (t[None, :size] for t in code_statistics(x, local, max(size, 1)))
-        if data_mesh is not None:
-            what, group = "adding up the sizes and sums of codes", data_mesh.get_group()
-            counts = add_up(counts.contiguous(), True, what, group)
-            sums = add_up(sums.contiguous(), True, what, group)
-        finite = sums.isfinite().all(2)  # [1, P]
-        counts = torch.where(finite, counts.to(self.cluster_size), self.cluster_size)
-        sums = torch.where(finite[:, :, None], sums.to(self.embed_avg), self.embed_avg)
-        sizes = torch.lerp(counts.double(), self.cluster_size.double(), decay)  # [1, P]
-        total_sums = torch.lerp(sums.double(), self.embed_avg.double(), decay)  # [1, P, D]
-        # What all share: the sum of the sizes, and whether there was a sum that is not finite.
-        shared = torch.stack([sizes.sum(), (~finite.all()).double()])
-        add_up(shared, True, "adding up the sizes of sharded codes", self.mesh.get_group())
-        total = shared[:1, None]  # [1, 1]
-        codes = codes_of(self.embed, sizes, total_sums, total, self.codebook_size, eps, normalize)
-        self.embed.copy_(codes)
-        self.cluster_size.copy_(sizes)
-        self.embed_avg.copy_(total_sums)
-        self.nonfinite_batches += shared[1] > 0
-        self._watch.look(self.nonfinite_batches)
-
-
 class ShardedVectorQuantize(nn.Module):
     """:class:`mmfast.nn.VectorQuantize` with a codebook sharded by code over processes.
 
@@ -195,20 +46,24 @@ class ShardedVectorQuantize(nn.Module):
     same ``dim`` and K, as DTensors: ``torch.distributed.checkpoint`` saves and loads them on any
     number of processes, and ``load_state_dict`` takes an unsharded checkpoint as it is.
 
-    Every forward communicates, in eval mode too. It has one head, no projection, no learnable
-    codebook, no replacement of dead codes and no k-means initialisation.
+    Heads, k-means initialisation and the replacement of dead codes are those of the unsharded
+    module with the batch of all processes; no process holds all codes for them. Every forward
+    communicates, in eval mode too. There are no projections and no learnable codebook.
 
     Args:
-        dim: D, channels of the input.
+        dim: channels of the input.
         codebook_size: K; the first processes hold ceil(K / R) codes each, of R.
         mesh: of one dimension, the processes that share the codebook; all if None.
         data_mesh: of one dimension, the processes that hold the same codes and get other
             vectors: their statistics are added up. None if there are no such ones.
-        decay, eps, commitment_weight, use_cosine_sim, freeze_codebook, rotation_trick: as in
+        heads: H parts that each vector is split into, each with a code of its own of D = dim / H
+            dimensions: ``VectorQuantize`` with ``codebook_dim=dim // heads``.
+        separate_codebook_per_head, decay, eps, commitment_weight, use_cosine_sim, freeze_codebook,
+            rotation_trick, threshold_ema_dead_code, kmeans_init, kmeans_iters: as in
             :class:`mmfast.nn.VectorQuantize`.
 
     Raises:
-        ValueError: a mesh has more than one dimension.
+        ValueError: a mesh has more than one dimension, or heads do not divide dim.
 
     Source: see :class:`mmfast.nn.VectorQuantize`.
     """
@@ -220,12 +75,17 @@ class ShardedVectorQuantize(nn.Module):
         mesh: DeviceMesh | None = None,
         *,
         data_mesh: DeviceMesh | None = None,
+        heads: int = 1,
+        separate_codebook_per_head: bool = False,
         decay: float = 0.8,
         eps: float = 1e-5,
         commitment_weight: float = 1.0,
         use_cosine_sim: bool = False,
         freeze_codebook: bool = False,
         rotation_trick: bool | None = None,
+        threshold_ema_dead_code: float = 0,
+        kmeans_init: bool = False,
+        kmeans_iters: int = 10,
     ) -> None:
         super().__init__()
         if mesh is None:
@@ -236,30 +96,57 @@ class ShardedVectorQuantize(nn.Module):
         for name, given in (("mesh", mesh), ("data_mesh", data_mesh)):
             if given is not None and given.ndim != 1:
                 raise ValueError(f"{name} must have one dimension, got {given}")
+        if heads < 1 or dim % heads:
+            raise ValueError(f"heads must divide dim = {dim}, got {heads}")
         self.dim = dim
         self.codebook_size = codebook_size
-        self.data_mesh = data_mesh
-        self.decay = decay
-        self.eps = eps
+        self.heads = heads
+        self.separate_codebook_per_head = separate_codebook_per_head
         self.commitment_weight = commitment_weight
         self.use_cosine_sim = use_cosine_sim
         self.freeze_codebook = freeze_codebook
         self.rotation_trick = dim > 1 if rotation_trick is None else rotation_trick
-        embed = torch.empty(1, codebook_size, dim)
-        nn.init.kaiming_uniform_(embed)
-        self._codebook = CodebookShard(unit(embed) if use_cosine_sim else embed, mesh)
+        self._codebook = CodebookShard(
+            dim // heads,
+            codebook_size,
+            mesh,
+            data_mesh,
+            num_codebooks=heads if separate_codebook_per_head else 1,
+            kmeans_init=kmeans_init,
+            kmeans_iters=kmeans_iters,
+            decay=decay,
+            eps=eps,
+            threshold_ema_dead_code=threshold_ema_dead_code,
+            use_cosine_sim=use_cosine_sim,
+        )
+
+    @property
+    def _heads(self) -> Heads:
+        return Heads(self.heads, self.separate_codebook_per_head)
 
     @property
     def codebook(self) -> Tensor:
-        """All codes, ``(K, D)``, gathered: all processes must ask for them."""
-        return whole(self._codebook.of_all("embed"))[0]
+        """All codes, ``(K, D)``, or ``(H, K, D)`` with a codebook for each head, gathered: all
+        processes must ask for them."""
+        embed = whole(self._codebook.of_all("embed"))
+        return embed if self.separate_codebook_per_head else embed[0]
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """Codes ``(..., D)`` of ``indices`` (...), zeros where they are -1."""
-        part = self._codebook.part
-        return codes_at(indices, part, part.codes.dtype)
+        """Codes of ``indices`` as the forward returns them, zeros where they are -1: ``(..., D)``,
+        ``(..., H D)`` of separate codebooks, ``(..., H, D)`` of heads that share one."""
+        codes = self._codes_of(indices)
+        return codes.flatten(-2) if self.separate_codebook_per_head and self.heads > 1 else codes
 
-    get_output_from_indices = get_codes_from_indices
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What the forward gives out where it gives ``indices``."""
+        codes = self._codes_of(indices)
+        return codes.flatten(-2) if self.heads > 1 else codes
+
+    def _codes_of(self, indices: Tensor) -> Tensor:
+        part = self._codebook.part
+        books, _, dim = part.codes.shape
+        rows = indices.reshape(-1, books).T  # [C, N]
+        return codes_at(rows, part, part.codes.dtype).transpose(0, 1).reshape(*indices.shape, dim)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, freeze_codebook: bool | None = None
@@ -273,13 +160,14 @@ class ShardedVectorQuantize(nn.Module):
             freeze_codebook: instead of the module's.
 
         Returns:
-            ``(quantized, indices, loss)``: x's shape and dtype; ``x.shape[:-1]``, int64; ``()``,
-            0 in eval mode.
+            ``(quantized, indices, loss)``: x's shape and dtype; ``x.shape[:-1]``, with heads
+            ``(..., H)``, int64; ``()``, 0 in eval mode.
 
         Raises:
             TypeError: an argument has another dtype.
-            ValueError: shapes do not fit.
-            RuntimeError: a reduction failed, for one because a process has ended.
+            ValueError: shapes do not fit, or there is nothing to initialise the codebook from.
+            RuntimeError: a reduction failed, for one because a process has ended; or compiling
+                with a codebook that is not initialised.
         """
         check_floating("x", x)
         check_codebook(x, self._codebook.embed.new_empty(1, self.dim))
@@ -293,33 +181,35 @@ class ShardedVectorQuantize(nn.Module):
         self, x: Tensor, mask: Tensor | None, update: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         self._codebook.check_own()
+        batch = x.shape[0] if x.dim() > 1 else 1
+        length = math.prod(x.shape[1:-1])
+        vectors = self._heads.split(x.reshape(batch, length, self.dim))  # [C, M, D]
+        vectors = unit(vectors) if self.use_cosine_sim else vectors
+        inside = None
+        if mask is not None:
+            inside = self._heads.spread(mask.reshape(batch, length))  # [C, M]
+            vectors = torch.where(inside[:, :, None], vectors, 0)
+        self._codebook.ensure_initialised(vectors, inside)
         part = self._codebook.part
-        vectors = unit(x) if self.use_cosine_sim else x
-        rows = vectors.flatten(0, -2)  # [N, D]
-        if mask is not None:
-            rows = torch.where(mask.flatten()[:, None], rows, 0)
-        indices, _ = look_up(rows.detach(), part, "dot" if self.use_cosine_sim else "euclidean")
-        if mask is not None:
-            indices = torch.where(mask.flatten(), indices, -1)
-        codes = codes_at(indices, part, part.codes.dtype)  # [N, D]
+        indices, _ = look_up(vectors.detach(), part, self._codebook.metric)
+        if inside is not None:
+            indices = torch.where(inside, indices, -1)
+        codes = codes_at(indices, part, part.codes.dtype)  # [C, M, D]
         if update:
-            self._codebook.update_(
-                rows.detach(),
-                indices,
-                decay=self.decay,
-                eps=self.eps,
-                normalize=self.use_cosine_sim,
-                data_mesh=self.data_mesh,
-            )
-        loss = rows.new_zeros((), dtype=output_dtype(rows, codes))
+            self._codebook.update_(vectors.detach(), indices)
+        loss = vectors.new_zeros((), dtype=output_dtype(vectors, codes))
         if self.training:
-            square = (codes - rows).to(loss.dtype).square().sum()  # masked ones are 0 on both sides
-            count = (indices >= 0).sum().clamp_min(1) * self.dim
+            # Masked ones are 0 on both sides.
+            square = (codes - vectors).to(loss.dtype).square().sum()
+            count = (indices >= 0).sum().clamp_min(1) * codes.shape[2]
             loss = square / count * self.commitment_weight
         quantized = codes.to(x.dtype)
         if self.training and x.requires_grad:
             gradient = "rotation" if self.rotation_trick else "straight_through"
-            quantized = _Valued.apply(passed(rows, quantized, gradient, 0.0), quantized)
-        if mask is not None:
-            quantized = torch.where(mask.flatten()[:, None], quantized, 0)
-        return quantized.view(x.shape), indices.view(x.shape[:-1]), loss
+            quantized = _Valued.apply(passed(vectors, quantized, gradient, 0.0), quantized)
+        if inside is not None:
+            quantized = torch.where(inside[:, :, None], quantized, 0)
+        quantized = self._heads.join(quantized, batch, length)
+        index = self._heads.join_indices(indices, batch, length)
+        each = x.shape[:-1] if self.heads == 1 else (*x.shape[:-1], self.heads)
+        return quantized.reshape(x.shape), index.reshape(each), loss
