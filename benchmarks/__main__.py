@@ -22,7 +22,7 @@ from benchmarks.results import FILE, Results, letters_of
 from benchmarks.spent import ROUNDS, Spent
 
 _HERE = Path(__file__).parent
-_CURVE_SHARE = 0.2  # of a table's case's time
+_CURVE_SHARE = 0.1  # of a table's case's time
 _LEVEL_CASES = 2  # of lower instruction sets, without --full
 _LEVELS = 2  # lower instruction sets, likewise
 
@@ -137,7 +137,7 @@ def _parse() -> argparse.Namespace:
     if options.threads and min(options.threads) < 1:
         parser.error(f"--threads must be at least 1, got {min(options.threads)}")
     if options.seconds is None:
-        options.seconds = 0.3 if options.quick else 2.0 if options.full else 0.4
+        options.seconds = 2.0 if options.full else 0.3
     if options.quick and options.full:
         parser.error("--quick and --full exclude each other")
     if not _choose(options):

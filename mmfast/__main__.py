@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from mmfast.commands import COMMANDS, CommandError
+from mmfast.commands import COMMANDS, INTERRUPTED, CommandError
 from mmfast.version import __version__
 
 
@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line after the program's name, ``sys.argv[1:]`` where None.
 
     Returns:
-        The exit status: 1 for failures that the user can mend, told in one line.
+        The exit status: 1 for failures that the user can mend, told in one line;
+        130 after Ctrl-C.
 
     Raises:
         SystemExit: the command line is wrong (status 2), or asked for help or the version.
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"mmfast {given.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return status
 
 

@@ -165,8 +165,7 @@ def _walk(shape: tuple[int, ...], num_codes: int, code: _Coder, known: Any) -> n
 
 def _range_coding() -> tuple[Any, Any]:
     """The coder's module, and the family of its models."""
-    try:
-        import constriction
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{error}; pip install 'mmfast[train]' brings it") from None
+    from mmfast.data.errors import needed
+
+    constriction = needed("constriction")
     return constriction.stream.queue, constriction.stream.model.Categorical

@@ -23,6 +23,24 @@ def test_every_command_has_help_and_a_place_in_the_docs(name, capsys):
     assert f"## mmfast {name}" in DOCS.read_text()
 
 
+def test_without_safetensors(tmp_path, capsys, monkeypatch):
+    """One line says what brings it."""
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    model = tmp_path / "m.safetensors"
+    model.touch()
+    assert main(["evaluate", str(model)]) == 1
+    assert "pip install 'mmfast[train]' brings it" in capsys.readouterr().err
+
+
+def test_ctrl_c(capsys, monkeypatch):
+    def interrupted(given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmfast.commands.info.run", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
 def test_as_a_module():
     """One line on standard error and status 1, without a traceback."""
     words = "-m", "mmfast", "evaluate", "absent.safetensors"

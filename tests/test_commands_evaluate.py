@@ -178,6 +178,17 @@ def test_missing_labels(tmp_path, capsys):
     assert "learns from labels, which" in refused(capsys, *words)
 
 
+def test_a_classifier_learns_from_what_has_labels(tmp_path, capsys, folder):
+    """In the part that is trained on, some samples lack one."""
+    rows = [f"{path},{path.parent.name}" for path in sorted(folder.glob("*/*.png"))]
+    rows[:8] = [row.rpartition(",")[0] + "," for row in rows[:8]]
+    manifest = tmp_path / "data.csv"
+    manifest.write_text("image,label\n" + "\n".join(rows) + "\n")
+    file = save_dit(tmp_path / "m.safetensors", source=str(manifest))
+    words = "--classifier", "train", "--train-steps", 2, "--steps", 1, "--count", 1
+    assert found(capsys, file, *words)["read_as_class"]["samples"] == CLASSES
+
+
 def test_what_is_refused(tmp_path, capsys, folder):
     model = save_vqvae(tmp_path / "v.safetensors", None, None, str(folder))
     said = refused(capsys, "evaluate", model, "--data", tmp_path / "absent")

@@ -114,6 +114,7 @@ def test_what_is_refused(tmp_path, capsys):
         "--sampler",
         "flow_euler",
     )
+    assert "a finite number, got nan" in refused(capsys, *words, "--guidance", "nan")
     other = save_vqvae(tmp_path / "v.safetensors")
     assert "holds a VQVAE, expected a DiT" in refused(capsys, "sample", other, *words[2:])
     save_model(dit(), tmp_path / "bare.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
@@ -599,6 +600,29 @@ def test_a_batch_that_changes(name: str) -> None:
     assert _error(_run(scheduler, shape=(5, 3)), alone) == 0
 
 
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_tokens_at_timesteps_of_their_own(stochastic: bool) -> None:
+    """As of videos that go on from given frames: these are clean from the start."""
+    name, results = "FlowMatchEulerDiscreteScheduler", []
+    for library in (diffusers, drop_in):
+        scheduler = getattr(library, name)(shift=3.0, stochastic_sampling=stochastic)
+        scheduler.set_timesteps(5)
+        generator = torch.Generator().manual_seed(5)
+        x = torch.randn(2, 7, 4, generator=generator)
+        given = torch.rand(2, 7, generator=generator) < 0.4
+        outputs = []
+        with NoSynchronising() if library is drop_in else contextlib.nullcontext():
+            for i, t in enumerate(scheduler.timesteps):
+                per_token = torch.where(given, t * 0.3, t)
+                x = scheduler.step(
+                    _model(x), t, x, generator=generator, per_token_timesteps=per_token
+                ).prev_sample
+                outputs.append((x,))
+                assert scheduler.step_index == i + 1
+        results.append(outputs)
+    assert _error(*reversed(results)) == 0
+
+
 def test_a_counter_that_is_set_back() -> None:
     """What is remembered belongs to one sequence: any other step begins anew."""
     scheduler = drop_in.DPMSolverMultistepScheduler()
@@ -789,8 +813,6 @@ def test_calls_that_are_refused() -> None:
     x = torch.randn(2, 3, 4)
     flow = drop_in.FlowMatchEulerDiscreteScheduler()
     flow.set_timesteps(4)
-    with pytest.raises(NotImplementedError, match="per_token_timesteps is not supported"):
-        flow.step(x, flow.timesteps[0], x, per_token_timesteps=x)
     heun = drop_in.FlowMatchHeunDiscreteScheduler()
     heun.set_timesteps(4)
     with pytest.raises(NotImplementedError, match="s_churn above 0 is not supported"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import normal
 from torch import nn
+from whole_models import assert_sound
 
 import mmfast
 from mmfast.models import Diffusion, DiT
@@ -242,6 +243,17 @@ def test_scale_of_the_data():
 def test_description_there_and_back(options):
     diffusion = Diffusion(data_std=[1.0, 2.0], **options)
     assert Diffusion(**json.loads(json.dumps(diffusion.config))) == diffusion
+
+
+def test_step_is_the_references():
+    """Loss, gradients and a step in float32 against float64 on the reference backend."""
+    diffusion, condition = Diffusion(weighting="min_snr"), {"y": torch.tensor([1, 3])}
+    x0 = normal(2, 3, 8, 8)
+
+    def loss(model, dtype):
+        return diffusion.loss(model, x0.to(dtype), seed=2, offset=7, condition=condition)
+
+    assert_sound(small(learn_sigma=True), loss, compiles=False)
 
 
 def test_compile_without_a_break():

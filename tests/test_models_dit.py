@@ -156,6 +156,29 @@ def test_weights_to_diffusers_and_back():
         assert torch.equal(again.state_dict()[name], t), name
 
 
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_model_to_diffusers_and_back(learn_sigma):
+    pytest.importorskip("diffusers")
+    options = SMALL | {"learn_sigma": learn_sigma}
+    ours = randomise(DiT(**options, mlp_eps=1e-4, downscale_freq_shift=1.0).double()).eval()
+    with pytest.raises(ValueError, match="sines and cosines as pos_embed, this one others"):
+        ours.to_diffusers()
+    ours.pos_embed.data = DiT(**options).pos_embed.data.double()
+    theirs = ours.to_diffusers()
+    x, t, y = normal(2, 4, 8, 8, dtype=torch.float64), torch.tensor([0, 1]), torch.tensor([3, 7])
+    expected = ours(x, t, y)
+    torch.testing.assert_close(
+        theirs(x, t, y, return_dict=False)[0], expected, rtol=1e-6, atol=1e-6
+    )
+    assert torch.equal(DiT.from_diffusers(theirs).eval()(x, t, y), expected)
+    for wrong, message in (
+        ({}, r"downscale_freq_shift: 1\.0, got 0\.0"),
+        ({"input_size": (8, 4)}, r"dimensions of equal sizes: \(8, 8\), got \(8, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DiT(**SMALL | wrong).to_diffusers()
+
+
 def test_weights_that_do_not_fit():
     theirs = diffusers_model()
     state = theirs.state_dict()

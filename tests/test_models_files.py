@@ -88,3 +88,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         fail()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_models_inside_of_a_file(tmp_path):
+    """Parts have weights of their own beside the model's, also of the same names."""
+    model, part = vqvae(), VQVAE(QUANTIZER, 4, widths=(4, 8), num_blocks=1)
+    path = tmp_path / "model.safetensors"
+    save_model(model, path, parts={"first": part}, data=1)
+    assert describe_model(path)["parts"].keys() == {"first"}
+    for loaded, saved in ((load_model(path), model), (load_model(path, part="first"), part)):
+        assert loaded.state_dict().keys() == saved.state_dict().keys()
+        for name, tensor in saved.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+    with pytest.raises(KeyError, match="has no part 'second'; it has first"):
+        load_model(path, part="second")
+    with pytest.raises(TypeError, match="holds a VQVAE, expected a DiT"):
+        load_model(path, DiT, part="first")

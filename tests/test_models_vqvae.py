@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import normal
+from whole_models import assert_sound
 
 import mmfast.nn
 from mmfast.models import VQVAE, code_usage
+from mmfast.models.convolutions import Fold
 
 D = 8
 
@@ -100,6 +102,59 @@ def test_blocks_as_channels(spatial_dims, sizes):
     assert vqvae(x).loss.requires_grad
 
 
+@pytest.mark.parametrize(("spatial_dims", "sizes"), [(1, (64,)), (2, (8, 16)), (3, (8, 8, 12))])
+def test_shortcut(spatial_dims, sizes):
+    """It starts as the best linear map of blocks of 4 there is; gradients reach everything."""
+    vqvae = VQVAE(
+        quantizer("VectorQuantize"),
+        D,
+        channels=2,
+        spatial_dims=spatial_dims,
+        widths=(4, 6),
+        num_blocks=1,
+        patch_size=2,
+        shortcut=True,
+        norm=None,
+    )
+    x = normal(6, 2, *sizes)
+    vqvae.initialize_shortcut(x.split(4))
+    with torch.no_grad():
+        made = vqvae.decoder(vqvae.latents(x))
+    blocks = Fold(spatial_dims, 4)(x).flatten(2).transpose(1, 2).flatten(0, 1).double()
+    centred = blocks - blocks.mean(0)
+    lost = torch.linalg.svdvals(centred)[D:].square().sum()  # Eckart and Young
+    torch.testing.assert_close((made - x).double().square().sum(), lost, rtol=1e-4, atol=1e-4)
+    vqvae(x).loss.backward()
+    assert all(p.grad is not None for p in vqvae.parameters())
+
+
+def test_shortcut_to_more_vectors_than_a_block_has_values():
+    vqvae = VQVAE(quantizer("FSQ"), D, channels=1, widths=(4, 6), num_blocks=1, shortcut=True)
+    x = normal(3, 1, 8, 8)
+    vqvae.initialize_shortcut([x])
+    with torch.no_grad():
+        torch.testing.assert_close(vqvae.decoder(vqvae.latents(x)), x)
+
+
+def test_no_shortcut():
+    with pytest.raises(TypeError, match="shortcut=True"):
+        model().initialize_shortcut([normal(1, 3, 8, 8)])
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_without_norms_parts_are_independent(shortcut):
+    """What is far away does not matter."""
+    vqvae = VQVAE(
+        quantizer("FSQ"), D, widths=(6, 12), num_blocks=1, norm=None, shortcut=shortcut
+    ).eval()
+    x = normal(1, 3, 8, 96)
+    other = torch.cat([x[..., :48], normal(1, 3, 8, 48, seed=1)], 3)
+    with torch.no_grad():
+        a, b = vqvae.decoder(vqvae.latents(x)), vqvae.decoder(vqvae.latents(other))
+    torch.testing.assert_close(a[..., :16], b[..., :16])
+    assert not torch.allclose(a[..., 48:], b[..., 48:])
+
+
 def test_k_means():
     vqvae = model()
     x = normal(4, 3, 8, 8)
@@ -119,6 +174,33 @@ def test_k_means():
         vqvae.initialize_codebook([normal(1, 3, 4, 4)])
     with pytest.raises(TypeError, match="needs a VectorQuantize with one codebook, got FSQ"):
         model("FSQ").initialize_codebook([x])
+
+
+def test_the_plain_recipe():
+    """Encode all, a codebook by k-means, quantise, train the decoder alone."""
+    vqvae, x = model().eval(), normal(8, 3, 8, 8)
+    vqvae.initialize_codebook(x.split(4))
+    vqvae.requires_grad_(False).decoder.requires_grad_(True)
+    before = {name: value.clone() for name, value in vqvae.state_dict().items()}
+    indices = vqvae.encode(x)
+    optimizer = torch.optim.Adam(vqvae.decoder.parameters(), 1e-2)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = vqvae.reconstruction_loss(vqvae.decode(indices), x)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    for name, value in vqvae.state_dict().items():
+        assert torch.equal(value, before[name]) != name.startswith("decoder."), name
+    assert torch.equal(vqvae.encode(x), indices)
+
+
+def test_step_is_the_references():
+    """Loss, gradients and a step in float32 against float64 on the reference backend."""
+    x = normal(2, 3, 8, 8)
+    assert_sound(model().eval(), lambda m, dtype: m(x.to(dtype)).loss, compiles=False)
 
 
 def test_usage():

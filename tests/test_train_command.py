@@ -97,6 +97,11 @@ def test_going_on(pictures, tmp_path, capsys):
     capsys.readouterr()
     assert fresh("dit", pictures, out) == 1
     assert "holds a run already; resume it (--resume)" in capsys.readouterr().err
+    assert train("dit", out, "--resume", "--batch-size", 2) == 1
+    assert "the run to be resumed has batch_size 4, got 2" in capsys.readouterr().err
+    assert json.loads((out / "config.json").read_text()) == before
+    assert train("dit", out, "--resume") == 0
+    assert "grad_norm" in capsys.readouterr().out
     assert train("dit", out, "--resume", "--steps", 5) == 0
     assert "resuming after step 3" in capsys.readouterr().err
     after = json.loads((out / "config.json").read_text())

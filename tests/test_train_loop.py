@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -183,6 +184,28 @@ def test_decoder_only():
     assert error < 0.1 * vectors.var(0).sum()
     with pytest.raises(ValueError, match="codebook_start must be 0 with decoder_only, got 3"):
         VQVAETask(model, ABOUT, decoder_only=True, codebook_start=3)
+
+
+def test_shortcut_and_all_stages_start_from_the_data():
+    """Before the first step: principal components, and k-means in every stage, for all that
+    stages may be left out."""
+    values = data(torch.float32)
+    quantizer = {
+        "type": "ResidualVQ",
+        "dim": 4,
+        "num_quantizers": 3,
+        "codebook_size": 12,
+        "kmeans_init": True,
+        "quantize_dropout": True,
+    }
+    made = VQVAE(quantizer, 4, channels=1, widths=(4, 8), num_blocks=1, shortcut=True)
+    want = copy.deepcopy(made)
+    trained = VQVAETask(made, ABOUT)
+    trained.begin({"image": values["image"]}, 0)
+    want.initialize_shortcut([values["image"]])
+    torch.testing.assert_close(made.encoder.state_dict(), want.encoder.state_dict())
+    assert all(bool(stage._codebook.initted) for stage in made.quantizer.layers)
+    assert made.quantizer.quantize_dropout
 
 
 def test_without_labels():

@@ -187,6 +187,7 @@ def test_keeps_the_newest(tmp_path):
     [
         ({"batch_size": 4}, "resumed has batch_size 8, got 4"),
         ({"seed": 1}, "had seed 0, this one 1"),
+        ({"steps": 1}, "has made 2 steps, got steps = 1"),
     ],
 )
 def test_other_settings(change, message, tmp_path):

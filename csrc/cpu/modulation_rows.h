@@ -2,7 +2,6 @@
 #pragma once
 #include "cpu/gated_residual_modulate.h"
 #include "cpu/numbers.h"
-#include "cpu/past_cache.h"
 #include "cpu/workspace.h"
 
 namespace mmfast::MMFAST_ISA {
@@ -64,14 +63,23 @@ struct Channels {
 
   // Past the cache; `at` is a multiple of the size, which is at least 8.
   MMFAST_INLINE void stream(char* at, const char* from, int64_t size) {
-    if (size == 64)
-      store_past_cache(at, load<d8>(from));
-    else if (size == 32)
-      store_past_cache(at, load<f8>(from));
-    else if (size == 16)
-      store_past_cache(at, load<i16x8>(from));
-    else
-      std::memcpy(at, from, (size_t)size);
+#if defined(__AVX512F__)
+    if (size == 64) {
+      _mm512_stream_si512((__m512i*)at, _mm512_load_si512(from));
+      return;
+    }
+#endif
+#if defined(__AVX2__)
+    if (size == 32) {
+      _mm256_stream_si256((__m256i*)at, _mm256_load_si256((const __m256i*)from));
+      return;
+    }
+#endif
+    if (size == 16) {
+      _mm_stream_si128((__m128i*)at, _mm_load_si128((const __m128i*)from));
+      return;
+    }
+    std::memcpy(at, from, (size_t)size);
   }
 };
 

@@ -16,6 +16,9 @@ COMMANDS = {
     "evaluate": "measure a VQVAE or a DiT on data",
 }
 
+INTERRUPTED = 130
+"""The exit status of programs that Ctrl-C ended."""
+
 
 class CommandError(Exception):
     """A failure that the user can mend; the message says what and how."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,8 +71,10 @@ class Drawer(NamedTuple):
         """The scale to use.
 
         Raises:
-            CommandError: the model was trained without what guidance needs.
+            CommandError: it is no number, or the model was trained without what guidance needs.
         """
+        if wanted is not None and not math.isfinite(wanted):
+            raise CommandError(f"--guidance must be a finite number, got {wanted}")
         if self.dit.y_embedder.dropout_prob > 0:
             return _GUIDANCE if wanted is None else wanted
         if wanted not in (None, 1.0):

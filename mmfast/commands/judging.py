@@ -60,9 +60,7 @@ def train_classifier(drawer: Drawer, data: HeldOut, steps: int) -> Classifier:
             warmup=min(100, steps // 4),
             device=str(drawer.device),
         )
-        made: Classifier = fit(
-            ClassifierTask(model, drawer.about["data"]), config, data.train
-        ).model
+        made: Classifier = fit(ClassifierTask(model, drawer.about["data"]), config, train).model
     return made.to(drawer.device)
 
 

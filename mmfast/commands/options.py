@@ -65,5 +65,5 @@ def open_model(path: Path, expected: type[M], device: torch.device) -> tuple[M, 
     file = model_file(path)
     try:
         return load_model(file, expected, device=device), describe_model(file)["about"]
-    except (OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise CommandError(str(error)) from None

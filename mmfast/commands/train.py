@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mmfast.commands import CommandError
+from mmfast.commands import INTERRUPTED, CommandError
 from mmfast.data import FileError
 from mmfast.models import VQVAE
 from mmfast.train import NonFiniteError, Stopped, distributed, fit
@@ -32,7 +32,6 @@ _GROUPS = {
     "objective": "what it learns",
     "train": "training",
 }
-_INTERRUPTED = 130  # the exit status of programs that Ctrl-C ended
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,9 +105,7 @@ def run(given: argparse.Namespace) -> int:
         if distributed.rank() == 0:
             again = f"mmfast train {given.kind} --out {given.out} --resume"
             print(f"{stopped}\ngo on with: {again}")
-        return _INTERRUPTED
-    except KeyboardInterrupt:
-        return _INTERRUPTED
+        return INTERRUPTED
     except (FileError, ImportError, NonFiniteError, OSError, TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     _show(_results(result.row, given.out))

@@ -63,10 +63,12 @@ def save_model(
         about: what else to keep, such as how the data was prepared; see :func:`describe_model`.
 
     Raises:
+        ImportError: safetensors is not installed.
         TypeError: the model was built with something that JSON does not know, such as a module.
     """
-    from safetensors.torch import save_file
+    from mmfast.data.errors import needed
 
+    format_ = needed("safetensors.torch")
     parts = parts or {}
     described = {
         "format": _FORMAT,
@@ -88,7 +90,7 @@ def save_model(
         for name, value in module.state_dict().items()
     }
     with replacing(path) as temporary:
-        save_file(weights, temporary, metadata={_KEY: text})
+        format_.save_file(weights, temporary, metadata={_KEY: text})
 
 
 def _description(model: Configured) -> dict[str, Any]:
@@ -101,16 +103,18 @@ def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ImportError: safetensors is not installed.
         ValueError: it is another kind of file, or damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from mmfast.data.errors import needed
 
+    format_ = needed("safetensors")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with safe_open(path, "pt") as file:
+        with format_.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except (format_.SafetensorError, OSError) as error:
         raise ValueError(f"{path}: no safetensors file, or a damaged one ({error})") from None
     if _KEY not in metadata:
         raise ValueError(f"{path}: holds no mmfast model, only tensors")
@@ -139,11 +143,12 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no such file.
+        ImportError: safetensors is not installed.
         KeyError: the file has no such part.
         TypeError: the file holds a model of another class.
         ValueError: it is another kind of file, damaged, or its weights do not fit.
     """
-    from safetensors import safe_open
+    from mmfast.data.errors import needed
 
     described = describe_model(path)
     prefix = ""
@@ -156,7 +161,7 @@ def load_model(
     if cls is None or not issubclass(cls, expected):
         raise TypeError(f"{path}: holds a {described['class']}, expected a {expected.__name__}")
     model = cls(**described["config"])
-    with safe_open(path, "pt") as file:
+    with needed("safetensors").safe_open(path, "pt") as file:
         weights = {
             name.removeprefix(prefix): file.get_tensor(name)
             for name in file.keys()  # noqa: SIM118

@@ -16,7 +16,9 @@ def convolution(dims: int, inputs: int, outputs: int, size: int = 3, stride: int
     return _CONVOLUTIONS[dims](inputs, outputs, size, stride, padding=(size - 1) // 2)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def _norm(channels: int, norm: str | None) -> nn.Module:
+    if norm is None:
+        return nn.Identity()
     groups = next(g for g in range(min(_GROUPS, channels), 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups, channels)
 
@@ -24,13 +26,13 @@ def _norm(channels: int) -> nn.GroupNorm:
 class ResidualBlock(nn.Module):
     """Two convolutions beside a shortcut: ``(B, C, ...)`` to ``(B, outputs, ...)``."""
 
-    def __init__(self, dims: int, inputs: int, outputs: int) -> None:
+    def __init__(self, dims: int, inputs: int, outputs: int, norm: str | None = "group") -> None:
         super().__init__()
         self.body = nn.Sequential(
-            _norm(inputs),
+            _norm(inputs, norm),
             nn.SiLU(),
             convolution(dims, inputs, outputs),
-            _norm(outputs),
+            _norm(outputs, norm),
             nn.SiLU(),
             convolution(dims, outputs, outputs),
         )
@@ -98,6 +100,7 @@ def encoder(
     num_blocks: int,
     latent_dim: int,
     patch: int = 1,
+    norm: str | None = "group",
 ) -> nn.Sequential:
     """``(B, channels, ...)`` to ``(B, latent_dim, ...)``, each size halved once per width after
     the first; before that, blocks of ``patch`` become channels."""
@@ -108,9 +111,11 @@ def encoder(
         if level:
             layers.append(Downsample(dims, width))
         for _ in range(num_blocks):
-            layers.append(ResidualBlock(dims, width, wider))
+            layers.append(ResidualBlock(dims, width, wider, norm))
             width = wider
-    return nn.Sequential(*layers, _norm(width), nn.SiLU(), convolution(dims, width, latent_dim))
+    return nn.Sequential(
+        *layers, _norm(width, norm), nn.SiLU(), convolution(dims, width, latent_dim)
+    )
 
 
 def decoder(
@@ -120,6 +125,7 @@ def decoder(
     num_blocks: int,
     latent_dim: int,
     patch: int = 1,
+    norm: str | None = "group",
 ) -> nn.Sequential:
     """The way back of :func:`encoder`."""
     width = widths[-1]
@@ -128,7 +134,7 @@ def decoder(
         if level:
             layers.append(Upsample(dims, width))
         for _ in range(num_blocks):
-            layers.append(ResidualBlock(dims, width, narrower))
+            layers.append(ResidualBlock(dims, width, narrower, norm))
             width = narrower
-    layers += [_norm(width), nn.SiLU(), convolution(dims, width, channels * patch**dims)]
+    layers += [_norm(width, norm), nn.SiLU(), convolution(dims, width, channels * patch**dims)]
     return nn.Sequential(*layers, *([Unfold(dims, patch)] if patch > 1 else []))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmfast.models.patches import PatchTransformer, repeatable, xavier
 from mmfast.nn.adaptive_norm import zero
 from mmfast.nn.dit_block import DiTBlock
-from mmfast.nn.embedders import LabelEmbedder
+from mmfast.nn.embedders import LabelEmbedder, sincos_positions
 from mmfast.nn.weights import dit_from_diffusers, dit_to_diffusers
 
 SIZES = {
@@ -121,9 +121,49 @@ class DiT(PatchTransformer):
             mlp_eps=given["norm_eps"],
             downscale_freq_shift=1.0,
         )
-        made.load_state_dict(model.state_dict())
         parameter = next(model.parameters())
-        return made.to(parameter.device, parameter.dtype)
+        made.to(parameter.device, parameter.dtype)
+        made.load_state_dict(model.state_dict())
+        return made
+
+    def to_diffusers(self) -> Any:
+        """The inverse of :meth:`from_diffusers`: a ``DiTTransformer2DModel`` with these weights.
+
+        Raises:
+            ValueError: diffusers' model cannot do the same.
+        """
+        import diffusers
+
+        first = self.blocks[0] if len(self.blocks) else None
+        if not isinstance(first, DiTBlock):
+            raise ValueError("diffusers' DiT needs at least one block")
+        dim, hidden = first.attn.dim, first.mlp.fc1.out_features
+        for what, got, wanted in (
+            ("dimensions of equal sizes", self.input_size, self.input_size[:1] * 2),
+            ("patches of equal sides", self.patch_size, self.patch_size[:1] * 2),
+            ("an MLP's hidden size", hidden, 4 * dim),
+            ("downscale_freq_shift", self.t_embedder.downscale_freq_shift, 1.0),
+            ("labels that are dropped", self.y_embedder.dropout_prob > 0, True),
+        ):
+            if got != wanted:
+                raise ValueError(f"diffusers' DiT has {what}: {wanted}, got {got}")
+        placed = sincos_positions(self.grid, dim).to(self.pos_embed)
+        if not torch.allclose(self.pos_embed[0], placed, atol=1e-3):
+            raise ValueError("diffusers' DiT has sines and cosines as pos_embed, this one others")
+        made: Any = diffusers.DiTTransformer2DModel(
+            num_attention_heads=first.attn.num_heads,
+            attention_head_dim=dim // first.attn.num_heads,
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            num_layers=len(self.blocks),
+            sample_size=self.input_size[0],
+            patch_size=self.patch_size[0],
+            num_embeds_ada_norm=self.y_embedder.num_classes,
+            norm_eps=first.mlp_eps,
+        )
+        made.to(self.pos_embed.device, self.pos_embed.dtype).train(self.training)
+        made.load_state_dict(self.diffusers_state_dict())
+        return made
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

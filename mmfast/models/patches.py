@@ -83,7 +83,7 @@ class PatchTransformer(Configured):
         self.input_size, self.patch_size = sizes, patch
         self.in_channels, self.learn_sigma = in_channels, learn_sigma
         self.out_channels = in_channels * (1 + learn_sigma)
-        self.num_tokens = math.prod(grid)
+        self.grid, self.num_tokens = grid, math.prod(grid)
         self.x_embedder = PatchEmbed(patch, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, downscale_freq_shift=downscale_freq_shift)
         self.pos_embed = places(grid, hidden_size)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmfast
@@ -14,8 +13,14 @@ import mmfast.nn
 from mmfast.checks import check_choice, check_floating
 from mmfast.models.configured import Configured
 from mmfast.models.convolutions import decoder, encoder
+from mmfast.models.losses import weighted
+from mmfast.models.shortcut import (
+    Shortcut,
+    linear_decoder,
+    linear_encoder,
+    set_principal_components,
+)
 
-_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 _TO_OUTPUT = ("get_output_from_indices", "indices_to_codes")  # names that the quantisers use
 
 
@@ -61,10 +66,16 @@ class VQVAE(Configured):
         spatial_dims: 1 for audio, 2 for images, 3 for videos.
         widths: channels of each level; each level after the first halves all sizes.
         num_blocks: residual blocks of each level.
-        reconstruction: the loss, ``"l1"`` or ``"l2"``.
+        reconstruction: the loss, ``"l1"`` or ``"l2"``; or weights of those and of the further ones
+            of :mod:`mmfast.models.losses`: ``{"l1": 1, "gradient": 0.5}``.
         patch_size: blocks of so many values in each dimension become channels first, and what the
             decoder makes becomes blocks. With 2 or 4, large images cost much less than with as many
             levels more.
+        shortcut: a linear map of blocks to vectors is added to the encoder, and one back to the
+            decoder. They can start as principal components, :meth:`initialize_shortcut`, so that
+            only what is better than linear has to be learned.
+        norm: ``"group"`` or None, of the convolutional blocks. Without, the result for a part of an
+            image does not depend on what is far away, and with a shortcut it is as stable.
 
     Source: van den Oord et al., "Neural Discrete Representation Learning" (2017); the residual
     blocks are those of Esser et al., "Taming Transformers" (2021).
@@ -79,8 +90,10 @@ class VQVAE(Configured):
         spatial_dims: int = 2,
         widths: Sequence[int] = (64, 128, 256),
         num_blocks: int = 2,
-        reconstruction: str = "l2",
+        reconstruction: str | Mapping[str, float] = "l2",
         patch_size: int = 1,
+        shortcut: bool = False,
+        norm: str | None = "group",
     ) -> None:
         super().__init__()
         if spatial_dims not in (1, 2, 3):
@@ -89,16 +102,26 @@ class VQVAE(Configured):
             raise ValueError(
                 f"widths and num_blocks must be at least 1, got {tuple(widths)} and {num_blocks}"
             )
-        check_choice("reconstruction", reconstruction, tuple(_LOSSES))
         if patch_size < 1:
             raise ValueError(f"patch_size must be at least 1, got {patch_size}")
-        shape = spatial_dims, channels, tuple(widths), num_blocks, latent_dim, patch_size
-        self.encoder = encoder(*shape)
-        self.quantizer = quantizer if isinstance(quantizer, nn.Module) else _built(quantizer)
-        self.decoder = decoder(*shape)
+        if norm is not None:
+            check_choice("norm", norm, ("group",))
         self.channels, self.spatial_dims = channels, spatial_dims
         self.downsampling = patch_size * 2 ** (len(widths) - 1)
-        self.reconstruction_loss = _LOSSES[reconstruction]
+        shape = spatial_dims, channels, tuple(widths), num_blocks, latent_dim, patch_size, norm
+        self.encoder: nn.Module = encoder(*shape)
+        self.quantizer = quantizer if isinstance(quantizer, nn.Module) else _built(quantizer)
+        self.decoder: nn.Module = decoder(*shape)
+        if shortcut:
+            blocks = spatial_dims, channels, latent_dim, self.downsampling
+            self.encoder = Shortcut(self.encoder, linear_encoder(*blocks))
+            self.decoder = Shortcut(self.decoder, linear_decoder(*blocks))
+        self.reconstruction_loss = weighted(reconstruction)
+
+    @property
+    def has_shortcut(self) -> bool:
+        """Whether linear maps are beside encoder and decoder."""
+        return isinstance(self.encoder, Shortcut)
 
     def latents(self, x: Tensor) -> Tensor:
         """Vectors ``(B, D, *grid)`` before quantisation.
@@ -163,6 +186,19 @@ class VQVAE(Configured):
         reconstruction = self.decoder(quantized)
         loss = self.reconstruction_loss(reconstruction, x)
         return VQVAEOutput(reconstruction, indices, loss + quantizer_loss, loss, quantizer_loss)
+
+    def initialize_shortcut(self, batches: Iterable[Tensor]) -> None:
+        """Make the shortcut the projection on principal components of blocks, and the way back.
+
+        Args:
+            batches: each ``(B, channels, *sizes)``; several processes' are taken together.
+
+        Raises:
+            TypeError: the model has no shortcut.
+        """
+        if not (isinstance(self.encoder, Shortcut) and isinstance(self.decoder, Shortcut)):
+            raise TypeError("initialize_shortcut needs a VQVAE with shortcut=True")
+        set_principal_components(self.encoder.linear, self.decoder.linear, batches)
 
     @torch.no_grad()
     def initialize_codebook(

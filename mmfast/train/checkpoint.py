@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmfast.data.errors import needed
 from mmfast.files import remove_folder, replacing_folder
 
 _FORMAT = 1
@@ -59,8 +60,7 @@ def write_checkpoint(
     Raises:
         OSError: it cannot be written; what was there before remains.
     """
-    from safetensors.torch import save_file
-
+    save_file = needed("safetensors.torch").save_file
     target = path_of(folder, step)
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(".step-*"):

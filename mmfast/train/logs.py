@@ -22,6 +22,10 @@ class Log:
         start: steps that have been made: rows of later ones, of a run that was killed, go away.
         tensorboard: write to its files in ``tensorboard/`` too.
 
+    Attributes:
+        last: the last row that was there, of the same run.
+        seconds: that it took until then.
+
     Raises:
         ImportError: TensorBoard is asked for and not installed.
     """
@@ -33,7 +37,8 @@ class Log:
         rows = []
         if self._path is not None and self._path.exists():
             rows = [row for row in read_log(self._path) if row["step"] <= start]
-        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        self.last = rows[-1] if rows else {}
+        self.seconds = self.last.get("seconds", 0.0)
         self._rewrite(rows)
         if tensorboard and folder is not None:
             try:

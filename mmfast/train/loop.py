@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmfast.data import write_image
+from mmfast.data.errors import needed
 from mmfast.data.sampling import Samples
 from mmfast.nn.ranks import several
 from mmfast.train import checkpoint, distributed
@@ -30,7 +31,7 @@ from mmfast.train.optimizer import (
     optimizer_tensors,
 )
 from mmfast.train.progress import TrainingProgress
-from mmfast.train.run_folder import claim
+from mmfast.train.run_folder import claim, write_config
 from mmfast.train.state import gathered_state, load_state, named_state
 from mmfast.train.stopping import Stopped, stop_signals
 from mmfast.train.task import Step, Task
@@ -80,6 +81,7 @@ def fit(
 
     Raises:
         FileExistsError: ``out`` holds a run, and ``resume`` is not set.
+        ImportError: safetensors is not installed, in which checkpoints are written.
         NonFiniteError: a loss or gradient was not finite; the message names the step. The last
             checkpoint, which is older, remains.
         Stopped: Ctrl-C or a termination signal came.
@@ -111,7 +113,7 @@ class _Training:
         self.batches = Batches(data, config, device)
         if config.gradient_checkpointing and not hasattr(task.model, "gradient_checkpointing"):
             raise ValueError(f"a {type(task.model).__name__} has no gradient_checkpointing")
-        loaded = distributed.from_first(lambda: self._open(resume, described))
+        loaded = distributed.from_first(lambda: self._open(resume))
         task.to(device)
         task.model.train()
         distributed.same_as_first(named_state(task.model).values())
@@ -127,27 +129,33 @@ class _Training:
         self.done = self.saved = 0
         if loaded is not None:
             self._load(loaded)
+        if self.main and self.out is not None:
+            facts = {"mmfast": __version__, **(described or {}), "train": asdict(config)}
+            write_config(self.out, facts)
         log = self.out if self.main else None
         self.log = Log(log, start=self.done, tensorboard=config.tensorboard)
         self.progress = TrainingProgress(config.steps, self.done, shown=progress and self.main)
         if self.done:
             self.progress.say(f"resuming after step {self.done}")
         self.window = Window(device)
-        self.row: dict[str, float] = {}
+        self.row = self.log.last
 
-    def _open(
-        self, resume: bool, described: Mapping[str, Any] | None
-    ) -> checkpoint.Checkpoint | None:
+    def _open(self, resume: bool) -> checkpoint.Checkpoint | None:
         """Claim the folder; what is to be resumed."""
         if self.out is None:
             return None
-        facts = {"mmfast": __version__, **(described or {}), "train": asdict(self.config)}
-        claim(self.out, resume, facts)
+        needed("safetensors.torch")  # or the first checkpoint would be the first to miss it
+        claim(self.out, resume)
         path = checkpoint.newest_checkpoint(self.out) if resume else None
         return None if path is None else checkpoint.read_checkpoint(path)
 
     def _load(self, loaded: checkpoint.Checkpoint) -> None:
         tensors, state = loaded
+        if state["step"] > self.config.steps:
+            raise ValueError(
+                f"the run to be resumed has made {state['step']} steps, got steps = "
+                f"{self.config.steps}"
+            )
         if state["batch_size"] != self.config.batch_size:
             raise ValueError(
                 f"the run to be resumed has batch_size {state['batch_size']}, "
@@ -183,9 +191,6 @@ class _Training:
                     self.done += 1
                     self.progress.step(self.done)
                     self._after(stop)
-                if self.done > self.saved:
-                    self.window.check(False)
-                    self._save()
                 if config.sample_every and self.done % config.sample_every:
                     self._picture()
         except NonFiniteError as error:

@@ -35,8 +35,8 @@ def check_free(folder: Path, resume: bool) -> None:
         )
 
 
-def claim(folder: Path, resume: bool, described: Mapping[str, Any]) -> None:
-    """Make the folder, and write ``config.json`` into it.
+def claim(folder: Path, resume: bool) -> None:
+    """Make the folder, or clear away what a killed process has left half written in it.
 
     Raises:
         FileExistsError, NotADirectoryError: as :func:`check_free`.
@@ -44,6 +44,10 @@ def claim(folder: Path, resume: bool, described: Mapping[str, Any]) -> None:
     check_free(folder, resume)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, MODEL, LOG):
-        for left in folder.glob(f".{name}.*"):  # by a process that was killed
+        for left in folder.glob(f".{name}.*"):
             left.unlink()
+
+
+def write_config(folder: Path, described: Mapping[str, Any]) -> None:
+    """Write ``config.json``."""
     write_whole(folder / CONFIG, json.dumps(described, indent=2).encode() + b"\n")

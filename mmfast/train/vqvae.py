@@ -19,6 +19,7 @@ from mmfast.train.grids import as_images, grid
 from mmfast.train.task import Step, Task
 
 _VECTORS_PER_CODE = 32  # from which k-means makes a codebook, as far as there are so many
+_SAMPLES_FOR_SHORTCUT = 1024  # whose blocks give the principal components
 _AT_ONCE = 64  # samples that the encoder gets while it prepares the codebook
 
 
@@ -26,7 +27,7 @@ class VQVAETask(Task):
     """Reconstruction and the quantiser's losses, with perplexity and usage of the codes.
 
     A quantiser that was made with ``kmeans_init`` starts from k-means on what the encoder makes of
-    the first samples, of all processes.
+    the first samples, of all processes. So does a shortcut from their principal components.
 
     Args:
         model: to be trained.
@@ -68,21 +69,34 @@ class VQVAETask(Task):
         self._counts: Tensor | None = None  # [Q, K]
 
     def wants(self, step: int) -> int:
-        """Samples for k-means."""
-        if step != self._start:
-            return 0
-        if all(bool(m.initted) for m in self.model.modules() if isinstance(m, Codebook)):
-            return 0
+        """Samples for the shortcut and for k-means."""
+        shortcut = _SAMPLES_FOR_SHORTCUT if step == 0 and self.model.has_shortcut else 0
+        if not self._needs_codebook(step):
+            return shortcut
         sizes = self._data["shape"][1:]
         vectors = math.prod(size // self.model.downsampling for size in sizes)
-        return math.ceil(_VECTORS_PER_CODE * self._num_codes / vectors)
+        return max(shortcut, math.ceil(_VECTORS_PER_CODE * self._num_codes / vectors))
+
+    def _needs_codebook(self, step: int) -> bool:
+        books = [m for m in self.model.modules() if isinstance(m, Codebook)]
+        return step == self._start and not all(bool(book.initted) for book in books)
 
     def begin(self, batch: Mapping[str, Tensor], step: int) -> None:
-        """k-means on the encoder's outputs."""
+        """Principal components for the shortcut, and k-means on the encoder's outputs."""
         parts = batch[self._modality].split(_AT_ONCE)
+        if step == 0 and self.model.has_shortcut:
+            self.model.initialize_shortcut(parts)
+        if not self._needs_codebook(step):
+            return
         latents = torch.cat([self.model.latents(x).flatten(2).transpose(1, 2) for x in parts])
         # The first forward of each codebook makes it, from the vectors of all processes.
-        self.model.quantizer(latents.flatten(0, 1)[None])
+        quantizer: Any = self.model.quantizer
+        dropout = getattr(quantizer, "quantize_dropout", False)
+        if dropout:  # stages that are left out would not start
+            quantizer.quantize_dropout = False
+        quantizer(latents.flatten(0, 1)[None])
+        if dropout:
+            quantizer.quantize_dropout = True
 
     def loss(self, batch: Mapping[str, Tensor], step: Step) -> dict[str, Tensor]:
         """``loss``, ``reconstruction`` and ``quantizer``."""

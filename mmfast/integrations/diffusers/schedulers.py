@@ -216,11 +216,18 @@ class FlowEuler(Tabled):
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> Output:
-        """As the library's, by a table. It does not look at the options of a churn either."""
+        """As the library's, by a table. It does not look at the options of a churn either.
+
+        Steps of tokens at timesteps of their own, which are no rows of a table, are the library's.
+        """
         if per_token_timesteps is not None:
-            raise NotImplementedError(
-                "per_token_timesteps is not supported by mmfast's FlowMatchEulerDiscreteScheduler: "
-                "take the patch back for this model"
+            return super().step(  # type: ignore[misc]
+                model_output,
+                timestep,
+                sample,
+                generator=generator,
+                per_token_timesteps=per_token_timesteps,
+                return_dict=return_dict,
             )
         return self._run(model_output, timestep, sample, return_dict, (), generator)
 

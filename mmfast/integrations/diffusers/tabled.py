@@ -110,6 +110,11 @@ def _place_in_memory(tensor: Tensor | None) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.stride(0) * tensor.element_size() or 1 << 62
 
 
+def _storage(tensor: Tensor) -> int:
+    """Which memory it is in, for tensors on the meta device, which have no addresses."""
+    return tensor.untyped_storage()._cdata
+
+
 def _new(like: Tensor, dtype: torch.dtype) -> Tensor:
     # An argument takes time, even one that changes nothing.
     return torch.empty_like(like) if like.dtype == dtype else torch.empty_like(like, dtype=dtype)
@@ -282,15 +287,16 @@ class Tabled:
         state = self._state()
         if isinstance(timestep, Tensor):
             timesteps = self.timesteps
-            place, rest = divmod(timestep.data_ptr() - state.address, state.stride)
             if (
-                not rest
-                and 0 <= place < len(state.values)
-                and timestep.dtype == timesteps.dtype
+                timestep.dtype == timesteps.dtype
                 and timestep.numel() == 1
                 and timestep.device == timesteps.device
             ):
-                return place
+                place, rest = divmod(timestep.data_ptr() - state.address, state.stride)
+                if not rest and 0 <= place < len(state.values):
+                    return place
+                if timestep.is_meta and _storage(timestep) == _storage(timesteps):
+                    return timestep.storage_offset() - timesteps.storage_offset()
             if timestep.device.type != "cpu":
                 return self._locate_on_device(timestep)
             timestep = timestep.item()

@@ -1,0 +1,140 @@
+"""Schedulers of diffusers used as the library's own tests use them, with the numbers they publish.
+
+Numbers: huggingface/diffusers, ``tests/schedulers/``: the sum of the absolute values at the end of
+a loop over a ramp, for a model that returns x t / (t + 1).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+diffusers = pytest.importorskip("diffusers")
+
+import mmfast.integrations.diffusers as drop_in  # noqa: E402
+
+LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+V = {"prediction_type": "v_prediction"}
+SOLVER = {"solver_order": 2, "final_sigmas_type": "sigma_min"}
+EDM = {"sigma_min": 0.002, "sigma_max": 80.0}
+
+
+def _ramp() -> Tensor:
+    return (torch.arange(768) / 768).reshape(3, 8, 8, 4).permute(3, 0, 1, 2)
+
+
+def _model(x: Tensor, t: Any) -> Tensor:
+    return x * t / (t + 1)
+
+
+@pytest.fixture(autouse=True)
+def _untracked():
+    diffusers.utils.logging.set_verbosity_error()
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "config", "steps", "total", "tolerance"),
+    [
+        ("DDPM", LINEAR, None, 258.9606, 1e-2),
+        ("DDPM", LINEAR | V, None, 202.0296, 1e-2),
+        ("DDIM", LINEAR, 10, 172.0067, 1e-2),
+        ("DDIM", LINEAR | V, 10, 52.5302, 1e-2),
+        ("DDIM", LINEAR | {"beta_start": 0.01}, 10, 149.8295, 1e-2),
+        ("PNDM", LINEAR, 10, 198.1318, 1e-2),
+        ("PNDM", LINEAR | V, 10, 67.3986, 1e-2),
+        ("DPMSolverMultistep", LINEAR | SOLVER | {"lower_order_final": False}, 10, 253.55, 0.77),
+        ("DPMSolverMultistep", LINEAR | SOLVER | V | {"lower_order_final": False}, 10, 172.9, 0.77),
+        ("UniPCMultistep", LINEAR | SOLVER, 10, 189.24, 0.77),
+        ("UniPCMultistep", LINEAR | SOLVER | V, 10, 77.88, 0.77),
+        ("DEISMultistep", LINEAR | {"solver_order": 2}, 10, 183.67, 0.77),
+        ("LCM", SCALED, 1, 18.7097, 1e-3),
+        ("LCM", SCALED, 10, 197.7616, 1e-3),
+        ("EDMEuler", EDM | {"num_train_timesteps": 256}, 10, 34.1855, 1e-3),
+    ],
+)  # where a mean is published, of 768 numbers: it times 768
+def test_published_sums(name, config, steps, total, tolerance):
+    scheduler = getattr(drop_in, f"{name}Scheduler")(**config)
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    options = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = torch.manual_seed(0)
+    x = _ramp() * float(scheduler.init_noise_sigma)
+    for t in reversed(range(1000)) if steps is None else scheduler.timesteps:
+        y = scheduler.scale_model_input(x, t)
+        x = scheduler.step(_model(y, t), t, x, **options).prev_sample
+    assert float(x.abs().sum()) == pytest.approx(total, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DPMSolverMultistep",
+        "DPMSolverSinglestep",
+        "DEISMultistep",
+        "UniPCMultistep",
+        "EDMDPMSolverMultistep",
+    ],
+)
+def test_a_history_of_strangers_before_a_run(name, tmp_path):
+    """It is set and overwritten, on a scheduler and on one of its saved configuration."""
+    residual = 0.1 * torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    results = []
+    for library in (diffusers, drop_in):
+        kind = getattr(library, f"{name}Scheduler")
+        kind(solver_order=3).save_config(tmp_path)
+        for scheduler in (kind(solver_order=3), kind.from_pretrained(tmp_path)):
+            scheduler.set_timesteps(10)
+            scheduler.model_outputs = [residual + 0.2, residual + 0.15, residual + 0.1]
+            x = 10 * residual
+            for t in scheduler.timesteps[:4]:
+                x = scheduler.step(residual, t, x).prev_sample
+            results.append(x)
+    for got in results[1:]:
+        torch.testing.assert_close(got, results[0], rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["PNDM", "IPNDM", "LMSDiscrete"])
+def test_the_same_of_those_that_keep_it_elsewhere(name, tmp_path):
+    kind = getattr(drop_in, f"{name}Scheduler")
+    residual = 0.1 * torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    kind().save_config(tmp_path)
+    results = []
+    for scheduler in (kind(), kind.from_pretrained(tmp_path)):
+        scheduler.set_timesteps(10)
+        attribute = "derivatives" if name == "LMSDiscrete" else "ets"
+        setattr(scheduler, attribute, [residual + 0.2, residual + 0.15, residual + 0.1])
+        scheduler.scale_model_input(residual, scheduler.timesteps[0])
+        x = 10 * residual
+        for t in scheduler.timesteps[:4]:
+            x = scheduler.step(residual, t, x).prev_sample
+        results.append(x)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["DDPM", "DDIM", "DPMSolverMultistep", "UniPCMultistep"])
+def test_steps_at_numbers(name):
+    """Timesteps as they come out of a loop over ints; a tuple holds what the object holds."""
+    residual = 0.1 * torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    results = []
+    for library in (diffusers, drop_in):
+        for return_dict in (True, False):
+            scheduler = getattr(library, f"{name}Scheduler")()
+            scheduler.set_timesteps(10)
+            x = 10 * residual
+            for t in scheduler.timesteps.tolist()[:3]:
+                options = {"generator": torch.manual_seed(0)} if name == "DDPM" else {}
+                made = scheduler.step(residual, t, x, return_dict=return_dict, **options)
+                x = made.prev_sample if return_dict else made[0]
+            results.append(x)
+            assert x.shape == residual.shape
+    for got in results[1:]:
+        torch.testing.assert_close(got, results[0], rtol=2e-5, atol=1e-5)
