@@ -66,8 +66,8 @@ class Effort:
     codes: int = 8192
     steps: int = 100
     batch: int = 64
-    vq_steps: int = 300
-    dit_steps: int = 1000
+    vq_steps: int = 200
+    dit_steps: int = 600
     sampling_steps: int = 20
     repeats: int = 7
 
@@ -254,7 +254,7 @@ def trained_pipeline(images: Tensor, labels: Tensor, effort: Effort, seed: int) 
         attention_head_dim=32,
         in_channels=4,
         out_channels=4,
-        num_layers=6,
+        num_layers=4,
         sample_size=8,
         patch_size=1,
         num_embeds_ada_norm=NULL_CLASS,

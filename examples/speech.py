@@ -129,7 +129,6 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
         "codebook_size": CODES,
         "decay": 0.95,
         "kmeans_init": True,
-        "threshold_ema_dead_code": 1,
     }
     vqvae = VQVAE(
         quantizer,
@@ -140,7 +139,7 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
         num_blocks=1,
         reconstruction="l1",
     )
-    task = VQVAETask(vqvae, ABOUT, codebook_start=effort.vqvae_steps // 10)
+    task = VQVAETask(vqvae, ABOUT, codebook_start=effort.vqvae_steps // 12)
     config = TrainConfig(steps=effort.vqvae_steps, lr=2e-3, **common)
     vqvae = fit(task, config, {"mel": mels[train]}).model
     save_model(vqvae, out / f"vqvae-{seed}.safetensors", **task.about)

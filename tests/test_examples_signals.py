@@ -164,7 +164,7 @@ def test_drop_in(example, tmp_path, capsys, monkeypatch):
     assert float(found["same codes in the first step"][:-1]) > 99
     (errors,) = re.findall(r"error of the first step.*?([\d.]+).*?([\d.]+)", text)
     assert abs(float(errors[0]) - float(errors[1])) < 1e-3
-    assert int(found["modules on mmfast"]) > 20
+    assert int(found["modules on mmfast"]) > 15
     assert float(found["largest difference of a pixel, of 1"]) < 0.05
     for row in ("training step", "quantiser", "pipeline", "transformer, one call"):
         assert float(found[f"{row}, times faster"]) > 0
