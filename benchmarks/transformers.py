@@ -138,7 +138,9 @@ def plain(model: nn.Module) -> nn.Module:
 def patched(model: nn.Module) -> nn.Module:
     """One that runs on mmfast."""
     twin = copy.deepcopy(model)
-    patch(twin)
+    report = patch(twin)
+    if report.left:
+        raise RuntimeError(f"not all of the model runs on mmfast:\n{report}")
     return twin
 
 

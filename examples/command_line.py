@@ -11,6 +11,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from mmfast.data.bundled import has_espeak
+
 Effort = TypeVar("Effort")
 Run = Callable[[int, Effort, Path, Console], dict[str, str]]
 
@@ -18,6 +20,21 @@ Run = Callable[[int, Effort, Path, Console], dict[str, str]]
 def seeds(text: str) -> list[int]:
     """``"0,1,2"`` as numbers."""
     return [int(part) for part in text.split(",")]
+
+
+def run_spoken_example(
+    name: str,
+    about: str | None,
+    run: Run[Effort],
+    effort: Effort,
+    short: Effort,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """:func:`run_example` of what needs espeak-ng; where it is missing, this says so and ends."""
+    if not has_espeak():
+        print("skipped: espeak-ng is not installed (apt-get install espeak-ng)")
+        return 0
+    return run_example(name, about, run, effort, short, arguments)
 
 
 def run_example(

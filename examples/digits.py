@@ -19,7 +19,6 @@ Needs the packages of ``pip install '.[examples]'``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +30,10 @@ from torch import Tensor, nn
 
 from mmfast.data import ImageReader
 from mmfast.data.bundled import mnist_digits, split_by_label
-from mmfast.models import VQVAE, Diffusion, DiT, code_usage, save_model
+from mmfast.models import VQVAE, Classifier, Diffusion, DiT, code_usage, save_model
 from mmfast.quality import psnr
-from mmfast.train import Step, Task, TrainConfig, about_data, fit, grid
+from mmfast.train import TrainConfig, about_data, fit, grid
+from mmfast.train.classifier import ClassifierTask
 from mmfast.train.dit import DiTTask
 from mmfast.train.vqvae import VQVAETask
 
@@ -68,28 +68,6 @@ class Effort:
 SHORT = Effort(5, 5, 5, 3, 20, 2, every=25)
 
 
-class Classifier(Task):
-    """Learns to read digits that are turned, scaled and shifted a little."""
-
-    def __init__(self) -> None:
-        self.model = nn.Sequential(
-            *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten()),
-            *(nn.Dropout(0.3), nn.Linear(64 * (SIDE // 4) ** 2, 10)),
-        )
-
-    def loss(self, batch: Mapping[str, Tensor], step: Step) -> dict[str, Tensor]:
-        """The cross entropy."""
-        x = batch["image"]
-        angle, scale, right, down = (torch.rand(4, len(x), 1) - 0.5) * 0.5
-        cos, sin = (1 + 0.6 * scale) * angle.cos(), (1 + 0.6 * scale) * angle.sin()
-        maps = torch.cat([cos, -sin, right / 2, sin, cos, down / 2], 1).unflatten(1, (2, 3))
-        where = F.affine_grid(maps, list(x.shape), align_corners=False)
-        moved = F.grid_sample(x + 1, where, align_corners=False) - 1  # beyond the edge is black
-        return {"loss": F.cross_entropy(self.model(moved), batch["label"])}
-
-
 def read(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of the images that are read as their label."""
     with torch.no_grad():
@@ -107,8 +85,8 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
     common = {"seed": seed, "beta2": 0.95, "weight_decay": 0.01, "precision": "bfloat16"}
 
     console.print(f"seed {seed}: a classifier of digits")
-    config = TrainConfig(steps=effort.classifier_steps, lr=2e-3, ema=0, seed=seed)
-    classifier = fit(Classifier(), config, data).model
+    config = TrainConfig(steps=effort.classifier_steps, lr=2e-3, ema=0.99, seed=seed)
+    classifier = fit(ClassifierTask(Classifier(10, channels=1), ABOUT), config, data).model
 
     console.print(f"seed {seed}: the VQ-VAE")
     quantizer = {

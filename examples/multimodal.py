@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from command_line import run_example
+from command_line import run_spoken_example
 from rich.console import Console
 from speech import READER, SECONDS
 from torch import Tensor
 
 from mmfast.data import TextReader, split_by_group, split_by_label, train_tokenizer
-from mmfast.data.bundled import VOICES, WORDS, has_espeak, mnist_digits, spoken_digits
+from mmfast.data.bundled import VOICES, WORDS, mnist_digits, spoken_digits
 from mmfast.models import Classifier, MultimodalDiffusion, MultimodalDiT, save_model
 from mmfast.train import Step, Task, TrainConfig, fit
 from mmfast.train.classifier import ClassifierTask
@@ -254,10 +254,7 @@ def draw(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    if not has_espeak():
-        print("skipped: espeak-ng is not installed (apt-get install espeak-ng)")
-        return 0
-    return run_example("multimodal", __doc__, run, Effort(), SHORT, arguments)
+    return run_spoken_example("multimodal", __doc__, run, Effort(), SHORT, arguments)
 
 
 if __name__ == "__main__":

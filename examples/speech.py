@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from command_line import run_example
+from command_line import run_spoken_example
 from rich.console import Console
 from torch import Tensor
 
 from mmfast.data import MelReader, split_by_group
-from mmfast.data.bundled import VOICES, WORDS, has_espeak, spoken_digits
+from mmfast.data.bundled import VOICES, WORDS, spoken_digits
 from mmfast.models import VQVAE, Classifier, ConditionalDiT, Diffusion, code_usage, save_model
 from mmfast.train import Step, Task, TrainConfig, about_data, fit
 from mmfast.train.classifier import ClassifierTask
@@ -208,10 +208,7 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    if not has_espeak():
-        print("skipped: espeak-ng is not installed (apt-get install espeak-ng)")
-        return 0
-    return run_example("speech", __doc__, run, Effort(), SHORT, arguments)
+    return run_spoken_example("speech", __doc__, run, Effort(), SHORT, arguments)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,30 @@ def joined_entropy(rank: int) -> None:
         torch.testing.assert_close(own.grad, together.grad.split(sizes)[rank])
 
 
+def of_kind(kind: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` (3, 5, D) and a mask of it: as it is, empty, with NaN and little of it, or all ones."""
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    if kind == 1:
+        return x[:0], mask[:0]
+    if kind == 2:
+        x[0, 0, 0] = torch.nan
+        mask[1:] = False
+    elif kind == 3:
+        x = torch.ones_like(x)
+    return x, mask
+
+
+def run_recorded(
+    modules: Sequence[nn.Module], x: Tensor, mask: Tensor, log: list[tuple[Any, ...]]
+) -> None:
+    """Run modules with and without the mask, and note their collectives in ``log``."""
+    for module in modules:
+        with recorded(log), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module(x)
+            module(x, mask=mask)
+
+
 @contextlib.contextmanager
 def recorded(log: list[tuple[Any, ...]]) -> Iterator[None]:
     """Note the collectives of modules."""
@@ -144,20 +168,7 @@ def same_collectives(rank: int) -> None:
     for step in range(RANKS):
         torch.manual_seed(100 * step + rank)
         x = torch.randn(3, 5, 4)
-        kind = (rank + step) % RANKS
-        masked = torch.ones(3, 5, dtype=torch.bool)
-        if kind == 1:
-            x, masked = x[:0], masked[:0]
-        elif kind == 2:
-            x[0, 0, 0] = torch.nan
-            masked[1:] = False
-        elif kind == 3:
-            x = torch.ones_like(x)
-        for module in modules:
-            with recorded(log), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                module(x)
-                module(x, mask=masked)
+        run_recorded(modules, *of_kind((rank + step) % RANKS, x), log)
     everyone: list[Any] = [None] * RANKS
     dist.all_gather_object(everyone, log)
     assert len(log) > 100

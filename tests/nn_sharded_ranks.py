@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from nn_many_ranks import RANKS, bits, killed_on, recorded, state
+from nn_many_ranks import RANKS, bits, killed_on, of_kind, run_recorded, state
 from nn_many_ranks import work as run
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -223,20 +223,8 @@ def sharded_collectives(rank: int) -> None:
     log: list[tuple[Any, ...]] = []
     for step in range(8):
         x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(step))
-        mask = torch.ones(3, 5, dtype=torch.bool)
         kind = (step // 2 + (rank // 2) * (1 + step % 2)) % 4  # the same on ranks 2 i and 2 i + 1
-        if kind == 1:
-            x, mask = x[:0], mask[:0]
-        elif kind == 2:
-            x[0, 0, 0] = torch.nan
-            mask[1:] = False
-        elif kind == 3:
-            x = torch.ones_like(x)
-        for module in modules:
-            with recorded(log), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                module(x)
-                module(x, mask=mask)
+        run_recorded(modules, *of_kind(kind, x), log)
     everyone: list[Any] = [None] * RANKS
     dist.all_gather_object(everyone, log)
     assert len(log) > 100

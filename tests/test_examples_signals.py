@@ -148,7 +148,7 @@ def test_triples(example):
 @pytest.mark.parametrize("name", ["speech", "multimodal"])
 def test_without_espeak(example, monkeypatch, tmp_path, capsys, name):
     module = example(name)
-    monkeypatch.setattr(module, "has_espeak", lambda: False)
+    monkeypatch.setattr("command_line.has_espeak", lambda: False)
     assert module.main(["--short", "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.startswith("skipped: espeak-ng is not installed")
     assert not (tmp_path / "out").exists()

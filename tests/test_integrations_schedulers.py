@@ -869,15 +869,6 @@ def test_what_can_not_be_patched() -> None:
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """For models of tiny layers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
 def unet(one_thread):
     torch.manual_seed(0)
     return diffusers.UNet2DModel(

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mmfast.commands import CommandError
-from mmfast.commands.drawing import Drawer, open_dit, seeds_of
+from mmfast.commands.drawing import Drawer, open_dit
 from mmfast.commands.held_out import open_held_out
 from mmfast.commands.judging import judge, read_classifier, train_classifier
 from mmfast.commands.measuring import measure_loss, measure_vqvae
 from mmfast.commands.media import check_out, reader_of, told
 from mmfast.commands.options import add_device, device_of, open_model, within
-from mmfast.commands.sample import add_sampling
+from mmfast.commands.sample import add_sampling, check_sampling, draw
 from mmfast.models import VQVAE, Configured, save_model
 
 _TRAIN = "train"  # a classifier, instead of reading one
@@ -82,8 +82,7 @@ def _vqvae(given: argparse.Namespace, model: VQVAE, about: dict[str, Any]) -> di
 
 
 def _dit(given: argparse.Namespace, drawer: Drawer) -> dict[str, Any]:
-    guidance = drawer.guidance(given.guidance)
-    drawer.check(given.sampler, given.steps)
+    check_sampling(drawer, given)
     reader = reader_of(drawer.about, drawer.vqvae)
     data = open_held_out(given.data, drawer.about, reader, given.batch)
     classifier = None
@@ -101,14 +100,7 @@ def _dit(given: argparse.Namespace, drawer: Drawer) -> dict[str, Any]:
     labels, numbers = torch.cartesian_prod(
         torch.arange(len(drawer.classes)), torch.arange(given.count)
     ).unbind(1)
-    drawn = drawer.draw(
-        labels,
-        seeds_of(given.seed, labels, numbers),
-        guidance=guidance,
-        sampler=given.sampler,
-        steps=given.steps,
-        batch=given.batch,
-    )
+    drawn = draw(drawer, given, labels, numbers)
     real = data.batches(given.limit)
     made["read_as_class"] = judge(classifier, drawn, labels, drawer.classes, real, data.modality)
     return made

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from mmfast.commands.drawing import labels_of, open_dit, seeds_of
+from mmfast.commands.drawing import Drawer, labels_of, open_dit, seeds_of
 from mmfast.commands.media import check_picture, reader_of, told
 from mmfast.commands.options import add_device, device_of, within
 from mmfast.data import write_image
@@ -31,6 +32,29 @@ def add_sampling(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def check_sampling(drawer: Drawer, given: argparse.Namespace) -> None:
+    """Whether the model can be sampled as :func:`add_sampling` asks.
+
+    Raises:
+        CommandError: it cannot.
+    """
+    drawer.guidance(given.guidance)
+    drawer.check(given.sampler, given.steps)
+
+
+def draw(drawer: Drawer, given: argparse.Namespace, labels: Tensor, numbers: Tensor) -> Tensor:
+    """Samples of classes ``labels`` (N,), which are the ``numbers``-th (N,) of each, drawn as
+    :func:`add_sampling` asks."""
+    return drawer.draw(
+        labels,
+        seeds_of(given.seed, labels, numbers),
+        guidance=drawer.guidance(given.guidance),
+        sampler=given.sampler,
+        steps=given.steps,
+        batch=given.batch,
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of ``sample``."""
     parser.add_argument("model", type=Path, help="file of a DiT, or the folder of its run")
@@ -48,19 +72,11 @@ def run(given: argparse.Namespace) -> int:
     """Draw samples and write them: a row for each class, or for eight where there is one."""
     check_picture(given.out)
     drawer = open_dit(given.model, device_of(given))
-    guidance = drawer.guidance(given.guidance)
-    drawer.check(given.sampler, given.steps)
+    check_sampling(drawer, given)
     chosen = torch.tensor(labels_of(given.classes, drawer.classes))
     labels = chosen.repeat_interleave(given.count)
     numbers = torch.arange(given.count).repeat(len(chosen))
-    drawn = drawer.draw(
-        labels,
-        seeds_of(given.seed, labels, numbers),
-        guidance=guidance,
-        sampler=given.sampler,
-        steps=given.steps,
-        batch=given.batch,
-    )
+    drawn = draw(drawer, given, labels, numbers)
     columns = given.count if len(chosen) > 1 else min(given.count, 8)
     with told():
         write_image(grid(as_images(drawn), columns=columns), given.out)

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from mmfast.checks import check_choice
 from mmfast.data.collate import collate
-from mmfast.data.errors import FileError
+from mmfast.data.errors import FileError, blamed_on
 from mmfast.data.memory import InMemory
 from mmfast.data.progress import tracked
 from mmfast.data.readers import Reader
@@ -193,12 +193,8 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         """A modality of a record, not filled up."""
         if isinstance(source, Path):
             return self.readers[name].load(source, generator)
-        try:
+        with blamed_on(f"{record.name} ({name})"):
             return self.readers[name].prepare(source, generator)
-        except FileError:
-            raise
-        except ValueError as error:
-            raise FileError(f"{record.name} ({name})", str(error)) from None
 
     def __len__(self) -> int:
         return len(self.records)

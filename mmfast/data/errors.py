@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 
@@ -21,6 +23,17 @@ class FileError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+@contextlib.contextmanager
+def blamed_on(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A ValueError of the block becomes a :class:`FileError` of this file, unless it is one."""
+    try:
+        yield
+    except FileError:
+        raise
+    except ValueError as error:
+        raise FileError(path, str(error)) from None
 
 
 def needed(module: str, extra: str = "train") -> ModuleType:

@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from mmfast.checks import check_choice, check_floating
-from mmfast.data.errors import FileError, needed
+from mmfast.data.errors import FileError, blamed_on, needed
 from mmfast.data.fitting import FITS, Size, checked_size, fitted, kept
 from mmfast.data.readers import Reader, checked_file
 from mmfast.files import write_whole
@@ -181,12 +181,8 @@ class ImageReader(Reader):
 
     def load(self, path: str | os.PathLike[str], generator: Generator | None = None) -> Tensor:
         """The picture in a file; see :meth:`Reader.read`."""
-        try:
+        with blamed_on(path):
             return self.prepare(open_image(path), generator)
-        except FileError:
-            raise
-        except ValueError as error:
-            raise FileError(path, str(error)) from None
 
     def verify(self, path: str | os.PathLike[str]) -> None:
         """Decode the picture."""

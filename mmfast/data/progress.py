@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from mmfast.progress import progress_bar
+
 T = TypeVar("T")
 
 PATIENCE = 2.0  # seconds before a bar is shown
@@ -23,17 +25,7 @@ def tracked(items: Iterable[T], what: str, total: int) -> Iterator[T]:
     if not sys.stderr.isatty():
         yield from items
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True))
+    bar = progress_bar(what)
     task = bar.add_task("", total=total)
     start, shown = time.monotonic(), False
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from mmfast.checks import check_choice
-from mmfast.data.errors import FileError, needed
+from mmfast.data.errors import FileError, blamed_on, needed
 from mmfast.data.readers import Reader
 from mmfast.data.text_files import read_text
 from mmfast.files import write_whole
@@ -146,12 +146,8 @@ class TextReader(Reader):
 
     def load(self, path: str | os.PathLike[str], generator: Generator | None = None) -> Tensor:
         """The ids of a file's text; see :meth:`Reader.read`."""
-        try:
+        with blamed_on(path):
             return self.prepare(read_text(path))
-        except FileError:
-            raise
-        except ValueError as error:
-            raise FileError(path, str(error)) from None
 
     def verify(self, path: str | os.PathLike[str]) -> None:
         """Read the text."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmfast.checks import check_device, check_floating
 from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.nearest_code import nearest_code
+from mmfast.progress import progress_bar
 
 METRICS = ("euclidean", "cosine")
 INITS = ("k-means++", "random")
@@ -345,27 +346,11 @@ def _reporter(progress: bool, iterations: int) -> Iterator[_Report]:
     if not progress:
         yield lambda done, inertia: None
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("k-means"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("inertia {task.fields[inertia]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=iterations, inertia="...")
+    with progress_bar("k-means", said=True) as bar:
+        task = bar.add_task("", total=iterations, said="inertia ...")
 
         def report(done: int, inertia: Tensor) -> None:
-            bar.update(task, completed=done, inertia=f"{float(inertia.sum()):.6g}")
+            bar.update(task, completed=done, said=f"inertia {float(inertia.sum()):.6g}")
 
         yield report
         bar.update(task, total=bar.tasks[task].completed)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmfast import philox
 from mmfast.checks import check_device, check_floating
+from mmfast.progress import progress_bar
 from mmfast.schedule.layout import Layout, N
 from mmfast.schedule.table import SamplerTable
 from mmfast.schedule.threshold import dynamic_threshold
@@ -339,16 +340,6 @@ def _bar(progress: bool, rows: int) -> Iterator[Callable[[int], None]]:
     if not progress:
         yield lambda done: None
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress_bar("sampling") as bar:
         task = bar.add_task("", total=rows)
         yield lambda done: bar.update(task, completed=done)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mmfast.progress import progress_bar
 
 _LINES_APART = 10.0  # seconds, where there is no terminal
 
@@ -28,12 +29,9 @@ class TrainingProgress:
 
     def __init__(self, steps: int, start: int, *, shown: bool = True) -> None:
         self._console = Console(stderr=True, quiet=not shown)
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
-            TimeRemainingColumn(),
+        self._bar = progress_bar(
+            "training",
+            said=True,
             console=self._console,
             disable=not (shown and self._console.is_terminal),
         )
