@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pickle
 
 import pytest
@@ -13,7 +14,7 @@ from patched import assert_same
 from torch import nn
 
 import mmfast
-from mmfast.integrations import patch, unpatch
+from mmfast.integrations import patch, rehearsal, unpatch
 
 pytest.importorskip("diffusers")
 
@@ -211,3 +212,9 @@ def test_wide_blocks_are_taken(setting):
     model = transformers.DiT(dataclasses.replace(setting, blocks=1))
     report = patch(model)
     assert "blocks.0" in [entry.name for entry in report.swapped], str(report)
+
+
+def test_infinity_does_not_hide_differences():
+    theirs = torch.tensor([1.0, math.inf, math.nan])
+    assert rehearsal._alike(theirs.clone(), theirs)
+    assert not rehearsal._alike(torch.tensor([2.0, math.inf, math.nan]), theirs)

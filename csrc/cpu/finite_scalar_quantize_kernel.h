@@ -54,7 +54,8 @@ struct FiniteScalar {
 #endif
   std::atomic<bool> failed{false};
 
-  explicit FiniteScalar(const FiniteScalarQuantizeArgs& a) : args(a), width(a.z.width), indices_of(width) {}
+  explicit FiniteScalar(const FiniteScalarQuantizeArgs& a)
+      : args(a), width(a.z.width), indices_of(width) {}
   FiniteScalar(const FiniteScalar&) = delete;
   ~FiniteScalar() {
     for (void* p : {(void*)thresholds, (void*)values, (void*)lowest, (void*)shifts, (void*)gains,

@@ -28,8 +28,8 @@ inline Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-// The string of a handle, which is freed. torch's own conversion (2.11 to 2.13) never frees a copy that
-// it makes: a few bytes a call, but between tensors, so that memory falls to pieces that nothing fits.
+// The string of a handle, which is freed. torch's own conversion, as of 2.13, never frees a copy that
+// it makes: a few bytes a call, but between tensors, so that memory falls to pieces nothing fits.
 inline std::string taken(StringHandle handle) {
   size_t length = 0;
   const char* data = nullptr;

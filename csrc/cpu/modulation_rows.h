@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/gated_residual_modulate.h"
 #include "cpu/numbers.h"
+#include "cpu/past_cache.h"
 #include "cpu/workspace.h"
 
 namespace mmfast::MMFAST_ISA {
@@ -55,31 +56,11 @@ struct Channels {
   MMFAST_INLINE void put(char* row, Dtype dtype, int64_t c, int64_t n, const char* rounded,
                          bool streams) {
     char* at = row + c * size_of(dtype);
-    if (n == width && streams)
-      stream(at, rounded, width * size_of(dtype));
+    const int64_t size = n * size_of(dtype);
+    if (streams && size == (int64_t)sizeof(V))
+      store_past_cache(at, load<V>(rounded));
     else
-      std::memcpy(at, rounded, (size_t)(n * size_of(dtype)));
-  }
-
-  // Past the cache; `at` is a multiple of the size, which is at least 8.
-  MMFAST_INLINE void stream(char* at, const char* from, int64_t size) {
-#if defined(__AVX512F__)
-    if (size == 64) {
-      _mm512_stream_si512((__m512i*)at, _mm512_load_si512(from));
-      return;
-    }
-#endif
-#if defined(__AVX2__)
-    if (size == 32) {
-      _mm256_stream_si256((__m256i*)at, _mm256_load_si256((const __m256i*)from));
-      return;
-    }
-#endif
-    if (size == 16) {
-      _mm_stream_si128((__m128i*)at, _mm_load_si128((const __m128i*)from));
-      return;
-    }
-    std::memcpy(at, from, (size_t)size);
+      std::memcpy(at, rounded, (size_t)size);
   }
 };
 

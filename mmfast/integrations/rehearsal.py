@@ -128,7 +128,11 @@ def _alike(a: Any, b: Any) -> bool:
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
         # Sums of large terms may come out small, with the rounding of the large ones.
-        largest = float(b.detach().abs().nan_to_num(nan=0.0).amax()) if b.numel() else 0.0
+        largest = (
+            float(b.detach().abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).amax())
+            if b.numel()
+            else 0.0
+        )
         atol = 1e-5 * max(1.0, largest)
         return torch.allclose(a, b, rtol=1e-4, atol=atol, equal_nan=True)
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b

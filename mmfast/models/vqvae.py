@@ -172,7 +172,7 @@ class VQVAE(Configured):
         for name in _TO_OUTPUT:
             make = getattr(self.quantizer, name, None)
             if make is not None:
-                return self.decoder(make(flat).transpose(1, 2).unflatten(2, grid))
+                return self.decoder(make(flat).mT.contiguous().unflatten(2, grid))
         raise TypeError(f"a {type(self.quantizer).__name__} makes no vectors from indices")
 
     def forward(self, x: Tensor, **options: Any) -> VQVAEOutput:

@@ -162,7 +162,9 @@ def latent_shape(vqvae: VQVAE | None, data: Mapping[str, Any]) -> tuple[int, ...
             f"the data has {channels} of {len(size)}"
         )
     if any(s % vqvae.downsampling for s in size):
-        raise ValueError(f"the VQ-VAE takes sizes that are multiples of {vqvae.downsampling}")
+        raise ValueError(
+            f"the VQ-VAE takes sizes that are multiples of {vqvae.downsampling}, got {size}"
+        )
     return (vqvae.config["latent_dim"], *(s // vqvae.downsampling for s in size))
 
 
