@@ -11,10 +11,9 @@ import torch
 
 from mmfast.commands import CommandError
 from mmfast.models import Configured, describe_model, load_model
+from mmfast.train.run_folder import model_file
 
 M = TypeVar("M", bound=Configured)
-
-MODEL_FILE = "model.safetensors"  # of a run's folder
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +48,6 @@ def device_of(given: argparse.Namespace) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise CommandError(f"--device must be cpu or cuda, got {device}")
     return device
-
-
-def model_file(path: Path) -> Path:
-    """``path``, or the model's file in it if it is a run's folder."""
-    return path / MODEL_FILE if path.is_dir() else path
 
 
 def open_model(path: Path, expected: type[M], device: torch.device) -> tuple[M, dict[str, Any]]:

@@ -24,6 +24,15 @@ def codebook_sizes(quantizer: Any) -> tuple[int, ...]:
     return (sizes,) if isinstance(sizes, int) else tuple(sizes)
 
 
+def num_stages(model: VQVAE) -> int:
+    """How many codes the model's quantiser gives for each vector; the model must be in evaluation
+    mode."""
+    parameter = next(model.parameters())
+    sizes = [model.downsampling] * model.spatial_dims
+    with torch.no_grad():
+        return len(by_stage(model, model.encode(parameter.new_zeros(1, model.channels, *sizes))))
+
+
 def stage_sizes(model: VQVAE, stages: int) -> list[int]:
     """K of each of the first stages.
 
