@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mmfast.commands import CommandError
-from mmfast.commands.media import check_out, read_bytes, reader_of, told, whole
+from mmfast.commands.media import check_format, check_out, read_bytes, reader_of, told, whole
 from mmfast.commands.options import add_device, device_of, open_model
 from mmfast.data.video import VideoReader
 from mmfast.models import VQVAE, decompress
@@ -28,6 +28,7 @@ def run(given: argparse.Namespace) -> int:
     check_out(given.out)
     model, about = open_model(given.model, VQVAE, device_of(given))
     reader = whole(reader_of(about, model))
+    check_format(reader, given.out)
     data = read_bytes(given.file)
     try:
         with Console(stderr=True).status("decompressing"):

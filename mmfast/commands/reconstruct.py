@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mmfast.commands import CommandError
-from mmfast.commands.media import extent, reader_of, timed, told, whole
+from mmfast.commands.media import check_folder, extent, reader_of, timed, told, whole
 from mmfast.commands.options import add_device, device_of, open_model
 from mmfast.data import FileError, Reader, write_image
 from mmfast.data.progress import tracked
@@ -30,7 +31,7 @@ class Reconstructed(NamedTuple):
     Attributes:
         file: that was read.
         size: of the sample.
-        psnr: in dB, of values in [-1, 1].
+        psnr: in dB, of values in [-1, 1]; None if nothing is lost.
         bits: of the compressed file, for each ``unit``.
         unit: pixel or second.
         used: how many different codes occur, in the mean of the stages.
@@ -40,7 +41,7 @@ class Reconstructed(NamedTuple):
 
     file: str
     size: list[int]
-    psnr: float
+    psnr: float | None
     bits: float
     unit: str
     used: float
@@ -66,6 +67,7 @@ def run(given: argparse.Namespace) -> int:
     Returns:
         1 if a file was left out.
     """
+    check_folder(given.out)
     model, about = open_model(given.model, VQVAE, device_of(given))
     reader = reader_of(about, model)
     if not given.cut:
@@ -84,7 +86,7 @@ def run(given: argparse.Namespace) -> int:
         with told():
             rows.append(_reconstruct(model, timed(reader, path), path, x, names.new(path)))
     if given.json:
-        print(json.dumps([row._asdict() for row in rows], indent=2))
+        print(json.dumps([row._asdict() for row in rows], indent=2, allow_nan=False))
     elif rows:
         _show(rows)
     return int(len(rows) < len(given.files))
@@ -111,10 +113,11 @@ def _reconstruct(model: VQVAE, reader: Reader, path: Path, x: Tensor, out: Path)
     y = y.cpu()
     counts = count_codes(model, indices[None])
     amount, unit = extent(reader, x)
+    ratio = psnr(x, y)
     return Reconstructed(
         str(path),
         list(x.shape[1:]),
-        psnr(x, y),
+        ratio if math.isfinite(ratio) else None,
         8 * len(data) / amount,
         unit,
         _mean([float((c > 0).sum()) for c in counts]),
@@ -153,7 +156,7 @@ def _show(rows: Sequence[Reconstructed]) -> None:
     for row in rows:
         size = " x ".join(map(str, row.size))
         numbers = (
-            f"{row.psnr:.2f} dB",
+            "infinite" if row.psnr is None else f"{row.psnr:.2f} dB",
             f"{row.bits:.3f}",
             f"{row.used:.0f}",
             f"{row.perplexity:.1f}",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mmfast.commands import INTERRUPTED, CommandError
+from mmfast.commands.media import check_folder
 from mmfast.data import FileError
 from mmfast.models import VQVAE, Diffusion
 from mmfast.train import NonFiniteError, Stopped, distributed, fit
@@ -97,6 +98,7 @@ def run(given: argparse.Namespace) -> int:
     try:
         settings = settings_of(given)
         check_free(given.out, given.resume)
+        check_folder(given.out)
         if given.resume and not settings.data.data and not holds_run(given.out):
             raise CommandError(f"{given.out}: holds no run to resume; give --data to start one")
         device = distributed.device_named(settings.train.device)

@@ -188,6 +188,11 @@ class TextReader(Reader):
         kept = [i for i in ids.tolist() if i != self.padding]
         return self._tokenizer.decode(kept)
 
+    def check_name(self, path: str | os.PathLike[str]) -> None:
+        """It must be that of a text: .txt."""
+        if Path(path).suffix.lower() not in self.suffixes:
+            raise ValueError(f"{path}: the name must end in .txt")
+
     def write(self, value: Tensor, path: str | os.PathLike[str]) -> None:
         """Write the text of ids ``(L,)``."""
         write_whole(path, self.decode(value).encode())

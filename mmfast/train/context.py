@@ -55,7 +55,11 @@ class Context(NamedTuple):
             assert length is not None
             return (length,)
         _, *grid = latent_shape(self.vqvae, {"shape": self.reader.shape})
-        return (math.prod(grid) * num_stages(self.vqvae),) if num_stages(self.vqvae) > 1 else tuple(grid)
+        return (
+            (math.prod(grid) * num_stages(self.vqvae),)
+            if num_stages(self.vqvae) > 1
+            else tuple(grid)
+        )
 
     def of(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Arguments of the model: ``context`` ``(B, *size)``, int64, and of texts ``lengths``.

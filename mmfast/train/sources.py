@@ -22,7 +22,7 @@ from mmfast.data import (
     train_tokenizer,
 )
 from mmfast.data.progress import tracked
-from mmfast.data.sources import open_source
+from mmfast.data.sources import NAMES, open_source
 from mmfast.train.about import about_data
 from mmfast.train.context import Context
 from mmfast.train.latents import AT_ONCE
@@ -112,6 +112,8 @@ class TextConfig:
             return TextReader(load_tokenizer(self.tokenizer), self.text_length)
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
+        if files.data in NAMES:
+            raise ValueError(f"{files.data} are images, there are no texts with them")
         texts = texts_in(files.data, on_error=files.on_error)
         return TextReader(train_tokenizer(texts, self.vocab_size), self.text_length)
 
