@@ -28,6 +28,16 @@ QUANTIZERS = {
     "LFQ": {"dim": D, "codebook_size": 64},
     "ResidualLFQ": {"dim": D, "codebook_size": 64, "num_quantizers": 2},
     "SimVQ": {"dim": D, "codebook_size": 16},
+    "GroupedResidualVQ": {"dim": D, "groups": 2, "num_quantizers": 3, "codebook_size": 16},
+    "sizes of groups": {
+        "type": "GroupedResidualVQ",
+        "dim": D,
+        "groups": 2,
+        "codebook_size": [32, 5, 16],
+        "quantize_dropout": True,
+    },
+    "GroupedResidualFSQ": {"dim": D, "groups": 2, "levels": [4, 3], "num_quantizers": 2},
+    "GroupedResidualLFQ": {"dim": D, "groups": 2, "codebook_size": 16, "num_quantizers": 2},
 }
 
 

@@ -11,11 +11,16 @@ from mmfast.models.vqvae import VQVAE
 
 
 def codebook_sizes(quantizer: Any) -> tuple[int, ...]:
-    """K of each stage of a quantiser; one for those that have the same codes everywhere.
+    """K of each stage of a quantiser, and of each group in it if there are such; one for those that
+    have the same codes everywhere.
 
     Raises:
         TypeError: it does not say.
     """
+    groups = getattr(quantizer, "rvqs", ())
+    if groups:  # side by side in each stage
+        of_group = codebook_sizes(groups[0])
+        return tuple(k for k in of_group for _ in groups) if len(of_group) > 1 else of_group
     sizes = getattr(quantizer, "codebook_sizes", None) or getattr(quantizer, "codebook_size", None)
     if sizes is None and hasattr(quantizer, "codebooks"):
         sizes = quantizer.codebooks.shape[-2]
@@ -28,7 +33,7 @@ def num_stages(model: VQVAE) -> int:
     """How many codes the model's quantiser gives for each vector; the model must be in evaluation
     mode."""
     parameter = next(model.parameters())
-    sizes = [model.downsampling] * model.spatial_dims
+    sizes = [2 * model.downsampling] * model.spatial_dims
     with torch.no_grad():
         return len(by_stage(model, model.encode(parameter.new_zeros(1, model.channels, *sizes))))
 

@@ -89,12 +89,15 @@ def compress(model: VQVAE, x: Tensor, *, stages: int | None = None, **about: Any
         raise ValueError(f"x must be ({dims}), got {tuple(x.shape)}")
     indices = model.encode(padded(x[None], model.downsampling)).cpu().long()
     if stages is not None:
-        most = len(by_stage(model, indices))
+        groups = getattr(model.quantizer, "rvqs", ())
+        together = max(1, len(groups))  # indices of a stage
+        most = len(by_stage(model, indices)) // together
         if not 1 <= stages <= most:
             raise ValueError(f"stages must be from 1 to {most}, got {stages}")
-        if stages < most and not getattr(model.quantizer, "quantize_dropout", False):
+        quantizer = groups[0] if groups else model.quantizer
+        if stages < most and not getattr(quantizer, "quantize_dropout", False):
             raise ValueError("fewer stages need a quantizer with quantize_dropout=True")
-        indices = indices[..., :stages] if stages < most else indices
+        indices = indices[..., : stages * together] if stages < most else indices
     grids = by_stage(model, indices)[:, 0]
     counts = stage_sizes(model, len(grids))
     coding, codes = _MODELLED, encode_indices(grids.numpy(), counts)
