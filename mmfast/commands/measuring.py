@@ -15,6 +15,7 @@ from mmfast.commands.ranges import Ranges
 from mmfast.data import Reader
 from mmfast.models import VQVAE, count_codes, usage_of_counts
 from mmfast.models.compression import padded
+from mmfast.models.tiling import decode_in_tiles, encode_in_tiles
 from mmfast.quality import psnr, ssim
 from mmfast.train.dit import dropout_of
 from mmfast.train.latents import latents_of
@@ -43,9 +44,9 @@ def measure_vqvae(model: VQVAE, batches: Batches, reader: Reader) -> dict[str, A
     size, unit = 0.0, ""
     for batch in batches:
         x = batch[reader.modality].to(device)
-        indices = model.encode(padded(x, model.downsampling))
+        indices = encode_in_tiles(model, padded(x, model.downsampling))
         cut = tuple(slice(side) for side in x.shape[2:])
-        y = model.decode(indices).float()[(slice(None), slice(None), *cut)]
+        y = decode_in_tiles(model, indices)[(slice(None), slice(None), *cut)]
         ratios += [psnr(*pair) for pair in zip(x, y, strict=True)]
         if reader.modality == "image":
             similarities += [_ssim(*pair) for pair in zip(x, y.clamp(-1, 1), strict=True)]

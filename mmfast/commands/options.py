@@ -22,6 +22,17 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=device, help="to run on (%(default)s)")
 
 
+def add_tile(parser: argparse.ArgumentParser) -> None:
+    """``--tile``, of :mod:`mmfast.models.tiling`."""
+    parser.add_argument(
+        "--tile",
+        type=within(0, 1 << 31),
+        metavar="SIDE",
+        help="go through large files in tiles of so many pixels or samples; 0: all at once (tiles "
+        "of what is large)",
+    )
+
+
 def within(low: int, high: int) -> Callable[[str], int]:
     """An argparse type: a whole number from ``low`` to ``high``."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmfast.commands import CommandError
 from mmfast.commands.media import check_folder, extent, reader_of, timed, told, whole
-from mmfast.commands.options import add_device, device_of, open_model
+from mmfast.commands.options import add_device, add_tile, device_of, open_model
 from mmfast.data import FileError, Reader, write_image
 from mmfast.data.progress import tracked
 from mmfast.models import VQVAE, compress, count_codes, decompress, usage_of_counts
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cut", action="store_true", help="scale and cut to the size that the model was trained on"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_tile(parser)
     add_device(parser)
 
 
@@ -84,7 +85,9 @@ def run(given: argparse.Namespace) -> int:
         except ImportError as error:
             raise CommandError(str(error)) from None
         with told():
-            rows.append(_reconstruct(model, timed(reader, path), path, x, names.new(path)))
+            rows.append(
+                _reconstruct(model, timed(reader, path), path, x, names.new(path), given.tile)
+            )
     if given.json:
         print(json.dumps([row._asdict() for row in rows], indent=2, allow_nan=False))
     elif rows:
@@ -107,9 +110,11 @@ class _Names:
         return self._folder / name
 
 
-def _reconstruct(model: VQVAE, reader: Reader, path: Path, x: Tensor, out: Path) -> Reconstructed:
-    data = compress(model, x.to(next(model.parameters()).device))
-    y, indices, _ = decompress(model, data)
+def _reconstruct(
+    model: VQVAE, reader: Reader, path: Path, x: Tensor, out: Path, tile: int | None
+) -> Reconstructed:
+    data = compress(model, x.to(next(model.parameters()).device), tile=tile)
+    y, indices, _ = decompress(model, data, tile=tile)
     y = y.cpu()
     counts = count_codes(model, indices[None])
     amount, unit = extent(reader, x)

@@ -58,6 +58,8 @@ class VQVAEConfig:
     widths: tuple[int, ...] = setting((32, 64, 128), "channels; each after the first halves sizes")
     num_blocks: int = setting(2, "residual blocks of each width")
     block_size: int = setting(1, "side of blocks of values that are channels first")
+    shortcut: bool = setting(False, "linear maps beside encoder and decoder, of blocks")
+    norm: bool = setting(True, "group norms; without, tiles of large files equal the whole")
     reconstruction: Literal["l1", "l2"] = setting("l2", "loss")
     quantizer_options: dict[str, Any] = field(default_factory=dict)
 
@@ -178,6 +180,8 @@ class VQVAERun:
             num_blocks=config.num_blocks,
             reconstruction=config.reconstruction,
             patch_size=config.block_size,
+            shortcut=config.shortcut,
+            norm="group" if config.norm else None,
         )
         if config.weights is not None:
             _start_from(model, config.weights)
