@@ -20,6 +20,7 @@ from benchmarks import (
     goals,
     levels,
     memory,
+    parts,
     peers,
     plots,
     report,
@@ -29,6 +30,7 @@ from benchmarks import (
     timing,
     training,
     transformers,
+    vqvae,
 )
 from benchmarks.composites import COMPOSITES
 from benchmarks.modules import Step
@@ -142,6 +144,9 @@ def modules_problem(op: str) -> tuple:
     if op.startswith("scheduler"):
         setting = schedulers.SETTINGS[1]  # without noise of its own
         return schedulers.arguments(setting, (2, 3, 4, 5), CPU)
+    if op == vqvae.OP:
+        pytest.importorskip("skimage")
+        return vqvae.arguments(vqvae.Setting(2, 32, 50, 6, (4, 8)), CPU)
     if op.startswith("lfq"):
         return normal(40, 6), normal(41, 6)[1:]
     if op in transformers.OPS:
@@ -176,8 +181,9 @@ def test_points_of_curves_are_judged_in_part():
     case = cases._gaussian(5000, 4, 3, "x", "N")
     assert case.judged < 5000
     arguments = case.make(CPU)
-    truth = contest._truth(case, arguments, None)
+    truth, reference = contest._truth(case, arguments, CPU, None)
     assert len(truth[0]) == case.judged
+    assert reference is None  # only a part of the problem
     own = subjects.subjects("nearest_code")[0]
     entry = contest.enter(case, own, arguments, truth, CPU, contest.Effort(0.0))
     assert (entry.rows, entry.match) == (5000, "")
@@ -185,8 +191,8 @@ def test_points_of_curves_are_judged_in_part():
 
 def test_truths_are_shared(tmp_path):
     case = cases._gaussian(50, 4, 3, "x")
-    truth = contest._truth(case, case.make(CPU), tmp_path)
-    again = contest._truth(case, (), tmp_path)
+    truth, _ = contest._truth(case, case.make(CPU), CPU, tmp_path)
+    again, _ = contest._truth(case, (), CPU, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(truth, again, strict=True))
 
 
@@ -195,10 +201,10 @@ def test_compiling_can_be_left_out():
     assert case.op not in contest.COMPILED
     (compiled,) = (s for s in subjects.subjects(case.op) if s.kind == "compile")
     entry = contest.enter(case, compiled, (), None, CPU, contest.Effort(0.0))
-    assert entry == contest.NOT_COMPILED
+    assert entry == contest.ABSENT
     row_ = row("torch.compile", "compile", None, note=entry)
     others = [row("mmfast (cpp)", "mmfast", 0.01), row_]
-    assert contest.NOT_COMPILED in tables.all_tables(Results(FACTS, {}, others))[0].markdown()
+    assert contest.ABSENT in tables.all_tables(Results(FACTS, {}, others))[0].markdown()
 
 
 def test_results_of_fewer_rows():
@@ -219,18 +225,66 @@ def test_contenders_take_turns():
     times = timing.interleave(calls, CPU, seconds=0)
     assert set(times) == {"a", "b"}
     for taken in times.values():
-        assert taken.rounds == 2
+        assert taken.rounds >= 3
         assert 0 < taken.low <= taken.median <= taken.high
     turns = [a for a, b in zip(order, [*order[1:], ""], strict=True) if a != b]
     assert len(turns) >= 4
 
 
-def test_a_slow_contender_is_timed_once():
+def test_a_slow_contender_is_timed_once_unless_it_is_close():
+    effort = contest.Effort(0.0, slow=0.1)
+
+    def once(kind: str, seconds: float, **more) -> bool:
+        peer = peers.Peer(lambda: lambda: None, **more)
+        entry = contest.Entry(subjects.Subject("", kind, peer), lambda: None, 1, "", 0, seconds)
+        return entry.once(effort, fastest=0.2)
+
+    assert once("peer", 2.0)
+    assert not once("peer", 0.3)
+    assert not once("mmfast", 2.0)
+    assert once("peer", 0.3, aside=True)
+
+
+def test_steady_contenders_need_few_rounds(monkeypatch):
+    monkeypatch.setattr(timing, "_cpu_sample", lambda *_: 0.1)
+    times = timing.interleave({"a": lambda: None}, CPU, 60.0, known={"a": 0.1})
+    assert times["a"].rounds == 3
+
+
+def test_contenders_that_are_not_steady_have_their_time(monkeypatch):
+    samples = itertools.cycle((0.01, 0.05))
+    monkeypatch.setattr(timing, "_cpu_sample", lambda *_: next(samples))
+    known = {"a": 0.1}
+    assert timing.interleave({"a": lambda: None}, CPU, 60.0, known)["a"].rounds > 3
+    assert timing.interleave({"a": lambda: None}, CPU, 0.0, known)["a"].rounds == 3
+
+
+def test_overhead_is_timed_in_loops_of_its_own():
     order = []
-    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    times = timing.interleave(calls, CPU, seconds=1, slow=-1)
-    assert order == ["a", "b"]
-    assert {t.rounds for t in times.values()} == {1}
+    step = Step(lambda: order.append("reset"), lambda: order.append("a"))
+    times = timing.overhead({"a": step, "b": lambda: order.append("b")}, CPU)
+    runs = [(name, len(list(group))) for name, group in itertools.groupby(order)]
+    assert max(n for name, n in runs if name == "a") > timing._BLOCK_CALLS
+    assert max(n for name, n in runs if name == "a") <= schedulers._SPARE
+    assert times["a"].rounds == times["b"].rounds == timing._TURNS * timing._BLOCKS
+
+
+def test_the_truth_is_the_references_sample(monkeypatch):
+    monkeypatch.setattr(contest, "_QUICK", 0.0)
+    case = cases._gaussian(50, 4, 3, "x")
+    rows = contest.run(
+        case, CPU, [1], contest.Effort(0.0), lambda name: "ref" in name, lambda _: None, Spent()
+    )
+    assert [(r.rounds, r.match, r.measured) for r in rows] == [(1, "", 50)]
+
+
+def test_others_are_judged_in_one_shape_of_an_op():
+    of_an_op = [c for c in cases.all_cases() if c.op == "sampler_step" and not c.full]
+    others = [s for s in subjects.subjects("sampler_step") if s.kind == "peer"]
+    own = subjects.subjects("sampler_step")[0]
+    for effort, wanted in ((contest.Effort(0.0), 1), (contest.Effort(0.0, full=True), 5)):
+        assert sum(contest._is_judged(c, others[0], effort) for c in of_an_op) == wanted
+        assert all(contest._is_judged(c, own, effort) for c in of_an_op)
 
 
 def test_a_short_call_is_timed_after_one_of_its_own():
@@ -259,9 +313,10 @@ def test_a_cut_problem_needs_new_pages_like_the_whole(monkeypatch):
     contender = dataclasses.replace(library, peer=peer)
     monkeypatch.setattr(contest.timing, "once", lambda *_: (1.0, None))  # too slow for more
     arguments = (torch.zeros(n, 2), torch.zeros(2048, 2))
-    given, rows = contest._cut(case, contender, arguments, CPU, 0.05)
+    given, rows, warm = contest._cut(case, contender, arguments, CPU, 0.05)
     assert len(given[0]) == rows == contest._NEW_PAGES // (4 * 2048)
-    assert set(seen) == {rows}
+    assert set(seen) == {contest._CUT_LEAST}
+    assert warm
 
 
 def test_a_steps_reset_is_not_timed():
@@ -321,10 +376,55 @@ def test_threads_are_limited():
 
 def test_memory_of_a_call():
     size = 64 << 20
-    taken = memory.peak(lambda: torch.ones(size, dtype=torch.uint8), CPU)
+    result, seconds, taken = memory.watch(lambda: torch.ones(size, dtype=torch.uint8), CPU)
+    assert len(result) == size
+    assert seconds > 0
     if taken is None:
         pytest.skip("this system does not tell")
     assert 0.9 * size < taken < 1.5 * size
+
+
+def test_parts_of_a_step():
+    marks = parts.Marks()
+    for part in ("a", "b", "a"):
+        time.sleep(0.01)
+        marks(part)
+    assert list(marks.seconds) == ["a", "b"]
+    assert marks.seconds["a"] > marks.seconds["b"] >= 0.01
+    assert parts.medians([{"a": 1.0}, {"a": 3.0, "b": 1.0}, {"a": 2.0}]) == {"a": 2.0, "b": 0.0}
+
+
+def test_parts_of_a_transformer():
+    """Every op of its step that takes time has a part, and the parts are all of it."""
+    setting = transformers.Setting("small", 32, 2, 2, 2, 64)
+    for prepare in (transformers.plain, transformers.patched):
+        step = transformers.step(prepare, *transformers.arguments(setting, CPU))
+        step()
+        found = step.parts()
+        assert list(found)[-1] == parts.OTHER
+        assert min(found.values()) > 0
+    kinds = {"aten::mm": parts.PRODUCTS, "mmfast::layer_norm_modulate": parts.NORMS}
+    kinds |= {"aten::gelu": parts.ACTIVATION, "aten::copy_": parts.OTHER}
+    kinds |= {"mmfast::scaled_dot_product_attention": parts.ATTENTION, "aten::mul": parts.NORMS}
+    assert {op: parts.kind(op) for op in kinds} == kinds
+
+
+def test_parts_of_a_vqvae():
+    step = vqvae.step(vqvae.quantiser(mmfast.nn), *modules_problem(vqvae.OP))
+    step()
+    names = ["encoder", vqvae.QUANTISER, "decoder", "backward", "optimiser"]
+    assert list(step.parts()) == names
+    assert min(step.parts().values()) > 0
+
+
+def test_a_vqvaes_wrong_step_is_found():
+    arguments = modules_problem(vqvae.OP)
+    truth = subjects.expected(vqvae.OP, arguments)
+    loss, indices, first, *others = vqvae.step(vqvae.quantiser(mmfast.nn), *arguments)()
+    assert vqvae.judge((loss, indices, first, *others), arguments, truth) == ""
+    assert "loss" in vqvae.judge((2 * loss, indices, first, *others), arguments, truth)
+    assert "indices" in vqvae.judge((loss, indices + 1, first, *others), arguments, truth)
+    assert "gradients" in vqvae.judge((loss, indices, first + 1, *others), arguments, truth)
 
 
 def test_results_survive_the_disk(results, tmp_path):
@@ -388,6 +488,27 @@ def test_goals_of_modules():
     assert (memory_goal.reached, memory_goal.met) == ("0.0 of 9.0 MiB", True)
 
 
+def steps() -> list[Row]:
+    own, other = {"encoder": 0.1, vqvae.QUANTISER: 0.1}, {"encoder": 0.1, vqvae.QUANTISER: 0.2}
+    shared = {"op": vqvae.OP, "case": "k8192"}
+    return [
+        row("mmfast.nn", "mmfast", 0.2, parts=own, memory=2 << 20, **shared),
+        row("plain torch", "peer", 0.3, parts=other, memory=3 << 20, **shared),
+    ]
+
+
+def test_goals_of_steps():
+    reached = [(g.reached, g.met) for g in goals.goals(Results(FACTS, {}, steps()))]
+    assert reached == [("1.5x", True), ("2.0x", False), ("2.0 MiB", True)]
+
+
+def test_parts_are_in_the_report(tmp_path):
+    pytest.importorskip("matplotlib")
+    text = report.write(Results(FACTS, {}, steps()), tmp_path).read_text()
+    assert "| plain torch | 100 ms | 200 ms | 300 ms | 3.0 MiB |" in text
+    assert (tmp_path / "steps.png").stat().st_size > 1000
+
+
 def test_tables_show_what_is_wrong_and_slower(results):
     results.rows.append(row("quick", "peer", 0.005))
     text = tables.all_tables(results)[0].markdown()
@@ -395,7 +516,6 @@ def test_tables_show_what_is_wrong_and_slower(results):
     assert "| 4x faster |" in text
     assert "| 2x slower |" in text
     assert "3 of 65536 wrong" in text
-    assert "no result" in text
     assert "absent" not in text
 
 
