@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,23 +17,19 @@ from benchmarks import (
     contest,
     goals,
     levels,
-    memory,
-    parts,
     peers,
     plots,
     report,
     schedulers,
     subjects,
     tables,
-    timing,
     training,
     transformers,
     vqvae,
 )
 from benchmarks.composites import COMPOSITES
-from benchmarks.modules import Step
 from benchmarks.results import FILE, Curve, Results, Row
-from benchmarks.spent import FIRST, ROUNDS, Spent
+from benchmarks.spent import Spent
 from mmfast import backends
 from mmfast.registry import OPS
 
@@ -219,56 +213,6 @@ def test_results_of_fewer_rows():
         assert subjects.judge(op, OPS[op].reference(*given), given, truth) == ""
 
 
-def test_contenders_take_turns():
-    order = []
-    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    times = timing.interleave(calls, CPU, seconds=0)
-    assert set(times) == {"a", "b"}
-    for taken in times.values():
-        assert taken.rounds >= 3
-        assert 0 < taken.low <= taken.median <= taken.high
-    turns = [a for a, b in zip(order, [*order[1:], ""], strict=True) if a != b]
-    assert len(turns) >= 4
-
-
-def test_a_slow_contender_is_timed_once_unless_it_is_close():
-    effort = contest.Effort(0.0, slow=0.1)
-
-    def once(kind: str, seconds: float, **more) -> bool:
-        peer = peers.Peer(lambda: lambda: None, **more)
-        entry = contest.Entry(subjects.Subject("", kind, peer), lambda: None, 1, "", 0, seconds)
-        return entry.once(effort, fastest=0.2)
-
-    assert once("peer", 2.0)
-    assert not once("peer", 0.3)
-    assert not once("mmfast", 2.0)
-    assert once("peer", 0.3, aside=True)
-
-
-def test_steady_contenders_need_few_rounds(monkeypatch):
-    monkeypatch.setattr(timing, "_cpu_sample", lambda *_: 0.1)
-    times = timing.interleave({"a": lambda: None}, CPU, 60.0, known={"a": 0.1})
-    assert times["a"].rounds == 3
-
-
-def test_contenders_that_are_not_steady_have_their_time(monkeypatch):
-    samples = itertools.cycle((0.01, 0.05))
-    monkeypatch.setattr(timing, "_cpu_sample", lambda *_: next(samples))
-    known = {"a": 0.1}
-    assert timing.interleave({"a": lambda: None}, CPU, 60.0, known)["a"].rounds > 3
-    assert timing.interleave({"a": lambda: None}, CPU, 0.0, known)["a"].rounds == 3
-
-
-def test_overhead_is_timed_in_loops_of_its_own():
-    order = []
-    step = Step(lambda: order.append("reset"), lambda: order.append("a"))
-    times = timing.overhead({"a": step, "b": lambda: order.append("b")}, CPU)
-    runs = [(name, len(list(group))) for name, group in itertools.groupby(order)]
-    assert max(n for name, n in runs if name == "a") > timing._BLOCK_CALLS
-    assert max(n for name, n in runs if name == "a") <= schedulers._SPARE
-    assert times["a"].rounds == times["b"].rounds == timing._TURNS * timing._BLOCKS
-
-
 def test_the_truth_is_the_references_sample(monkeypatch):
     monkeypatch.setattr(contest, "_QUICK", 0.0)
     case = cases._gaussian(50, 4, 3, "x")
@@ -287,23 +231,6 @@ def test_others_are_judged_in_one_shape_of_an_op():
         assert all(contest._is_judged(c, own, effort) for c in of_an_op)
 
 
-def test_a_short_call_is_timed_after_one_of_its_own():
-    """Whether it is repeated within a sample or not."""
-    order = []
-
-    def short(name: str, seconds: float):
-        def call() -> None:
-            order.append(name)
-            time.sleep(seconds)
-
-        return call
-
-    calls = {"a": short("a", timing._SAMPLE), "b": short("b", timing._SAMPLE / 4)}
-    timing.interleave(calls, CPU, seconds=0)
-    runs = [len(list(group)) for _, group in itertools.groupby(order)]
-    assert min(runs[2:]) >= 2
-
-
 def test_a_cut_problem_needs_new_pages_like_the_whole(monkeypatch):
     op, n = "vector_quantize_eval", 60_000
     case = cases.Case(op, "", {"N": n, "K": 2048, "D": 2}, "", lambda _: ())
@@ -317,30 +244,6 @@ def test_a_cut_problem_needs_new_pages_like_the_whole(monkeypatch):
     assert len(given[0]) == rows == contest._NEW_PAGES // (4 * 2048)
     assert set(seen) == {contest._CUT_LEAST}
     assert warm
-
-
-def test_a_steps_reset_is_not_timed():
-    order = []
-    step = Step(lambda: order.append("reset"), lambda: order.append("step"))
-    timing.interleave({"a": step}, CPU, seconds=0)
-    assert order[:2] == ["reset", "step"]
-    assert "step" in order[-2:]
-    before = len(order)
-    taken, _ = timing.once(Step(lambda: time.sleep(0.05), lambda: None), CPU)
-    assert taken < 0.05
-    assert len(order) == before
-
-
-def test_time_spent_is_told():
-    spent = Spent()
-    for part in (FIRST, ROUNDS, ROUNDS):
-        with spent.on("op/case", part, "someone"):
-            pass
-    by_op, slowest = spent.tables()
-    assert by_op.sections[0][1][0][0] == "op"
-    assert [r[:2] for r in slowest.sections[0][1]] != []
-    assert len(spent.seconds) == 2
-    assert spent.total == sum(spent.seconds.values())
 
 
 def test_training_is_the_same_with_every_backend(monkeypatch):
@@ -365,66 +268,6 @@ def test_curves_that_part():
     ).markdown()
     assert "| a | 0 us | 0.1 | 2 | 1.5 | identical in all 3 steps |" in text
     assert "differ at step 1" in text
-
-
-def test_threads_are_limited():
-    before = torch.get_num_threads()
-    with timing.threads(1):
-        assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == before
-
-
-def test_memory_of_a_call():
-    size = 64 << 20
-    result, seconds, taken = memory.watch(lambda: torch.ones(size, dtype=torch.uint8), CPU)
-    assert len(result) == size
-    assert seconds > 0
-    if taken is None:
-        pytest.skip("this system does not tell")
-    assert 0.9 * size < taken < 1.5 * size
-
-
-def test_parts_of_a_step():
-    marks = parts.Marks()
-    for part in ("a", "b", "a"):
-        time.sleep(0.01)
-        marks(part)
-    assert list(marks.seconds) == ["a", "b"]
-    assert marks.seconds["a"] > marks.seconds["b"] >= 0.01
-    assert parts.medians([{"a": 1.0}, {"a": 3.0, "b": 1.0}, {"a": 2.0}]) == {"a": 2.0, "b": 0.0}
-
-
-def test_parts_of_a_transformer():
-    """Every op of its step that takes time has a part, and the parts are all of it."""
-    setting = transformers.Setting("small", 32, 2, 2, 2, 64)
-    for prepare in (transformers.plain, transformers.patched):
-        step = transformers.step(prepare, *transformers.arguments(setting, CPU))
-        step()
-        found = step.parts()
-        assert list(found)[-1] == parts.OTHER
-        assert min(found.values()) > 0
-    kinds = {"aten::mm": parts.PRODUCTS, "mmfast::layer_norm_modulate": parts.NORMS}
-    kinds |= {"aten::gelu": parts.ACTIVATION, "aten::copy_": parts.OTHER}
-    kinds |= {"mmfast::scaled_dot_product_attention": parts.ATTENTION, "aten::mul": parts.NORMS}
-    assert {op: parts.kind(op) for op in kinds} == kinds
-
-
-def test_parts_of_a_vqvae():
-    step = vqvae.step(vqvae.quantiser(mmfast.nn), *modules_problem(vqvae.OP))
-    step()
-    names = ["encoder", vqvae.QUANTISER, "decoder", "backward", "optimiser"]
-    assert list(step.parts()) == names
-    assert min(step.parts().values()) > 0
-
-
-def test_a_vqvaes_wrong_step_is_found():
-    arguments = modules_problem(vqvae.OP)
-    truth = subjects.expected(vqvae.OP, arguments)
-    loss, indices, first, *others = vqvae.step(vqvae.quantiser(mmfast.nn), *arguments)()
-    assert vqvae.judge((loss, indices, first, *others), arguments, truth) == ""
-    assert "loss" in vqvae.judge((2 * loss, indices, first, *others), arguments, truth)
-    assert "indices" in vqvae.judge((loss, indices + 1, first, *others), arguments, truth)
-    assert "gradients" in vqvae.judge((loss, indices, first + 1, *others), arguments, truth)
 
 
 def test_results_survive_the_disk(results, tmp_path):
@@ -486,27 +329,6 @@ def test_goals_of_modules():
     rows.append(step("as many bytes", "floor", 0.02, memory=1 << 20))
     (memory_goal,) = (g for g in goals.goals(Results(FACTS, {}, rows)) if "memory" in g.what)
     assert (memory_goal.reached, memory_goal.met) == ("0.0 of 9.0 MiB", True)
-
-
-def steps() -> list[Row]:
-    own, other = {"encoder": 0.1, vqvae.QUANTISER: 0.1}, {"encoder": 0.1, vqvae.QUANTISER: 0.2}
-    shared = {"op": vqvae.OP, "case": "k8192"}
-    return [
-        row("mmfast.nn", "mmfast", 0.2, parts=own, memory=2 << 20, **shared),
-        row("plain torch", "peer", 0.3, parts=other, memory=3 << 20, **shared),
-    ]
-
-
-def test_goals_of_steps():
-    reached = [(g.reached, g.met) for g in goals.goals(Results(FACTS, {}, steps()))]
-    assert reached == [("1.5x", True), ("2.0x", False), ("2.0 MiB", True)]
-
-
-def test_parts_are_in_the_report(tmp_path):
-    pytest.importorskip("matplotlib")
-    text = report.write(Results(FACTS, {}, steps()), tmp_path).read_text()
-    assert "| plain torch | 100 ms | 200 ms | 300 ms | 3.0 MiB |" in text
-    assert (tmp_path / "steps.png").stat().st_size > 1000
 
 
 def test_tables_show_what_is_wrong_and_slower(results):
