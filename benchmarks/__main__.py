@@ -75,7 +75,7 @@ def _measure(
     if not options.bare:
         console.print(report.summary(results), highlight=False)
     with _progress(console, len(chosen) + 3) as tell:
-        for count in counts:
+        for count in counts if not options.bare else ():
             tell("ceilings", 0)
             with timing.threads(count), spent.on("ceilings", ROUNDS):
                 results.ceilings[count] = machine.ceilings(device, count)
@@ -214,4 +214,5 @@ if __name__ == "__main__":
     # Libraries of contenders warn about each other; nothing of it concerns the results.
     warnings.filterwarnings("ignore")
     os.environ.setdefault("KEOPS_VERBOSE", "0")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's
     sys.exit(main())
