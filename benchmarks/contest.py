@@ -105,20 +105,19 @@ def run(
         truth, reference = _truth(case, arguments, device, truths)
     entries: list[Entry] = []
     rows = []
-    for subject in _contenders(case):
-        if not wanted(subject.name):
-            continue
-        tell(subject.name)
-        with spent.on(case.key, FIRST, subject.name), timing.threads(most):
+    with timing.threads(most):
+        for subject in (s for s in _contenders(case) if wanted(s.name)):
+            tell(subject.name)
             entry: Entry | str
-            if subject.kind == "reference" and reference and not effort.full:
-                entry = Entry(subject, lambda: None, case.shape["N"], "", *reference)
+            with spent.on(case.key, FIRST, subject.name):
+                if subject.kind == "reference" and reference and not effort.full:
+                    entry = Entry(subject, lambda: None, case.shape["N"], "", *reference)
+                else:
+                    entry = enter(case, subject, arguments, truth, device, effort)
+            if isinstance(entry, Entry):
+                entries.append(entry)
             else:
-                entry = enter(case, subject, arguments, truth, device, effort)
-        if isinstance(entry, Entry):
-            entries.append(entry)
-        else:
-            rows += [_row(case, subject, count, note=entry) for count in threads]
+                rows += [_row(case, subject, count, note=entry) for count in threads]
     fastest = min((e.seconds / e.rows for e in entries if e.subject.kind == "mmfast"), default=0.0)
     for count in threads:
         tell(f"{count} threads" if device.type == "cpu" else "timing")
