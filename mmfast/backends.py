@@ -132,7 +132,7 @@ def call_on_new(op: Op, *args: Any) -> Any:
     """:func:`call` where the arguments that the op changes are new: autograd has saved none."""
     if _forced is None:
         run = library.overload(op.name)
-        if not library.untracked(op, args):
+        if op.backward is None or not library.untracked(args):
             return run(*args)
         with library.below_autograd():
             return run(*args)

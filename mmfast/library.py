@@ -99,14 +99,13 @@ def overload(name: str) -> Callable[..., Any]:
     return _overloads[name]
 
 
-def untracked(op: Op, args: tuple[Any, ...]) -> bool:
-    """Whether autograd's kernel of the op, which is Python and slow, would do nothing.
+def untracked(args: tuple[Any, ...]) -> bool:
+    """Whether autograd's kernel of an op, which is Python and slow, would do nothing.
 
     Inside torch.func's transforms that can't be known: gradients may be asked for further down.
     """
     return (
-        op.backward is not None
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
         and torch._C._functorch.peek_interpreter_stack() is None
     )

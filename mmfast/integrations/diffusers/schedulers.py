@@ -33,7 +33,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from mmfast.integrations.diffusers import tables
-from mmfast.integrations.diffusers.tabled import Count, History, Index, Tabled
+from mmfast.integrations.diffusers.tabled import Count, History, Index, State, Tabled
 from mmfast.integrations.diffusers.tables import Options, host, point
 
 Output = Any
@@ -65,8 +65,8 @@ class Uncounted(Cumulative):
 
     _remembers = False
 
-    def _index(self, timestep: Any) -> Index:
-        return self._locate(timestep)
+    def _index(self, timestep: Any, state: State) -> Index:
+        return self._locate(timestep, state)
 
     def _advance(self, index: Index) -> None:
         pass
@@ -268,12 +268,8 @@ class FlowHeun(Tabled):
         return_dict: bool = True,
     ) -> Output:
         """As the library's, by a table."""
-        if s_churn > 0:
-            raise NotImplementedError(
-                "s_churn above 0 is not supported by mmfast's FlowMatchHeunDiscreteScheduler: take "
-                "the patch back"
-            )
-        return self._run(model_output, timestep, sample, return_dict)
+        options = (s_churn, s_tmin, s_tmax, s_noise)
+        return self._run(model_output, timestep, sample, return_dict, options, generator)
 
     @property
     def state_in_first_order(self) -> bool:
@@ -285,7 +281,7 @@ class FlowHeun(Tabled):
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """As the library's: the sample with the noise of the step's timestep."""
-        index = self._index(timestep)
+        index = self._index(timestep, self._state())
         begin, self._begin_index = self._begin_index, index
         try:
             return self._noised(sample, noise, timestep)
@@ -392,10 +388,10 @@ class PNDM(Cumulative, _Plain):
     counter: int  # of the library
     _first: Any = 0  # the index of its first call
 
-    def _index(self, timestep: Any) -> Index:
+    def _index(self, timestep: Any, state: State) -> Index:
         _set(self)
         if self.counter == 0:
-            self._first = self._locate(timestep)
+            self._first = self._locate(timestep, state)
         return self._first + self.counter
 
     def _advance(self, index: Index) -> None:
@@ -412,9 +408,9 @@ class PNDM(Cumulative, _Plain):
 class _Set(Tabled):
     """Those that want set_timesteps first."""
 
-    def _index(self, timestep: Any) -> Index:
+    def _first_index(self, timestep: Any) -> Index:
         _set(self)
-        return super()._index(timestep)
+        return super()._first_index(timestep)
 
 
 class IPNDM(_Set, _Plain):
@@ -497,10 +493,28 @@ class DPMSinglestep(_Solver):
         return self._run(model_output, timestep, sample, return_dict, (), generator)
 
 
-class UniPC(_Solver, _Plain):
+class UniPC(_Solver):
     _program = staticmethod(tables.unipc)
 
     lower_order_nums = Count()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+    ) -> Output:
+        """As the library's, by a table; with ``solver_p`` this corrects, and that goes on."""
+        predictor = self.solver_p  # type: ignore[attr-defined]
+        if not predictor:
+            return self._run(model_output, timestep, sample, return_dict)
+        (corrected,) = self._run(model_output, timestep, sample, False)
+        out = predictor.step(model_output, timestep, corrected, return_dict=False)[0]
+        return SchedulerOutput(prev_sample=out) if return_dict else (out,)
+
+    def _thresholded(self) -> bool:
+        return self.predict_x0 and super()._thresholded()  # type: ignore[attr-defined]
 
     def stretch_shift_to_terminal(self, t: Any) -> Any:
         """As the library's; one step alone stays where it is, where that divides 0 by 0."""
@@ -558,7 +572,9 @@ class TCD(_Set, Cumulative):
     _program = staticmethod(tables.tcd)
     _outputs = (scheduling_tcd.TCDSchedulerOutput, 2)
     _remembers = False
-    _thresholds = False  # it does not look at that option
+
+    def _thresholded(self) -> bool:
+        return False  # it does not look at that option
 
     def step(
         self,
@@ -600,31 +616,17 @@ def _stretched(scheduler: Any, t: Any) -> Any:
 def objections(scheduler: Any) -> list[str]:
     """Options of a scheduler of the library that its class here has not; empty when all is well."""
     name, config = type(scheduler).__name__, scheduler.config
-    found = []
+    return [
+        f"{name}: {key}={config[key]} is not supported: it can be 1 to {highest}"
+        for key, highest in _HIGHEST.get(name, {}).items()
+        if not 1 <= config[key] <= highest
+    ]
 
-    def refuse(option: str, why: str) -> None:
-        found.append(f"{name}: {option} is not supported: {why}")
 
-    def option(key: str) -> Any:
-        return config.get(key)
-
-    noises = option("predict_x0") is False or option("algorithm_type") == "noise_prediction"
-    if option("thresholding") and noises:
-        refuse("thresholding=True", "there is no prediction of the sample to limit")
-    flow, prediction = option("use_flow_sigmas"), option("prediction_type")
-    if prediction == "flow_prediction" and not flow:
-        refuse("prediction_type='flow_prediction'", "it needs use_flow_sigmas=True")
-    if flow and prediction == "v_prediction":
-        refuse("prediction_type='v_prediction' with use_flow_sigmas=True", "no v on straight lines")
-    if option("solver_p") is not None:
-        refuse("solver_p", "another scheduler as the predictor")
-    if name == "UniPCMultistepScheduler" and not 1 <= config["solver_order"] <= 3:
-        refuse(f"solver_order={config['solver_order']}", "it can be 1 to 3")
-    if name == "SASolverScheduler":
-        for key, highest in (("predictor_order", 3), ("corrector_order", 4)):
-            if not 1 <= config[key] <= highest:
-                refuse(f"{key}={config[key]}", f"it can be 1 to {highest}")
-    return found
+_HIGHEST = {
+    "UniPCMultistepScheduler": {"solver_order": 12},
+    "SASolverScheduler": {"predictor_order": 4, "corrector_order": 4},
+}
 
 
 _MIXINS: dict[str, type[Tabled]] = {
