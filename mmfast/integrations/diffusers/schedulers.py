@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -251,6 +251,7 @@ class FlowEuler(Tabled):
 
 class FlowHeun(Tabled):
     _program = staticmethod(tables.flow_heun)
+    _twice = True
     _outputs = (scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput, 1)
     _of_output = True
     _whole = False
@@ -324,6 +325,7 @@ class EulerAncestral(_Generated):
 
 class Heun(_Plain):
     _program = staticmethod(tables.heun)
+    _twice = True
     _outputs = (scheduling_heun_discrete.HeunDiscreteSchedulerOutput, 2)
     _scaled = True
 
@@ -335,6 +337,7 @@ class Heun(_Plain):
 
 class KDPM2(_Plain):
     _program = staticmethod(tables.kdpm2)
+    _twice = True
     _outputs = (scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput, 2)
     _scaled = True
 
@@ -349,6 +352,7 @@ class KDPM2(_Plain):
 
 class KDPM2Ancestral(_Generated):
     _program = staticmethod(tables.kdpm2_ancestral)
+    _twice = True
     _outputs = (scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput, 2)
     _scaled = True
 
@@ -380,16 +384,109 @@ class LMS(Tabled):
         return self._run(model_output, timestep, sample, return_dict, (order,))
 
 
-class PNDM(Cumulative, _Plain):
+class _Fixed(Tabled):
+    """Those whose coefficients do not depend on where the history is from.
+
+    Programs give them one, call steps at timesteps that do not follow one another, or run twice
+    without an end between. No table has these runs; they are the library's own arithmetic.
+    """
+
+    _by_library = False
+    _kept: ClassVar[tuple[tuple[int, str], ...]] = ()  # slots after the ring, and whose they are
+
+    def _given(self, values: list[Tensor]) -> None:
+        self._by_library = self._by_library or bool(values)
+
+    def _prepare(self) -> State:
+        self._by_library = False
+        return super()._prepare()
+
+    def _leave(self) -> None:
+        """Go on with the library's arithmetic, until timesteps are set."""
+        state = self._state()
+        history, past = state.history, self._past()
+        if past:
+            assert history is not None
+            for slot, name in self._kept:
+                if slot < len(history):
+                    setattr(self, name, history[slot].clone())
+            past = [value.clone() for value in past]
+        self._forget()
+        if past is not None:
+            vars(self)["ets"] = past
+        self._by_library = True
+
+
+class PNDM(_Fixed, Cumulative):
     _program = staticmethod(tables.pndm)
     _outputs = (SchedulerOutput, 1)
+    _kept = ((3, "cur_sample"), (4, "cur_model_output"))
 
     ets = History("ets")
     counter: int  # of the library
     _first: Any = 0  # the index of its first call
 
-    def _index(self, timestep: Any, state: State) -> Index:
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> Output:
+        """As the library's, by a table."""
+        if not self._by_library and not self._follows(timestep):
+            between = self.counter % 4 and self._starting()
+            self._leave()
+            if not between:
+                self.cur_model_output = 0
+        if self._by_library:
+            step = super().step_prk if self._starting() else super().step_plms  # type: ignore[misc]
+            return step(model_output, timestep, sample, return_dict=return_dict)
+        return self._run(model_output, timestep, sample, return_dict)
+
+    def _starting(self) -> bool:
+        """Whether the next call is one of the Runge-Kutta steps."""
+        return not self.config.skip_prk_steps and self.counter < len(self.prk_timesteps)  # type: ignore[attr-defined]
+
+    def step_prk(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> Output:
+        """As the library's, by a table."""
         _set(self)
+        if not self._by_library and self._starting():
+            return self.step(model_output, timestep, sample, return_dict)
+        if not self._by_library:
+            self._leave()
+        return super().step_prk(model_output, timestep, sample, return_dict)  # type: ignore[misc]
+
+    def step_plms(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> Output:
+        """As the library's, by a table."""
+        _set(self)
+        if not self._by_library and not self._starting():
+            return self.step(model_output, timestep, sample, return_dict)
+        if not self._by_library:
+            self._leave()
+        return super().step_plms(model_output, timestep, sample, return_dict)  # type: ignore[misc]
+
+    def _follows(self, timestep: Any) -> bool:
+        """Whether the timestep is that of the next row. Elsewhere than on the CPU it is trusted."""
+        _set(self)
+        state = self._state()
+        place = self._locate(timestep, state)
+        if isinstance(place, Tensor):
+            return True
+        if place < 0:
+            return False
+        if self.counter == 0:
+            return not (place and self._starting())
+        first = self._first
+        if not isinstance(first, int):
+            return True
+        index = first + self.counter
+        return index < len(state.values) and state.values[place] == state.values[index]
+
+    def _missing(self, timestep: float) -> int:
+        return -1
+
+    def _index(self, timestep: Any, state: State) -> Index:
         if self.counter == 0:
             self._first = self._locate(timestep, state)
         return self._first + self.counter
@@ -402,23 +499,35 @@ class PNDM(Cumulative, _Plain):
             return made - (made > 1)
         return (made + 3) // 4 if made < 12 else made - 9
 
-    step_prk = step_plms = _Plain.step
-
 
 class _Set(Tabled):
     """Those that want set_timesteps first."""
 
-    def _first_index(self, timestep: Any) -> Index:
+    def _check_first(self, timestep: Any) -> None:
         _set(self)
-        return super()._first_index(timestep)
+        super()._check_first(timestep)
 
 
-class IPNDM(_Set, _Plain):
+class IPNDM(_Fixed, _Set):
     _program = staticmethod(tables.ipndm)
     _outputs = (SchedulerOutput, 1)
     _levels = "betas"
 
     ets = History("ets")
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> Output:
+        """As the library's, by a table."""
+        if not self._by_library:
+            _set(self)
+            state = self._state()
+            index, following = self._index(timestep, state), state.next
+            if type(index) is type(following) is int and index != following and self._past():
+                self._leave()
+        if self._by_library:
+            return super().step(model_output, timestep, sample, return_dict)  # type: ignore[misc]
+        return self._run(model_output, timestep, sample, return_dict)
 
 
 class _Solver(_Set):

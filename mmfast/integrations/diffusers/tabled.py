@@ -44,7 +44,6 @@ class State:
         self.config = scheduler._internal_dict
         self.watched = (*_watched(self.timesteps), *_watched(self.levels))
         self.values: list[float] = [] if self.timesteps is None else host(self.timesteps)
-        self.addresses = _addresses(self.timesteps)
         self.own = None if self.timesteps is None else (self.timesteps.dtype, self.timesteps.device)
         self.key = (tuple(self.values), () if self.levels is None else tuple(host(self.levels)))
         self.places: dict[float, int] = {}  # the library takes the second of equal ones
@@ -55,6 +54,9 @@ class State:
             elif value not in seen:
                 self.places[value] = i
                 seen.add(value)
+        self.addresses = _addresses(self.timesteps)
+        if scheduler._twice:
+            self.addresses = {at: self.places[self.values[i]] for at, i in self.addresses.items()}
         self.scales: list[float] | None = None
         self.noisy: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
         self.programs = programs
@@ -255,6 +257,7 @@ class History:
             return
         scheduler._forget()
         vars(scheduler)[self.name] = values
+        scheduler._given(given)
 
 
 class Count:
@@ -291,6 +294,7 @@ class Tabled:
     _scaled: ClassVar[bool] = False  # scale_model_input does something
     _whole: ClassVar[bool] = True  # integers are timesteps
     _remembers: ClassVar[bool] = True  # steps depend on those before them
+    _twice: ClassVar[bool] = False  # two calls a step, and of equal timesteps the second is meant
     _philox: int | Tensor | None = None
 
     # Attributes of the library's own classes.
@@ -334,6 +338,9 @@ class Tabled:
         state = vars(self).get("_tabled")
         if state is not None:
             state.next = -1
+
+    def _given(self, values: list[Tensor]) -> None:
+        """A history of ``values`` was set before a run."""
 
     def _steps_made(self) -> int:
         state = vars(self)["_tabled"]
@@ -406,14 +413,15 @@ class Tabled:
     def _index(self, timestep: Any, state: State) -> Index:
         """The index of a step, and of the model's input before it."""
         index = self._step_index
-        return self._first_index(timestep) if index is None else index
+        if index is None:
+            self._init_step_index(timestep)
+            index = self._step_index
+        return index
 
-    def _first_index(self, timestep: Any) -> Index:
+    def _check_first(self, timestep: Any) -> None:
+        """Refuse what no run can begin with."""
         if not self._whole:
             _refuse_whole(timestep)
-        self._init_step_index(timestep)
-        first: Index = self._step_index
-        return first
 
     def _advance(self, index: Index) -> None:
         self._step_index = index + 1
@@ -433,10 +441,12 @@ class Tabled:
         index: Index | None = None,
     ) -> Any:
         state = self._state()
+        following = state.next
+        if type(following) is int and following < 0:
+            self._check_first(timestep)
         if index is None:
             index = self._index(timestep, state)
         counted = type(index) is int
-        following = state.next
         goes_on = index is following
         if counted and type(following) is int:
             goes_on = index == following  # type: ignore[assignment]
@@ -456,6 +466,11 @@ class Tabled:
             ready = state.ready = Ready(self, state, program, sample, model_output)
         if counted:
             row = index - state.begin
+            if row == len(ready.rows) and self._twice:
+                # The last step is one call; the library lets a second one pass, of no length.
+                self._advance(index)
+                state.next = index + 1
+                return self._returned(ready, sample.clone(), sample.clone(), return_dict)
             if not 0 <= row < len(ready.rows):
                 raise IndexError(
                     f"step {index} of {len(ready.rows) + state.begin}: the schedule is at its end; "
@@ -497,17 +512,20 @@ class Tabled:
         )  # fmt: skip
         self._advance(index)
         state.next = index + 1 if counted else self.__dict__.get("_step_index", -1)
-        kind = ready.kind
-        if ready.outputs == 1:
-            return made(kind, prev_sample=out) if return_dict else (out,)
         if second is None:
             second = out
             if program.output is not None:
                 assert history is not None
                 second = history[program.output]
+        return self._returned(ready, out, second, return_dict)
+
+    @staticmethod
+    def _returned(ready: Ready, out: Tensor, second: Tensor, return_dict: bool) -> Any:
+        if ready.outputs == 1:
+            return made(ready.kind, prev_sample=out) if return_dict else (out,)
         if not return_dict:
             return out, second
-        return made(kind, prev_sample=out, pred_original_sample=second)
+        return made(ready.kind, prev_sample=out, pred_original_sample=second)
 
     def _history(self, state: State, ready: Ready, sample: Tensor, goes_on: bool) -> Tensor:
         history = state.history
