@@ -20,6 +20,7 @@ from benchmarks import contest, levels, machine, report, tables, timing, trainin
 from benchmarks.cases import Case, all_cases
 from benchmarks.results import FILE, Results, letters_of
 from benchmarks.spent import ROUNDS, Spent
+from mmfast.files import check_writable
 
 _HERE = Path(__file__).parent
 _CURVE_SHARE = 0.1  # of a table's case's time
@@ -74,7 +75,7 @@ def _measure(
     if not options.bare:
         console.print(report.summary(results), highlight=False)
     with _progress(console, len(chosen) + 3) as tell:
-        for count in counts:
+        for count in counts if not options.bare else ():
             tell("ceilings", 0)
             with timing.threads(count), spent.on("ceilings", ROUNDS):
                 results.ceilings[count] = machine.ceilings(device, count)
@@ -140,6 +141,11 @@ def _parse() -> argparse.Namespace:
         options.seconds = 2.0 if options.full else 0.3
     if options.quick and options.full:
         parser.error("--quick and --full exclude each other")
+    if options.out is not None:
+        try:
+            check_writable(options.out)
+        except OSError as error:
+            parser.error(f"--out {error}")
     if not _choose(options):
         parser.error(f"no case matches --only {options.only!r}; --list shows them")
     return options
@@ -208,4 +214,5 @@ if __name__ == "__main__":
     # Libraries of contenders warn about each other; nothing of it concerns the results.
     warnings.filterwarnings("ignore")
     os.environ.setdefault("KEOPS_VERBOSE", "0")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's
     sys.exit(main())
