@@ -130,8 +130,17 @@ def call(op: Op, *args: Any) -> Any:
     if op.mutates:
         # No kernel says that it changed them; autograd would use what it saved, changed.
         torch.autograd.graph.increment_version(op.changed(args))
+    return call_on_new(op, *args)
+
+
+def call_on_new(op: Op, *args: Any) -> Any:
+    """:func:`call` where the arguments that the op changes are new: autograd has saved none."""
     if _forced is None:
-        return library.overload(op.name)(*args)
+        run = library.overload(op.name)
+        if op.backward is None or not library.untracked(args):
+            return run(*args)
+        with library.below_autograd():
+            return run(*args)
     run = select(op, _forced, *args)
     if op.backward is None or not torch.is_grad_enabled():
         with torch.no_grad():

@@ -48,6 +48,14 @@ def check_device(**tensors: Tensor) -> None:
         raise ValueError(f"all tensors must be on one device, got {got}")
 
 
+def check_beside(owner: str, device: torch.device, name: str, tensor: Tensor) -> None:
+    """``tensor`` is on the ``device`` that ``owner`` is on, else ValueError."""
+    if tensor.device != device:
+        raise ValueError(
+            f"all tensors must be on one device, got {owner} on {device}, {name} on {tensor.device}"
+        )
+
+
 def check_codebook(x: Tensor, codebook: Tensor) -> None:
     """Shapes of vectors and codebook fit together, else ValueError."""
     if codebook.dim() not in (2, 3):

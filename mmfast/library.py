@@ -18,6 +18,8 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 # is loaded, so "cpu" is absent here.
 _KEYS = {"cuda": "CUDA"}
 
+_overloads: dict[str, Callable[..., Any]] = {}
+
 
 def _lazy(backend: Backend) -> Callable[..., Any]:
     """A kernel that loads its backend at the first call (Triton is slow to import)."""
@@ -89,8 +91,24 @@ def define(op: Op) -> None:
                 taken.add(key)
     if op.vmap is not None:
         torch.library.register_vmap(qualified, op.vmap, lib=_library)
+    _overloads[op.name] = getattr(getattr(torch.ops, NAMESPACE), op.name).default
 
 
 def overload(name: str) -> Callable[..., Any]:
     """The bound ``.default`` overload: the cheapest way into the dispatcher."""
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return _overloads[name]
+
+
+def untracked(args: tuple[Any, ...]) -> bool:
+    """Whether autograd's kernel of an op, which is Python and slow, would do nothing.
+
+    Inside torch.func's transforms that can't be known: gradients may be asked for further down.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+below_autograd = torch._C._AutoDispatchBelowAutograd

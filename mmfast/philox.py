@@ -129,6 +129,8 @@ def as_stream(value: int | Tensor, device: torch.device | str | None, name: str)
             raise TypeError(f"{name} must be an int or an int64 tensor, got {got}")
         if value.dim() > 1:
             raise ValueError(f"{name} must be of shape () or (B,), got {tuple(value.shape)}")
+        if value.device == device:
+            return value
         wanted = torch.device("cpu" if device is None else device)
         if value.device.type != wanted.type or wanted.index not in (None, value.device.index):
             raise ValueError(f"{name} must be on {device}, got one on {value.device}")

@@ -258,3 +258,16 @@ def test_compile_without_a_break():
 
     compiled = torch.compile(train, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradient(compiled), gradient(train))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_gradients_from_within_vmap():
+    """Inside it the samples do not say that they require a gradient."""
+    x = torch.randn(3, 4, 2, requires_grad=True)
+    rows = torch.rand(9, 5, dtype=torch.float64)
+    timesteps, noise = torch.randint(9, (4,)), torch.randn(4, 2)
+    torch.func.vmap(
+        lambda part: mmfast.add_noise(part, timesteps, rows, noise=noise, target=None).noisy
+    )(x).sum().backward()
+    wanted = rows[timesteps, 0].float()[None, :, None].expand(3, 4, 2)
+    assert torch.allclose(x.grad, wanted)

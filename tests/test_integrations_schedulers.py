@@ -71,6 +71,17 @@ def _predicting(name: str, *names: str) -> list[tuple[str, dict[str, Any]]]:
 
 # "step": options of step; "set": of set_timesteps; the rest is the scheduler's configuration.
 CASES = [
+    # Predictions that do not fit the sigmas: the library converts them by its rules all the same.
+    *(
+        (name, {"prediction_type": kind, "use_flow_sigmas": kind[0] == "v"})
+        for name in (
+            "DEISMultistepScheduler",
+            "DPMSolverMultistepScheduler",
+            "UniPCMultistepScheduler",
+            "SASolverScheduler",
+        )
+        for kind in ("v_prediction", "flow_prediction")
+    ),
     *_with("DDPMScheduler", {}, {"clip_sample": False}, {"beta_schedule": "squaredcos_cap_v2"}),
     *(
         (name, {"thresholding": True, "sample_max_value": 1.5, **more})
@@ -85,6 +96,7 @@ CASES = [
             ),
             ("DPMSolverSinglestepScheduler", {}),
             ("UniPCMultistepScheduler", {}),
+            ("UniPCMultistepScheduler", {"predict_x0": False, "final_sigmas_type": "sigma_min"}),
             ("SASolverScheduler", {}),
             ("LCMScheduler", {}),
             ("EDMDPMSolverMultistepScheduler", {}),
@@ -103,6 +115,7 @@ CASES = [
     *_with("EulerDiscreteScheduler", {}, {"final_sigmas_type": "sigma_min"}),
     *_with("EulerDiscreteScheduler", {"step": {"s_churn": 3.0, "s_tmax": 9.0, "s_noise": 1.1}}),
     *_with("EulerDiscreteScheduler", {"set": {"sigmas": [9.0, 3.0, 0.5, 0.0]}}),
+    *_with("EulerDiscreteScheduler", {"step": {"s_churn": 3.0}}, interpolation_type="log_linear"),
     *_with(
         "EulerDiscreteScheduler", {"timestep_type": "continuous"}, prediction_type="v_prediction"
     ),
@@ -120,7 +133,7 @@ CASES = [
     *_with("KDPM2AncestralDiscreteScheduler", {}),
     *_predicting("KDPM2AncestralDiscreteScheduler", "v_prediction"),
     *_placed("KDPM2AncestralDiscreteScheduler"),
-    *_with("LMSDiscreteScheduler", {}, {"step": {"order": 2}}, {"step": {"order": 1}}),
+    *_with("LMSDiscreteScheduler", {}, {"step": {"order": 1}}, {"step": {"order": 6}}),
     *_predicting("LMSDiscreteScheduler", "sample", "v_prediction"),
     *_placed("LMSDiscreteScheduler"),
     *_with("PNDMScheduler", {}, {"skip_prk_steps": True}, {"set_alpha_to_one": True}),
@@ -163,7 +176,7 @@ CASES = [
     *_placed("DPMSolverSinglestepScheduler"),
     *_with(
         "UniPCMultistepScheduler",
-        *({"solver_order": k, "solver_type": b} for k in (1, 2, 3) for b in ("bh1", "bh2")),
+        *({"solver_order": k, "solver_type": b} for k in (1, 2, 4) for b in ("bh1", "bh2")),
         final_sigmas_type="sigma_min",
     ),
     *_with(
@@ -180,7 +193,7 @@ CASES = [
         "SASolverScheduler",
         *(
             {"predictor_order": k, "corrector_order": c}
-            for k, c in ((1, 1), (2, 2), (3, 3), (3, 4))
+            for k, c in ((1, 1), (2, 2), (3, 3), (4, 4))
         ),
     ),
     *_with(
@@ -198,6 +211,10 @@ CASES = [
     *_with("FlowMatchEulerDiscreteScheduler", {"set": {"sigmas": [1.0, 0.6, 0.2]}}),
     *_placed("FlowMatchEulerDiscreteScheduler"),
     *_with("FlowMatchHeunDiscreteScheduler", {}, {"shift": 3.0}),
+    *_with(
+        "FlowMatchHeunDiscreteScheduler",
+        {"step": {"s_churn": 3.0, "s_tmin": 0.2, "s_tmax": 0.9, "s_noise": 1.1}},
+    ),
     *_with(
         "EDMEulerScheduler",
         {},
@@ -307,6 +324,24 @@ def test_whole_runs_in_single_precision(name: str, return_dict: bool) -> None:
     want = _run(getattr(diffusers, name)(), return_dict=return_dict)
     got = _run(CLASSES[name](), return_dict=return_dict)
     assert _error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("predictor", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_unipc_corrects_for_another_solver(predictor: str) -> None:
+    """``solver_p`` takes the steps, from samples that UniPC has corrected."""
+    results = []
+    for library in (diffusers, drop_in):
+        with diffusers_float64.double():
+            unipc, other = (
+                getattr(diffusers_float64.module(FILES[name]), name)
+                for name in ("UniPCMultistepScheduler", predictor)
+            )
+            if library is drop_in:
+                unipc, other = on_tables(unipc), on_tables(other)
+            solver = other(timestep_spacing="leading")
+            made = unipc(timestep_spacing="leading", solver_p=solver, solver_order=3)
+            results.append(_run(made, dtype=torch.float64, return_dict=library is drop_in))
+    assert _error(results[1], results[0]) < 1e-9
 
 
 STARTS = [
@@ -548,7 +583,8 @@ def test_runs_on_a_device_that_can_not_be_read(name: str) -> None:
     scheduler.set_timesteps(6)
     state = vars(scheduler)["_tabled"]
     scheduler.timesteps = state.timesteps = scheduler.timesteps.to("meta")
-    state.versions = (0, state.versions[1])
+    state.watched = (scheduler.timesteps, scheduler.timesteps._version, *state.watched[2:])
+    state.own = (scheduler.timesteps.dtype, scheduler.timesteps.device)
     x = torch.empty(2, 3, 4, device="meta")
     with pytest.raises(RuntimeError):
         float(scheduler.timesteps[0])
@@ -573,7 +609,7 @@ def test_steps_counted_on_the_device(name: str, monkeypatch) -> None:
     """The index as a tensor, as it is for timesteps that can't be known without asking a device."""
     want = _run(CLASSES[name]())
     kind = CLASSES[name]
-    monkeypatch.setattr(kind, "_locate", kind._locate_on_device)
+    monkeypatch.setattr(kind, "_locate", lambda self, t, state=None: self._locate_on_device(t))
     assert _error(_run(kind(), times=lambda t: t.clone()), want) == 0
     if name == "UniPCMultistepScheduler":  # its first steps depend on where it begins
         scheduler = kind()
@@ -783,19 +819,8 @@ def test_last_steps_that_the_library_gets_wrong() -> None:
 
 
 REFUSED = [
-    (
-        "UniPCMultistepScheduler",
-        {"thresholding": True, "predict_x0": False},
-        "thresholding=True is not supported",
-    ),
-    ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
-    (
-        "DEISMultistepScheduler",
-        {"prediction_type": "v_prediction", "use_flow_sigmas": True},
-        "no v on straight lines",
-    ),
-    ("UniPCMultistepScheduler", {"solver_order": 4}, "solver_order=4 is not supported"),
-    ("SASolverScheduler", {"predictor_order": 4}, "predictor_order=4 is not supported"),
+    ("UniPCMultistepScheduler", {"solver_order": 13}, "solver_order=13 is not supported"),
+    ("SASolverScheduler", {"predictor_order": 5}, "predictor_order=5 is not .* be 1 to 4"),
 ]
 
 
@@ -815,8 +840,6 @@ def test_calls_that_are_refused() -> None:
     flow.set_timesteps(4)
     heun = drop_in.FlowMatchHeunDiscreteScheduler()
     heun.set_timesteps(4)
-    with pytest.raises(NotImplementedError, match="s_churn above 0 is not supported"):
-        heun.step(x, heun.timesteps[0], x, s_churn=1.0)
     with pytest.raises(ValueError, match="Passing integer indices"):
         flow.step(x, 3, x)
     with pytest.raises(ValueError, match="Number of inference steps is 'None'"):

@@ -792,7 +792,7 @@ def test_convergence(make, expected, warm_up):
         (lambda g: S.deis(g, order=5), "order must be from 1 to 4, got 5"),
         (lambda g: S.unipc(g, variant="bh3"), "variant must be one of bh1, bh2, got 'bh3'"),
         (lambda g: S.sa_solver(g, corrector_order=5), "corrector_order must be from 0 to 4, got 5"),
-        (lambda g: S.lms(g, order=0), "order must be from 1 to 4, got 0"),
+        (lambda g: S.lms(g, order=0), "order must be from 1 to 12, got 0"),
         (lambda g: S.ipndm(g, order=5), "order must be from 1 to 4, got 5"),
         (lambda g: S.euler_ancestral(g, eta=-0.5), "eta must be from 0 to 1, got -0.5"),
         (lambda g: S.kdpm2_ancestral(g, eta=2.0), "eta must be from 0 to 1, got 2.0"),

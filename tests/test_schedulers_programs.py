@@ -16,6 +16,7 @@ from torch import Tensor
 diffusers = pytest.importorskip("diffusers")
 
 import mmfast.integrations.diffusers as drop_in  # noqa: E402
+from mmfast.integrations.diffusers import SCHEDULERS  # noqa: E402
 
 LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -138,3 +139,67 @@ def test_steps_at_numbers(name):
             assert x.shape == residual.shape
     for got in results[1:]:
         torch.testing.assert_close(got, results[0], rtol=2e-5, atol=1e-5)
+
+
+def test_a_run_twice_that_goes_on_with_its_history():
+    scheduler = drop_in.IPNDMScheduler(num_train_timesteps=1000)
+    scheduler.set_timesteps(10)
+    x = _ramp()
+    for _ in range(2):
+        for t in scheduler.timesteps:
+            x = scheduler.step(_model(x, t), t, x).prev_sample
+        scheduler._step_index = None
+    assert float(x.abs().mean()) == pytest.approx(2540529, abs=10)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_steps_of_pndm_by_name_and_anywhere(skip):
+    residual = 0.1 * torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    past = [residual + 0.2, residual + 0.15, residual + 0.1, residual + 0.05]
+    results = []
+    for library in (diffusers, drop_in):
+        outputs = []
+        for given, calls in (
+            (True, (("step_prk", 0), ("step_prk", 1), ("step_plms", 60), ("step_plms", 5))),
+            (False, (("step", 980), ("step", 33), ("step", 7), ("step", 960))),
+        ):
+            scheduler = library.PNDMScheduler(skip_prk_steps=skip)
+            scheduler.set_timesteps(50)
+            if given:
+                scheduler.ets = list(past)
+            if skip and given:
+                calls = calls[2:]
+            for name, t in calls:
+                outputs.append(getattr(scheduler, name)(residual, t, 10 * residual).prev_sample)
+            scheduler.set_timesteps(10)
+            x = 10 * residual
+            for t in scheduler.timesteps[:5]:
+                x = scheduler.step(residual, t, x).prev_sample
+            outputs.append(x)
+        results.append(torch.stack(outputs))
+    torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_inputs_scaled_before_anything_is_set(name):
+    """A whole number says where; steps alone refuse it, of those whose timesteps are not whole."""
+    results = []
+    for library in (diffusers, drop_in):
+        scheduler = getattr(library, name)()
+        if hasattr(scheduler, "scale_model_input"):
+            t = 0.0 if scheduler.timesteps is None else float(scheduler.timesteps[0])
+            t = int(t) if t.is_integer() else t
+            results.append(scheduler.scale_model_input(_ramp(), t))
+    if results:
+        torch.testing.assert_close(*results, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"])
+def test_a_call_after_the_last_changes_nothing(name):
+    scheduler = getattr(drop_in, f"{name}Scheduler")()
+    scheduler.set_timesteps(10)
+    x = _ramp()
+    ends = scheduler.step(0.1 * x, scheduler.timesteps[-1], x).prev_sample
+    assert torch.equal(scheduler.step(0.1 * x, 1, ends).prev_sample, ends)
+    with pytest.raises(IndexError, match="the schedule is at its end"):
+        scheduler.step(0.1 * x, 1, ends)

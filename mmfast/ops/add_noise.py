@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmfast import backends, philox
-from mmfast.checks import FLOATING, check_choice, check_device, check_dtype, check_floating
+from mmfast.checks import FLOATING, check_beside, check_choice, check_dtype, check_floating
 from mmfast.ops.per_sample import differences, drawn, rounding, rows_of
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
 
@@ -107,25 +107,29 @@ def add_noise(
     check_dtype("timesteps", timesteps, (torch.int64,))
     if (noise is None) == (seed is None):
         raise ValueError("one of noise and seed must be given")
-    tensors = {"x0": x0, "timesteps": timesteps, "table": table}
+    device = x0.device
+    _check("timesteps", timesteps, batch, device)
+    check_beside("x0", device, "table", table)
     streams: tuple[Tensor, Tensor] | tuple[None, None] = None, None
     if noise is not None:
         check_floating("noise", noise)
         if noise.shape != x0.shape:
             raise ValueError(f"noise must have shape {tuple(x0.shape)}, got {tuple(noise.shape)}")
-        tensors["noise"] = noise
+        check_beside("x0", device, "noise", noise)
     else:
         assert seed is not None
-        streams = philox.streams(seed, offset, x0.device)
-        tensors |= dict(zip(("seed", "offset"), streams, strict=True))
-    check_device(**tensors)
-    for name in ("timesteps", "seed", "offset"):
-        if name in tensors and tensors[name].shape not in ((), (batch,)):
-            got = tuple(tensors[name].shape)
-            raise ValueError(f"{name} must be () or (B,) = ({batch},), got {got}")
+        streams = philox.streams(seed, offset, device)
+        for name, stream in zip(("seed", "offset"), streams, strict=True):
+            _check(name, stream, batch, device)
     wanted = target is not None
     noisy, made, weight = backends.call(OP, x0, timesteps, table, noise, *streams, wanted)
     return AddedNoise(noisy, made if wanted else None, weight)
+
+
+def _check(name: str, tensor: Tensor, batch: int, device: torch.device) -> None:
+    if tensor.dim() and tensor.shape != (batch,):
+        raise ValueError(f"{name} must be () or (B,) = ({batch},), got {tuple(tensor.shape)}")
+    check_beside("x0", device, name, tensor)
 
 
 def _on(device: torch.device, table: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backends, philox
-from mmfast.checks import FLOATING, check_dtype, check_floating
+from mmfast.checks import FLOATING, check_beside, check_dtype, check_floating
 from mmfast.ops.per_sample import differences, drawn, rounding, rows_of
 from mmfast.registry import Arguments, Cost, Op, Sample, register
 from mmfast.schedule.layout import HISTORY, Layout, M, N, P, X, slots_of
@@ -106,19 +106,20 @@ def sampler_step(
 
     if isinstance(step, Tensor):
         check_dtype("step", step, (torch.int64,))
-        if step.shape not in ((), (batch,)):
+        if step.dim() and step.shape != (batch,):
             raise ValueError(f"step must be () or (B,) = ({batch},), got {tuple(step.shape)}")
+        check_beside("x", device, "step", step)
     else:
         if not 0 <= step < rows:
             raise IndexError(f"step must be from 0 to {rows - 1} for a table of {rows}, got {step}")
         step = torch.full((), step, dtype=torch.int64, device=device)
+    check_beside("x", device, "table", coefficients)
     if seed is not None:
         if noise is not None:
             raise ValueError("not possible: noise and seed")
-        seed, _ = philox.streams(seed, step, device)
-        if seed.shape not in ((), (batch,)):
+        seed = philox.as_stream(seed, device, "seed")
+        if seed.dim() and seed.shape != (batch,):
             raise ValueError(f"seed must be () or (B,) = ({batch},), got {tuple(seed.shape)}")
-    _check_device(device, model_output=model_output, table=coefficients, step=step)
     _check("model_output", model_output, shape, device)
     if unconditional is not None:
         _check("unconditional", unconditional, shape, device)
@@ -140,9 +141,7 @@ def sampler_step(
         _check("variance", variance, shape, device)
     if threshold is not None:
         _check("threshold", threshold, (batch,), device)
-    if out is None:
-        out = torch.empty_like(x)
-    elif out is not x:
+    if out is not None and out is not x:
         _check("out", out, shape, device)
     if denoised is not None:
         _check("denoised", denoised, shape, device)
@@ -151,7 +150,12 @@ def sampler_step(
             _check("model_input", model_input, (2 * batch, *shape[1:]), device)
         else:
             _check("model_input", model_input, shape, device)
-    backends.call(
+    call = backends.call
+    if out is None:
+        out = torch.empty_like(x)
+        if history is None and denoised is None and model_input is None:
+            call = backends.call_on_new
+    call(
         OP, x, model_output, unconditional, float(guidance_scale), guidance, coefficients, step,
         noise, seed, variance, threshold, out, history, denoised, model_input,
     )  # fmt: skip
@@ -162,16 +166,7 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.devi
     check_floating(name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    if tensor.device != device:
-        _check_device(device, **{name: tensor})
-
-
-def _check_device(device: torch.device, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.device != device:
-            raise ValueError(
-                f"all tensors must be on one device, got x on {device}, {name} on {tensor.device}"
-            )
+    check_beside("x", device, name, tensor)
 
 
 class _Values(NamedTuple):

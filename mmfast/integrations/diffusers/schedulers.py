@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -33,7 +33,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from mmfast.integrations.diffusers import tables
-from mmfast.integrations.diffusers.tabled import Count, History, Index, Tabled
+from mmfast.integrations.diffusers.tabled import Count, History, Index, State, Tabled
 from mmfast.integrations.diffusers.tables import Options, host, point
 
 Output = Any
@@ -65,8 +65,8 @@ class Uncounted(Cumulative):
 
     _remembers = False
 
-    def _index(self, timestep: Any) -> Index:
-        return self._locate(timestep)
+    def _index(self, timestep: Any, state: State) -> Index:
+        return self._locate(timestep, state)
 
     def _advance(self, index: Index) -> None:
         pass
@@ -251,6 +251,7 @@ class FlowEuler(Tabled):
 
 class FlowHeun(Tabled):
     _program = staticmethod(tables.flow_heun)
+    _twice = True
     _outputs = (scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput, 1)
     _of_output = True
     _whole = False
@@ -268,12 +269,8 @@ class FlowHeun(Tabled):
         return_dict: bool = True,
     ) -> Output:
         """As the library's, by a table."""
-        if s_churn > 0:
-            raise NotImplementedError(
-                "s_churn above 0 is not supported by mmfast's FlowMatchHeunDiscreteScheduler: take "
-                "the patch back"
-            )
-        return self._run(model_output, timestep, sample, return_dict)
+        options = (s_churn, s_tmin, s_tmax, s_noise)
+        return self._run(model_output, timestep, sample, return_dict, options, generator)
 
     @property
     def state_in_first_order(self) -> bool:
@@ -285,7 +282,7 @@ class FlowHeun(Tabled):
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """As the library's: the sample with the noise of the step's timestep."""
-        index = self._index(timestep)
+        index = self._index(timestep, self._state())
         begin, self._begin_index = self._begin_index, index
         try:
             return self._noised(sample, noise, timestep)
@@ -328,6 +325,7 @@ class EulerAncestral(_Generated):
 
 class Heun(_Plain):
     _program = staticmethod(tables.heun)
+    _twice = True
     _outputs = (scheduling_heun_discrete.HeunDiscreteSchedulerOutput, 2)
     _scaled = True
 
@@ -339,6 +337,7 @@ class Heun(_Plain):
 
 class KDPM2(_Plain):
     _program = staticmethod(tables.kdpm2)
+    _twice = True
     _outputs = (scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput, 2)
     _scaled = True
 
@@ -353,6 +352,7 @@ class KDPM2(_Plain):
 
 class KDPM2Ancestral(_Generated):
     _program = staticmethod(tables.kdpm2_ancestral)
+    _twice = True
     _outputs = (scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput, 2)
     _scaled = True
 
@@ -384,18 +384,111 @@ class LMS(Tabled):
         return self._run(model_output, timestep, sample, return_dict, (order,))
 
 
-class PNDM(Cumulative, _Plain):
+class _Fixed(Tabled):
+    """Those whose coefficients do not depend on where the history is from.
+
+    Programs give them one, call steps at timesteps that do not follow one another, or run twice
+    without an end between. No table has these runs; they are the library's own arithmetic.
+    """
+
+    _by_library = False
+    _kept: ClassVar[tuple[tuple[int, str], ...]] = ()  # slots after the ring, and whose they are
+
+    def _given(self, values: list[Tensor]) -> None:
+        self._by_library = self._by_library or bool(values)
+
+    def _prepare(self) -> State:
+        self._by_library = False
+        return super()._prepare()
+
+    def _leave(self) -> None:
+        """Go on with the library's arithmetic, until timesteps are set."""
+        state = self._state()
+        history, past = state.history, self._past()
+        if past:
+            assert history is not None
+            for slot, name in self._kept:
+                if slot < len(history):
+                    setattr(self, name, history[slot].clone())
+            past = [value.clone() for value in past]
+        self._forget()
+        if past is not None:
+            vars(self)["ets"] = past
+        self._by_library = True
+
+
+class PNDM(_Fixed, Cumulative):
     _program = staticmethod(tables.pndm)
     _outputs = (SchedulerOutput, 1)
+    _kept = ((3, "cur_sample"), (4, "cur_model_output"))
 
     ets = History("ets")
     counter: int  # of the library
     _first: Any = 0  # the index of its first call
 
-    def _index(self, timestep: Any) -> Index:
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> Output:
+        """As the library's, by a table."""
+        if not self._by_library and not self._follows(timestep):
+            between = self.counter % 4 and self._starting()
+            self._leave()
+            if not between:
+                self.cur_model_output = 0
+        if self._by_library:
+            step = super().step_prk if self._starting() else super().step_plms  # type: ignore[misc]
+            return step(model_output, timestep, sample, return_dict=return_dict)
+        return self._run(model_output, timestep, sample, return_dict)
+
+    def _starting(self) -> bool:
+        """Whether the next call is one of the Runge-Kutta steps."""
+        return not self.config.skip_prk_steps and self.counter < len(self.prk_timesteps)  # type: ignore[attr-defined]
+
+    def step_prk(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> Output:
+        """As the library's, by a table."""
         _set(self)
+        if not self._by_library and self._starting():
+            return self.step(model_output, timestep, sample, return_dict)
+        if not self._by_library:
+            self._leave()
+        return super().step_prk(model_output, timestep, sample, return_dict)  # type: ignore[misc]
+
+    def step_plms(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> Output:
+        """As the library's, by a table."""
+        _set(self)
+        if not self._by_library and not self._starting():
+            return self.step(model_output, timestep, sample, return_dict)
+        if not self._by_library:
+            self._leave()
+        return super().step_plms(model_output, timestep, sample, return_dict)  # type: ignore[misc]
+
+    def _follows(self, timestep: Any) -> bool:
+        """Whether the timestep is that of the next row. Elsewhere than on the CPU it is trusted."""
+        _set(self)
+        state = self._state()
+        place = self._locate(timestep, state)
+        if isinstance(place, Tensor):
+            return True
+        if place < 0:
+            return False
         if self.counter == 0:
-            self._first = self._locate(timestep)
+            return not (place and self._starting())
+        first = self._first
+        if not isinstance(first, int):
+            return True
+        index = first + self.counter
+        return index < len(state.values) and state.values[place] == state.values[index]
+
+    def _missing(self, timestep: float) -> int:
+        return -1
+
+    def _index(self, timestep: Any, state: State) -> Index:
+        if self.counter == 0:
+            self._first = self._locate(timestep, state)
         return self._first + self.counter
 
     def _advance(self, index: Index) -> None:
@@ -406,23 +499,35 @@ class PNDM(Cumulative, _Plain):
             return made - (made > 1)
         return (made + 3) // 4 if made < 12 else made - 9
 
-    step_prk = step_plms = _Plain.step
-
 
 class _Set(Tabled):
     """Those that want set_timesteps first."""
 
-    def _index(self, timestep: Any) -> Index:
+    def _check_first(self, timestep: Any) -> None:
         _set(self)
-        return super()._index(timestep)
+        super()._check_first(timestep)
 
 
-class IPNDM(_Set, _Plain):
+class IPNDM(_Fixed, _Set):
     _program = staticmethod(tables.ipndm)
     _outputs = (SchedulerOutput, 1)
     _levels = "betas"
 
     ets = History("ets")
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> Output:
+        """As the library's, by a table."""
+        if not self._by_library:
+            _set(self)
+            state = self._state()
+            index, following = self._index(timestep, state), state.next
+            if type(index) is type(following) is int and index != following and self._past():
+                self._leave()
+        if self._by_library:
+            return super().step(model_output, timestep, sample, return_dict)  # type: ignore[misc]
+        return self._run(model_output, timestep, sample, return_dict)
 
 
 class _Solver(_Set):
@@ -497,10 +602,28 @@ class DPMSinglestep(_Solver):
         return self._run(model_output, timestep, sample, return_dict, (), generator)
 
 
-class UniPC(_Solver, _Plain):
+class UniPC(_Solver):
     _program = staticmethod(tables.unipc)
 
     lower_order_nums = Count()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+    ) -> Output:
+        """As the library's, by a table; with ``solver_p`` this corrects, and that goes on."""
+        predictor = self.solver_p  # type: ignore[attr-defined]
+        if not predictor:
+            return self._run(model_output, timestep, sample, return_dict)
+        (corrected,) = self._run(model_output, timestep, sample, False)
+        out = predictor.step(model_output, timestep, corrected, return_dict=False)[0]
+        return SchedulerOutput(prev_sample=out) if return_dict else (out,)
+
+    def _thresholded(self) -> bool:
+        return self.predict_x0 and super()._thresholded()  # type: ignore[attr-defined]
 
     def stretch_shift_to_terminal(self, t: Any) -> Any:
         """As the library's; one step alone stays where it is, where that divides 0 by 0."""
@@ -558,7 +681,9 @@ class TCD(_Set, Cumulative):
     _program = staticmethod(tables.tcd)
     _outputs = (scheduling_tcd.TCDSchedulerOutput, 2)
     _remembers = False
-    _thresholds = False  # it does not look at that option
+
+    def _thresholded(self) -> bool:
+        return False  # it does not look at that option
 
     def step(
         self,
@@ -600,31 +725,17 @@ def _stretched(scheduler: Any, t: Any) -> Any:
 def objections(scheduler: Any) -> list[str]:
     """Options of a scheduler of the library that its class here has not; empty when all is well."""
     name, config = type(scheduler).__name__, scheduler.config
-    found = []
+    return [
+        f"{name}: {key}={config[key]} is not supported: it can be 1 to {highest}"
+        for key, highest in _HIGHEST.get(name, {}).items()
+        if not 1 <= config[key] <= highest
+    ]
 
-    def refuse(option: str, why: str) -> None:
-        found.append(f"{name}: {option} is not supported: {why}")
 
-    def option(key: str) -> Any:
-        return config.get(key)
-
-    noises = option("predict_x0") is False or option("algorithm_type") == "noise_prediction"
-    if option("thresholding") and noises:
-        refuse("thresholding=True", "there is no prediction of the sample to limit")
-    flow, prediction = option("use_flow_sigmas"), option("prediction_type")
-    if prediction == "flow_prediction" and not flow:
-        refuse("prediction_type='flow_prediction'", "it needs use_flow_sigmas=True")
-    if flow and prediction == "v_prediction":
-        refuse("prediction_type='v_prediction' with use_flow_sigmas=True", "no v on straight lines")
-    if option("solver_p") is not None:
-        refuse("solver_p", "another scheduler as the predictor")
-    if name == "UniPCMultistepScheduler" and not 1 <= config["solver_order"] <= 3:
-        refuse(f"solver_order={config['solver_order']}", "it can be 1 to 3")
-    if name == "SASolverScheduler":
-        for key, highest in (("predictor_order", 3), ("corrector_order", 4)):
-            if not 1 <= config[key] <= highest:
-                refuse(f"{key}={config[key]}", f"it can be 1 to {highest}")
-    return found
+_HIGHEST = {
+    "UniPCMultistepScheduler": {"solver_order": 12},
+    "SASolverScheduler": {"predictor_order": 4, "corrector_order": 4},
+}
 
 
 _MIXINS: dict[str, type[Tabled]] = {

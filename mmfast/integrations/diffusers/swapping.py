@@ -34,7 +34,7 @@ SCHEDULERS = (
 )
 
 
-_ADDED = ("_tabled", "_philox")  # attributes of a scheduler that has our class
+_ADDED = ("_tabled", "_philox", "_by_library")  # attributes of a scheduler that has our class
 
 
 def patch(pipeline_or_scheduler: Any) -> PatchReport:

@@ -6,19 +6,22 @@ sigmas stay the library's; a step is one :func:`mmfast.sampler_step` with the ro
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like, is_grad_enabled
+from torch.autograd.graph import increment_version
 
 from mmfast import backends, philox
+from mmfast.checks import check_beside, check_floating
 from mmfast.integrations.diffusers.tables import Options, Program, host, noising
 from mmfast.ops.add_noise import OP as ADD_NOISE
 from mmfast.ops.add_noise import add_noise
 from mmfast.ops.dynamic_threshold import dynamic_threshold
-from mmfast.ops.sampler_step import OP, sampler_step
+from mmfast.ops.sampler_step import OP
 
 _PROGRAMS = 8  # that a scheduler remembers: of other numbers of steps, begins and options
 
@@ -36,11 +39,12 @@ class State:
 
     def __init__(self, scheduler: Any, programs: dict[Any, Program]) -> None:
         self.timesteps = scheduler.timesteps
-        self.levels = getattr(scheduler, scheduler._levels, None)
+        self.name = scheduler._levels
+        self.levels = vars(scheduler).get(self.name)
         self.config = scheduler._internal_dict
-        self.versions = (_version(self.timesteps), _version(self.levels))
+        self.watched = (*_watched(self.timesteps), *_watched(self.levels))
         self.values: list[float] = [] if self.timesteps is None else host(self.timesteps)
-        self.address, self.stride = _place_in_memory(self.timesteps)
+        self.own = None if self.timesteps is None else (self.timesteps.dtype, self.timesteps.device)
         self.key = (tuple(self.values), () if self.levels is None else tuple(host(self.levels)))
         self.places: dict[float, int] = {}  # the library takes the second of equal ones
         seen: set[float] = set()
@@ -50,24 +54,31 @@ class State:
             elif value not in seen:
                 self.places[value] = i
                 seen.add(value)
+        self.addresses = _addresses(self.timesteps)
+        if scheduler._twice:
+            self.addresses = {at: self.places[self.values[i]] for at, i in self.addresses.items()}
         self.scales: list[float] | None = None
-        self.noisy: dict[torch.device, Tensor] = {}
+        self.noisy: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
         self.programs = programs
+        self.forgets = not scheduler._remembers
         self.program: Program | None = None
         self.options: Options = ()
         self.begin = 0
         self.next: Index = -1
         self.coefficients: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
         self.history: Tensor | None = None
+        self.ready: Ready | None = None
+        self.shown = False  # whether views of the history may be known outside
 
-    def holds(self, scheduler: Any) -> bool:
-        """Whether the scheduler is still as it was."""
-        timesteps, levels = self.timesteps, self.levels
+    def holds(self, has: dict[str, Any]) -> bool:
+        """Whether a scheduler with these attributes is still as it was."""
+        watched, seen, also, known = self.watched
         return (
-            scheduler.timesteps is timesteps
-            and getattr(scheduler, scheduler._levels, None) is levels
-            and scheduler._internal_dict is self.config
-            and (_version(timesteps), _version(levels)) == self.versions
+            has["timesteps"] is self.timesteps
+            and has.get(self.name) is self.levels
+            and has["_internal_dict"] is self.config
+            and watched._version == seen
+            and also._version == known
         )
 
     def enter(self, scheduler: Any, index: Index, options: Options) -> Program:
@@ -77,7 +88,7 @@ class State:
         found = self.programs.get(key)
         if found is None:
             found = type(scheduler)._program(scheduler, begin, options)
-            if scheduler._thresholds and scheduler.config.get("thresholding"):
+            if scheduler._thresholded():
                 config = scheduler.config
                 limits = config.dynamic_thresholding_ratio, config.sample_max_value
                 found = replace(found, threshold=limits)
@@ -89,6 +100,7 @@ class State:
             begin = 0
         if program is not self.program:
             self.coefficients = {}
+        self.ready = None
         self.program, self.options, self.begin = program, options, begin
         return program
 
@@ -103,11 +115,22 @@ class State:
         return found
 
 
-def _place_in_memory(tensor: Tensor | None) -> tuple[int, int]:
-    """Where its first number is, and how many bytes on the next one, if there is one."""
-    if tensor is None or not tensor.dim():
-        return 0, 1
-    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size() or 1 << 62
+_UNWATCHED = torch.empty(0)  # nobody changes it
+
+
+def _watched(tensor: Any) -> tuple[Tensor, int]:
+    """A tensor whose version says that ``tensor`` has changed, and what it is now."""
+    if not isinstance(tensor, Tensor) or tensor.is_inference():
+        tensor = _UNWATCHED
+    return tensor, tensor._version
+
+
+def _addresses(timesteps: Tensor | None) -> dict[int, int]:
+    """The index of each timestep, by its place in memory."""
+    if timesteps is None or timesteps.is_meta or not timesteps.dim():
+        return {}
+    start, stride = timesteps.data_ptr(), timesteps.stride(0) * timesteps.element_size()
+    return {start + i * stride: i for i in range(len(timesteps))}
 
 
 def _storage(tensor: Tensor) -> int:
@@ -115,15 +138,77 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _new(like: Tensor, dtype: torch.dtype) -> Tensor:
-    # An argument takes time, even one that changes nothing.
-    return torch.empty_like(like) if like.dtype == dtype else torch.empty_like(like, dtype=dtype)
+class Ready:
+    """What the steps of a program need for samples of one shape, dtype and device.
+
+    Attributes:
+        rows: the number of each row on the device, whether the step draws noise, whether its second
+            output is a tensor of its own.
+    """
+
+    def __init__(
+        self, scheduler: Any, state: State, program: Program, sample: Tensor, model_output: Tensor
+    ) -> None:
+        kind = type(scheduler)
+        self.kind, self.outputs = kind._outputs
+        self.shape, self.dtype, self.device = sample.shape, sample.dtype, sample.device
+        self.output_dtype = model_output.dtype
+        self.table, steps = state.on(self.device)
+        self.draws = any(program.draws)
+        two = self.outputs > 1 and program.output is None
+        last = len(steps) - 1
+        self.rows = [
+            (step, draws, two and not (i == last and program.final))
+            for i, (step, draws) in enumerate(zip(steps, program.draws, strict=True))
+        ]
+        self.two = two
+        result = self.dtype
+        if self.output_dtype != result:
+            other = self.output_dtype
+            result = other if kind._of_output else torch.promote_types(result, other)
+        self.out = _unless(self.dtype, result)
+        wide = kind._wide and result.itemsize < 4
+        self.second = _unless(self.dtype, torch.float32 if wide else result)
+        self.slots = program.table.slots
+        self.threshold = program.threshold
+        self.history: Tensor | None = None  # that is known to fit
+        self.philox: int | Tensor | None = None  # of which seed is the tensor
+        self.seed: Tensor | None = None
+
+    def suits(self, sample: Tensor, model_output: Tensor) -> bool:
+        """Whether it is for these."""
+        return (
+            sample.shape == self.shape
+            and model_output.shape == self.shape
+            and sample.dtype is self.dtype
+            and model_output.dtype is self.output_dtype
+            and sample.device == self.device
+            and model_output.device == self.device
+        )
 
 
-def _version(tensor: Any) -> int | None:
-    if not isinstance(tensor, Tensor) or tensor.is_inference():
-        return None
-    return tensor._version
+def _unless(dtype: torch.dtype, wanted: torch.dtype) -> torch.dtype | None:
+    """What empty_like is told. An argument takes time, even one that changes nothing."""
+    return None if dtype == wanted else wanted
+
+
+def _new(like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return empty_like(like) if dtype is None else empty_like(like, dtype=dtype)
+
+
+def _check_like(name: str, tensor: Tensor, sample: Tensor) -> None:
+    check_floating(name, tensor)
+    if tensor.shape != sample.shape:
+        raise ValueError(f"{name} must have shape {tuple(sample.shape)}, got {tuple(tensor.shape)}")
+    check_beside("the sample", sample.device, name, tensor)
+
+
+def made(kind: Any, **fields: Tensor) -> Any:
+    """An output of the library, without looking for its fields in the class each time."""
+    output = kind.__new__(kind)
+    output.__dict__.update(fields)
+    OrderedDict.update(output, fields)
+    return output
 
 
 class Remembered(list[Any]):
@@ -172,6 +257,7 @@ class History:
             return
         scheduler._forget()
         vars(scheduler)[self.name] = values
+        scheduler._given(given)
 
 
 class Count:
@@ -202,13 +288,13 @@ class Tabled:
     _program: ClassVar[Any]  # (scheduler, begin, options) to Program
     _levels: ClassVar[str] = "sigmas"  # the attribute the table is made from, besides timesteps
     _missing_is_last: ClassVar[bool] = False  # an unknown timestep counts as the last one
-    _outputs: ClassVar[tuple[type | None, int]] = (None, 1)  # type, and how many tensors
+    _outputs: ClassVar[tuple[type, int]]  # type, and how many tensors
     _of_output: ClassVar[bool] = False  # the result has the dtype of the model's output
     _wide: ClassVar[bool] = False  # the prediction is float32 at least
     _scaled: ClassVar[bool] = False  # scale_model_input does something
     _whole: ClassVar[bool] = True  # integers are timesteps
     _remembers: ClassVar[bool] = True  # steps depend on those before them
-    _thresholds: ClassVar[bool] = True  # where the configuration says so
+    _twice: ClassVar[bool] = False  # two calls a step, and of equal timesteps the second is meant
     _philox: int | Tensor | None = None
 
     # Attributes of the library's own classes.
@@ -229,27 +315,32 @@ class Tabled:
         """
         self._philox = seed
 
+    def _thresholded(self) -> bool:
+        return bool(self.config.get("thresholding"))
+
     def _prepare(self) -> State:
         """Read the timesteps and sigmas, maybe from a device: when they are set, not in a step."""
         old = vars(self).get("_tabled")
         state = State(self, {})
         if old is not None:
-            state.history = old.history
+            state.history, state.shown = old.history, old.shown
             if old.config is state.config:
                 state.programs = old.programs
         vars(self)["_tabled"] = state
         return state
 
     def _state(self) -> State:
-        state = vars(self).get("_tabled")
-        if state is not None and state.holds(self):
-            return state
-        return self._prepare()
+        has = self.__dict__
+        state: State | None = has.get("_tabled")
+        return state if state is not None and state.holds(has) else self._prepare()
 
     def _forget(self) -> None:
         state = vars(self).get("_tabled")
         if state is not None:
             state.next = -1
+
+    def _given(self, values: list[Tensor]) -> None:
+        """A history of ``values`` was set before a run."""
 
     def _steps_made(self) -> int:
         state = vars(self)["_tabled"]
@@ -270,6 +361,7 @@ class Tabled:
         made = self._pushes(state.next - state.begin)
         if not ring or state.history is None:
             return []
+        state.shown = True
         return [state.history[k % ring] for k in range(max(0, made - ring), made)]
 
     def _pushes(self, made: int) -> int:
@@ -278,25 +370,23 @@ class Tabled:
 
     # Where a timestep is, without asking the device.
 
-    def _locate(self, timestep: Any) -> Index:
+    def _locate(self, timestep: Any, state: State | None = None) -> Index:
         """The index of a timestep.
 
         One of the scheduler's own is known by its place in memory, numbers and tensors on the CPU
         by their value. For any other tensor the index is found on its device.
         """
-        state = self._state()
+        if state is None:
+            state = self._state()
         if isinstance(timestep, Tensor):
-            timesteps = self.timesteps
-            if (
-                timestep.dtype == timesteps.dtype
-                and timestep.numel() == 1
-                and timestep.device == timesteps.device
-            ):
-                place, rest = divmod(timestep.data_ptr() - state.address, state.stride)
-                if not rest and 0 <= place < len(state.values):
-                    return place
-                if timestep.is_meta and _storage(timestep) == _storage(timesteps):
-                    return timestep.storage_offset() - timesteps.storage_offset()
+            if (timestep.dtype, timestep.device) == state.own and timestep.numel() == 1:
+                if timestep.is_meta:
+                    if _storage(timestep) == _storage(self.timesteps):
+                        return timestep.storage_offset() - self.timesteps.storage_offset()
+                else:
+                    place = state.addresses.get(timestep.data_ptr())
+                    if place is not None:
+                        return place
             if timestep.device.type != "cpu":
                 return self._locate_on_device(timestep)
             timestep = timestep.item()
@@ -320,15 +410,18 @@ class Tabled:
         begin = self._begin_index
         self._step_index = self._locate(timestep) if begin is None else begin
 
-    def _index(self, timestep: Any) -> Index:
+    def _index(self, timestep: Any, state: State) -> Index:
         """The index of a step, and of the model's input before it."""
         index = self._step_index
         if index is None:
-            if not self._whole:
-                _refuse_whole(timestep)
             self._init_step_index(timestep)
             index = self._step_index
         return index
+
+    def _check_first(self, timestep: Any) -> None:
+        """Refuse what no run can begin with."""
+        if not self._whole:
+            _refuse_whole(timestep)
 
     def _advance(self, index: Index) -> None:
         self._step_index = index + 1
@@ -348,103 +441,116 @@ class Tabled:
         index: Index | None = None,
     ) -> Any:
         state = self._state()
+        following = state.next
+        if type(following) is int and following < 0:
+            self._check_first(timestep)
         if index is None:
-            index = self._index(timestep)
+            index = self._index(timestep, state)
+        counted = type(index) is int
+        goes_on = index is following
+        if counted and type(following) is int:
+            goes_on = index == following  # type: ignore[assignment]
         program = state.program
-        goes_on = index is state.next or (
-            type(index) is int and type(state.next) is int and index == state.next
-        )
-        if program is None or options != state.options or (self._remembers and not goes_on):
+        if program is None or options != state.options or not (goes_on or state.forgets):
             program = state.enter(self, index, options)
             goes_on = False
-        if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
+        if is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
             raise RuntimeError(
                 f"no gradient passes through the steps of mmfast's {type(self).__name__}: call it "
                 "under torch.no_grad(), or take the patch back"
             )
-        table, steps = state.on(sample.device)
-        if isinstance(index, Tensor):
-            step, draws, last = index.to(sample.device), any(program.draws), False
-        else:
+        ready = state.ready
+        if ready is None or not ready.suits(sample, model_output):
+            check_floating("sample", sample)
+            _check_like("model_output", model_output, sample)
+            ready = state.ready = Ready(self, state, program, sample, model_output)
+        if counted:
             row = index - state.begin
-            if not 0 <= row < len(steps):
+            if row == len(ready.rows) and self._twice:
+                # The last step is one call; the library lets a second one pass, of no length.
+                self._advance(index)
+                state.next = index + 1
+                return self._returned(ready, sample.clone(), sample.clone(), return_dict)
+            if not 0 <= row < len(ready.rows):
                 raise IndexError(
-                    f"step {index} of {len(steps) + state.begin}: the schedule is at its end; call "
-                    "set_timesteps to start again"
+                    f"step {index} of {len(ready.rows) + state.begin}: the schedule is at its end; "
+                    "call set_timesteps to start again"
                 )
-            step, draws, last = steps[row], program.draws[row], row == len(steps) - 1
-        seed, given = None, noise is not None
-        if draws and noise is None:
-            if self._philox is not None and generator is None:
-                seed = self._seed(sample)
-            else:
-                noise = self._noise(model_output, sample, generator)
-        result = sample.dtype
-        if model_output.dtype != result:
-            other = model_output.dtype
-            result = other if self._of_output else torch.promote_types(result, other)
-        history = None
-        if program.table.slots:
-            history = self._history(state, program, sample, goes_on)
-        kind, outputs = self._outputs
-        out = _new(sample, result)
-        second = None
-        if outputs > 1 and program.output is None and not (last and program.final):
-            wide = self._wide and result.itemsize < 4
-            second = _new(sample, torch.float32 if wide else result)
-        threshold = None
-        if program.threshold is not None:
-            ratio, maximum = program.threshold
-            threshold = dynamic_threshold(
-                sample, model_output, table, step, ratio=ratio, maximum=maximum
-            )
-        if (
-            not given
-            and model_output.shape == sample.shape
-            and model_output.device == sample.device
-            and model_output.is_floating_point()
-            and sample.is_floating_point()
-            and sample.dim()
-        ):
-            # The public function's checks would find nothing: all else was made here.
-            backends.call(
-                OP, sample, model_output, None, 1.0, None, table, step, noise, seed, variance,
-                threshold, out, history, second, None,
-            )  # fmt: skip
+            step, draws, two = ready.rows[row]
         else:
-            sampler_step(
-                sample, model_output, table, step, noise=noise, seed=seed, variance=variance,
-                threshold=threshold, history=history, out=out, denoised=second,
-            )  # fmt: skip
+            step, draws, two = index.to(ready.device), ready.draws, ready.two  # type: ignore[union-attr]
+        seed = None
+        if draws:
+            if noise is not None:
+                _check_like("noise", noise, sample)
+            elif generator is not None or self._philox is None:
+                noise = self._noise(model_output, sample, generator)
+            else:
+                if ready.philox is not self._philox:
+                    ready.seed = self._seed(sample)
+                    ready.philox = self._philox
+                seed = ready.seed
+        else:
+            noise = None
+        if variance is not None:
+            _check_like("variance", variance, sample)
+        history = None
+        if ready.slots:
+            history = self._history(state, ready, sample, goes_on)
+        out = _new(sample, ready.out)
+        second = _new(sample, ready.second) if two else None
+        threshold = None
+        if ready.threshold is not None:
+            ratio, maximum = ready.threshold
+            threshold = dynamic_threshold(
+                sample, model_output, ready.table, step, ratio=ratio, maximum=maximum
+            )
+        # The public function's checks were made above.
+        backends.call_on_new(
+            OP, sample, model_output, None, 1.0, None, ready.table, step, noise, seed, variance,
+            threshold, out, history, second, None,
+        )  # fmt: skip
         self._advance(index)
-        state.next = index + 1 if isinstance(index, int) else vars(self).get("_step_index", -1)
-        if outputs > 1 and second is None:
+        state.next = index + 1 if counted else self.__dict__.get("_step_index", -1)
+        if second is None:
             second = out
             if program.output is not None:
                 assert history is not None
                 second = history[program.output]
-        if return_dict and kind is not None:
-            return kind(out) if second is None else kind(out, second)
-        return (out,) if second is None else (out, second)
+        return self._returned(ready, out, second, return_dict)
 
-    def _history(self, state: State, program: Program, sample: Tensor, goes_on: bool) -> Tensor:
-        shape = (program.table.slots, *sample.shape)
-        wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
+    @staticmethod
+    def _returned(ready: Ready, out: Tensor, second: Tensor, return_dict: bool) -> Any:
+        if ready.outputs == 1:
+            return made(ready.kind, prev_sample=out) if return_dict else (out,)
+        if not return_dict:
+            return out, second
+        return made(ready.kind, prev_sample=out, pred_original_sample=second)
+
+    def _history(self, state: State, ready: Ready, sample: Tensor, goes_on: bool) -> Tensor:
         history = state.history
         if not self._remembers:
-            return torch.empty(shape, dtype=sample.dtype, device=sample.device)
-        fits = history is not None and history.shape == shape and history.dtype == wide
-        if history is not None and fits and history.device == sample.device:
+            return sample.new_empty((ready.slots, *ready.shape))
+        if goes_on and history is ready.history and history is not None:
+            if state.shown:
+                increment_version(history)
             return history
-        if goes_on:
-            was = None if history is None else tuple(history.shape[1:])
-            raise ValueError(
-                f"{type(self).__name__} is in the middle of samples of shape {was}, got "
-                f"{tuple(sample.shape)} in {sample.dtype} on {sample.device}: call set_timesteps "
-                "to start new ones"
-            )
-        state.history = torch.empty(shape, dtype=wide, device=sample.device)
-        return state.history
+        shape = (ready.slots, *ready.shape)
+        wide = torch.float64 if ready.dtype == torch.float64 else torch.float32
+        fits = history is not None and history.shape == shape and history.dtype == wide
+        if history is None or not fits or history.device != ready.device:
+            if goes_on:
+                was = None if history is None else tuple(history.shape[1:])
+                raise ValueError(
+                    f"{type(self).__name__} is in the middle of samples of shape {was}, got "
+                    f"{tuple(ready.shape)} in {ready.dtype} on {ready.device}: call set_timesteps "
+                    "to start new ones"
+                )
+            history = torch.empty(shape, dtype=wide, device=ready.device)
+        state.history = ready.history = history
+        if state.shown:
+            increment_version(history)
+        return history
 
     def _seed(self, sample: Tensor) -> Tensor:
         seed = self._philox
@@ -483,9 +589,9 @@ class Tabled:
         if not self._scaled:
             return sample
         timestep = args[0] if args else options.get("timestep")
-        index = self._index(timestep)
-        self.is_scale_input_called = True
         state = self._state()
+        index = self._index(timestep, state)
+        self.is_scale_input_called = True
         scales = state.scales
         if scales is None:
             scales = state.scales = self._scales()
@@ -505,8 +611,14 @@ class Tabled:
         begin = self._begin_index
         if begin is not None:
             return begin if self._step_index is None else self._step_index
-        own = self.timesteps.to(device)
-        return _places(timesteps.to(device), own, self._missing_is_last)
+        if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
+            places = self._state().places
+            missing = len(self.timesteps) - 1 if self._missing_is_last else -1
+            told = (timesteps if timesteps.dim() == 1 else timesteps.reshape(-1)).tolist()
+            if len(told) == 1:
+                return places.get(told[0], missing)
+            return torch.tensor([places.get(value, missing) for value in told], device=device)
+        return _places(timesteps.to(device), self.timesteps.to(device), self._missing_is_last)
 
     def _noised(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """As the library's: samples with the noise of their timesteps (B,)."""
@@ -517,13 +629,17 @@ class Tabled:
             )
         device, dtype = original_samples.device, original_samples.dtype
         state = self._state()
-        table = state.noisy.get(device)
-        if table is None:
+        found = state.noisy.get(device)
+        if found is None:
             table = noising(list(self._noisy_points())).to(device)
-            state.noisy[device] = table
+            found = table, list(torch.arange(len(table), device=device).unbind())
+            state.noisy[device] = found
+        table, numbers = found
         index = self._noisy_index(timesteps, device)
         if not isinstance(index, Tensor):
-            index = torch.full((), index, dtype=torch.int64, device=device)
+            if index < 0:
+                raise IndexError(f"timestep {timesteps} is none of the scheduler's timesteps")
+            index = numbers[index]
         elif index.numel() == 1 and index.shape != original_samples.shape[:1]:
             index = index.reshape(())
         if noise.dtype != dtype:

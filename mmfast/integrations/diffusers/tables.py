@@ -68,6 +68,45 @@ class Points:
         return 1 / math.hypot(1.0 if self.sigma_data is None else self.sigma_data, ratio)
 
 
+@dataclass(frozen=True)
+class Converted(Grid):
+    """A grid whose samples and noises are converted as the library's solvers do.
+
+    Where its rules fit the sigmas (velocities of flows with flow sigmas, and all others without),
+    they are what a prediction means. They are kept where they do not: the model may want them.
+
+    Attributes:
+        by_sample: noises are found from the sample that is predicted.
+    """
+
+    by_sample: bool = False
+
+    def denoised(self, i: int, prediction: str) -> Linear:
+        """The clean sample at point i."""
+        alpha, sigma = self.point(i)
+        if prediction == "v_prediction":
+            return alpha * x - sigma * model_output
+        if prediction == "flow_prediction":
+            return x - self._ratio(i) * model_output
+        return super().denoised(i, prediction)
+
+    def noise(self, i: int, prediction: str, clip: object = None) -> Linear:
+        """The noise at point i."""
+        alpha, sigma = self.point(i)
+        if clip is None and prediction == "v_prediction" and not self.by_sample:
+            return alpha * model_output + sigma * x
+        if prediction in ("v_prediction", "flow_prediction"):
+            clean = self.denoised(i, prediction) if clip is None else denoised
+            odd = self.by_sample and prediction == "flow_prediction"
+            return (x - alpha * clean) / (self._ratio(i) if odd else sigma)
+        return super().noise(i, prediction, clip)
+
+    def _ratio(self, i: int) -> float:
+        """The library's own sigma at point i."""
+        alpha, sigma = self.point(i)
+        return sigma if abs(alpha + sigma - 1) < 1e-9 else sigma / alpha
+
+
 def point(alpha_cumprod: float) -> tuple[float, float]:
     """alpha and sigma."""
     return math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
@@ -81,19 +120,21 @@ def _grid(
     points_of: Points | None = None,
     scales: Sequence[float] | None = None,
     sigma_data: float | None = None,
+    **more: Any,
 ) -> Grid:
     if begin >= len(timesteps):
         raise IndexError(
             f"the schedule has {len(timesteps)} steps, got a begin at {begin}: call set_timesteps"
         )
     alpha, sigma = torch.tensor(points, dtype=torch.float64).unbind(1)
-    grid = Grid(
+    grid = (Converted if more else Grid)(
         torch.tensor(timesteps, dtype=torch.float64),
         alpha,
         sigma,
         torch.ones_like(alpha) if scales is None else torch.tensor(scales, dtype=torch.float64),
         Points() if points_of is None else points_of,
         sigma_data=sigma_data,
+        **more,
     )
     return grid.skip(begin) if begin else grid
 
@@ -105,18 +146,20 @@ def host(values: Tensor) -> list[float]:
 
 def exploding(timesteps: Sequence[float], sigmas: Sequence[float], begin: int) -> Grid:
     """x0 + sigma n, of which the model gets the variance-preserving form."""
+    # Those of interpolation_type="log_linear" have one more, which no step gets to.
+    sigmas = sigmas[: len(timesteps) + 1]
     scales = [1 / math.hypot(1.0, s) for s in sigmas]
     return _grid(timesteps, [(1.0, s) for s in sigmas], begin, scales=scales)
 
 
-def preserving(s: Any, begin: int) -> Grid:
+def preserving(s: Any, begin: int, by_sample: bool = False) -> Grid:
     """alpha x0 + sigma n for the sigmas of a solver: ratios, or those of straight lines."""
     flow = getattr(s.config, "use_flow_sigmas", False)
     points = []
     for ratio in host(s.sigmas):
         alpha = 1 / math.hypot(1.0, ratio)
         points.append((1 - ratio, ratio) if flow else (alpha, ratio * alpha))
-    return _grid(host(s.timesteps), points, begin)
+    return _grid(host(s.timesteps), points, begin, by_sample=by_sample)
 
 
 def _flow(timesteps: Sequence[float], sigmas: Sequence[float], begin: int) -> Grid:
@@ -206,10 +249,11 @@ def _churned(sigmas: Sequence[float], options: Options) -> tuple[bool, ...]:
 
 def euler(s: Any, begin: int, options: Options) -> Program:
     sigmas = host(s.sigmas)
-    table = schedule.euler(
-        exploding(host(s.timesteps), sigmas, 0), prediction=_prediction(s), **_churn(options)
-    )
-    return Program(table, _churned(sigmas, options))
+    grid = exploding(host(s.timesteps), sigmas, 0)
+    churn, *limits = options
+    churn *= len(grid) / (len(sigmas) - 1)
+    table = schedule.euler(grid, prediction=_prediction(s), **_churn((churn, *limits)))
+    return Program(table, _churned(sigmas, options)[: len(table)])
 
 
 def euler_ancestral(s: Any, begin: int, options: Options) -> Program:
@@ -302,7 +346,7 @@ def ipndm(s: Any, begin: int, options: Options) -> Program:
 def deis(s: Any, begin: int, options: Options) -> Program:
     order = min(s.config.solver_order, 3)
     table = schedule.deis(
-        preserving(s, begin),
+        preserving(s, begin, by_sample=True),
         prediction=_prediction(s),
         clip=_unclipped(s),
         order=order,
@@ -376,8 +420,9 @@ def unipc(s: Any, begin: int, options: Options) -> Program:
     table = schedule.unipc(
         preserving(s, begin),
         prediction=_prediction(s),
-        clip=_unclipped(s),
+        clip=_unclipped(s) if s.predict_x0 else None,
         order=s.config.solver_order,
+        predictor=not s.solver_p,
         variant=s.config.solver_type,
         predict_x0=s.predict_x0,
         without_corrector=s.disable_corrector,
@@ -463,7 +508,28 @@ def flow_euler(s: Any, begin: int, options: Options) -> Program:
 
 
 def flow_heun(s: Any, begin: int, options: Options) -> Program:
-    return _program(schedule.flow_heun(_flow(*_paired(s, begin))))
+    """options: those of the churn."""
+    grid = _flow(*_paired(s, begin))
+    churn, low, high, factor = options
+    if churn <= 0:
+        return _program(schedule.flow_heun(grid))
+    # The library draws for both calls of a step, but what it adds for the second one cancels.
+    most = min(churn / (len(s.sigmas) - 1), math.sqrt(2) - 1)
+    builder, draws = TableBuilder(keep=["half"]), []
+    for i in range(len(grid)):
+        sigma, after = grid.point(i)[1], grid.point(i + 1)[1]
+        gamma = most if low <= sigma <= high else 0.0
+        start = x + factor * sigma * math.sqrt((1 + gamma) ** 2 - 1) * noise
+        change = after - sigma * (1 + gamma)
+        slope = model_output / (1 + gamma)
+        last = i == len(grid) - 1
+        half = {} if last else {"half": start + change / 2 * slope}
+        builder.row(grid.timestep(i), next=start + change * slope, keep=half)
+        if not last:
+            following = builder.kept("half") + change / 2 * model_output
+            builder.row(grid.timestep(i + 1), next=following)
+        draws += [gamma > 0] * (1 if last else 2)
+    return Program(builder.build(), tuple(draws))
 
 
 def noising(points: Sequence[tuple[float, float]]) -> Tensor:

@@ -30,12 +30,12 @@ def lms(
         grid: where it goes.
         prediction: what the model predicts.
         clip: range of the clean sample.
-        order: 1 to 4.
+        order: 1 to 12.
 
     Raises:
         ValueError: an unknown option.
     """
-    check_order(order, 4)
+    check_order(order, 12)
     grid = grid.variance_exploding()
     steps = Steps(grid, prediction, clip, ring=order - 1)
     for i in range(len(grid)):

@@ -20,6 +20,7 @@ def unipc(
     order: int = 2,
     variant: str = "bh2",
     predict_x0: bool = True,
+    predictor: bool = True,
     corrector: bool = True,
     without_corrector: Collection[int] = (),
     lower_order_final: bool = True,
@@ -34,9 +35,11 @@ def unipc(
         grid: where it goes.
         prediction: what the model predicts.
         clip: range of the clean sample.
-        order: 1 to 3; the corrector raises it by 1.
+        order: 1 to 12; the corrector raises it by 1. The paper goes to 3.
         variant: "bh1": B(h) = h, "bh2": B(h) = e^h - 1.
         predict_x0: integrate the clean sample, else the noise.
+        predictor: whether to go on; else a step gives its own sample corrected, for another solver
+            to go on from.
         corrector: whether to correct.
         without_corrector: steps after which not to.
         lower_order_final: no higher order than steps are left.
@@ -44,7 +47,7 @@ def unipc(
     Raises:
         ValueError: an unknown option.
     """
-    check_order(order, 3)
+    check_order(order, 12)
     check_choice("variant", variant, ("bh1", "bh2"))
     steps = Steps(grid, prediction, clip, ring=order, keep=["base"])
     used = 0  # order of the last predictor
@@ -66,7 +69,7 @@ def unipc(
             keep["base"] = interval.linear * sample
             values = [(i, value), *((i - k, steps.last(k)) for k in range(1, used))]
             following = keep["base"] + _solve(interval, values, variant if used == 2 else "")
-        steps.step(i, following, push=value, keep=keep)
+        steps.step(i, following if predictor else sample, push=value, keep=keep)
     return steps.table()
 
 
