@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +22,13 @@ from benchmarks import contest, levels, machine, report, tables, timing, trainin
 from benchmarks.cases import Case, all_cases
 from benchmarks.results import FILE, Results, letters_of
 from benchmarks.spent import ROUNDS, Spent
+from mmfast.files import check_writable
 
 _HERE = Path(__file__).parent
 _CURVE_SHARE = 0.1  # of a table's case's time
 _LEVEL_CASES = 2  # of lower instruction sets, without --full
 _LEVELS = 2  # lower instruction sets, likewise
+_SAVE_EVERY = 5.0  # seconds, which are lost at most
 
 
 def main() -> int:
@@ -70,11 +74,12 @@ def _measure(
 ) -> None:
     """Fill ``results``, which the folder keeps as they come."""
     chosen, counts = _choose(options), _thread_counts(device, options.threads)
+    saved = time.perf_counter()
     done = {f"{r.op}/{r.case}" for r in results.rows}
     if not options.bare:
         console.print(report.summary(results), highlight=False)
     with _progress(console, len(chosen) + 3) as tell:
-        for count in counts:
+        for count in counts if not options.bare else ():
             tell("ceilings", 0)
             with timing.threads(count), spent.on("ceilings", ROUNDS):
                 results.ceilings[count] = machine.ceilings(device, count)
@@ -83,9 +88,17 @@ def _measure(
             if case.key in done:
                 tell("", 1)
                 continue
+            # Libraries stay: looking through all of them again before each case's rounds would take
+            # a fifth of a second.
+            gc.collect()
+            gc.freeze()
             results.replace(_run(case, device, counts, options, tell, spent, truths))
-            results.save(folder)
+            if time.perf_counter() - saved > _SAVE_EVERY:
+                results.save(folder)
+                saved = time.perf_counter()
             tell("", 1)
+        if any(case.key not in done for case in chosen):
+            results.save(folder)
         everything = not (options.bare or options.only or options.subjects)
         if device.type == "cpu" and everything:
             with spent.on("lower instruction sets", ROUNDS):
@@ -140,6 +153,11 @@ def _parse() -> argparse.Namespace:
         options.seconds = 2.0 if options.full else 0.3
     if options.quick and options.full:
         parser.error("--quick and --full exclude each other")
+    if options.out is not None:
+        try:
+            check_writable(options.out)
+        except OSError as error:
+            parser.error(f"--out {error}")
     if not _choose(options):
         parser.error(f"no case matches --only {options.only!r}; --list shows them")
     return options
@@ -208,4 +226,5 @@ if __name__ == "__main__":
     # Libraries of contenders warn about each other; nothing of it concerns the results.
     warnings.filterwarnings("ignore")
     os.environ.setdefault("KEOPS_VERBOSE", "0")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import patches, schedulers, transformers
+from benchmarks import patches, schedulers, training, transformers, vqvae
 from benchmarks.results import title_of
 from mmfast.registry import OPS, Sample
 
@@ -56,6 +57,7 @@ class Case:
         quick: part of ``--quick``.
         full: only part of ``--full``.
         share: of the time that a case gets.
+        overhead: it is so small that a call is all overhead.
     """
 
     op: str
@@ -67,6 +69,7 @@ class Case:
     quick: bool = False
     full: bool = False
     share: float = 1.0
+    overhead: bool = False
 
     @property
     def judged(self) -> int:
@@ -110,7 +113,7 @@ def _tables() -> Iterator[Case]:
         if op.name == "nearest_code":
             for num_codes in (1024, 8192):
                 yield _patches(num_codes)
-            yield _gaussian(8, 8, 8, f"tiny_{8}")
+            yield dataclasses.replace(_gaussian(8, 8, 8, "tiny_8"), overhead=True)
     yield Case(
         "kmeans",
         "n65536_k1024_d64",
@@ -133,6 +136,8 @@ def _tables() -> Iterator[Case]:
     for name, shape in schedulers.SHAPES.items():
         yield _scheduler("scheduler_add_noise", schedulers.SETTINGS[0], name, shape)
     yield from _modules()
+    if not training.missing():
+        yield _vqvae(vqvae.SETTING)
     for model in transformers.SETTINGS:
         for name in transformers.OPS:
             yield _transformer(name, model)
@@ -179,6 +184,7 @@ def _scheduler(op: str, setting: schedulers.Setting, name: str, shape: tuple[int
         setting.title,
         lambda device: schedulers.arguments(setting, shape, device),
         share=schedulers.SHARE,
+        overhead=name == "tiny",
     )
 
 
@@ -191,6 +197,16 @@ def _transformer(op: str, setting: transformers.Setting) -> Case:
         setting.title,
         lambda device: transformers.arguments(setting, device),
         full=op == "dit_eval" and setting.dtype != torch.float32,
+    )
+
+
+def _vqvae(setting: vqvae.Setting) -> Case:
+    return Case(
+        vqvae.OP,
+        f"k{setting.num_codes}",
+        setting.shape,
+        "photographs",
+        lambda device: vqvae.arguments(setting, device),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mmfast
 import mmfast.nn
-from benchmarks import modules, schedulers, transformers
+from benchmarks import modules, schedulers, transformers, vqvae
 from benchmarks.modules import DECAY, EPS, Step
 from mmfast.ops import ema_update, vector_quantize
 from mmfast.ops.lookup_free_quantize import batch_entropy
@@ -58,8 +58,9 @@ def _expected_kmeans(x: Tensor, codebook: Tensor, iterations: int) -> Tensor:
 
 
 def _inertia(x: Tensor, codebook: Tensor) -> Tensor:
-    _, distances = OPS["nearest_code"].reference(x, codebook.to(x.device).double(), "euclidean")
-    return distances.sum()
+    """In float64. The cases of nearest_code hold its indices to float64."""
+    indices, _ = mmfast.nearest_code(x, codebook.to(x))
+    return (x.double() - codebook.to(x.device).double()[indices]).square().sum()
 
 
 def _judge_codebook(codebook: Tensor, arguments: tuple[Any, ...], wanted: Tensor) -> str:
@@ -217,6 +218,11 @@ COMPOSITES = {
         {"mmfast, patched": partial(transformers.step, transformers.patched)},
         transformers.expected(transformers.step),
         transformers.judge,
+    ),
+    vqvae.OP: Composite(
+        _module(lambda *arguments: vqvae.step(vqvae.quantiser(arguments[0]), *arguments[1:])),
+        vqvae.expected,
+        vqvae.judge,
     ),
     "scheduler_step": Composite(
         {"mmfast": schedulers.step}, schedulers.expected_step, schedulers.judge

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from benchmarks import memory, peers, timing
 from benchmarks.cases import Case
+from benchmarks.modules import Step
 from benchmarks.results import Row
 from benchmarks.spent import FIRST, ROUNDS, TRUTH, Spent
 from benchmarks.subjects import Arguments, Subject, answer, expected, judge, own, subjects
@@ -24,6 +24,9 @@ _CUT_LEAST = 1024  # vectors
 _NEW_PAGES = 70 << 20
 # On the curves only these are of interest, besides mmfast.
 CURVES = ("addmm+argmin", "faiss flat")
+_CLOSE = 3.0  # times mmfast's time, below which a contender has more than one sample in any case
+_QUICK = 0.05  # seconds; longer calls have one sample where no goal compares with them
+_SURE = 1.0  # seconds; of longer calls, what a first one does besides is a small part
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,8 @@ class Effort:
     Attributes:
         seconds: for the rounds of a case and number of threads.
         call: a slower contender is measured on so few vectors that a call takes this long.
-        slow: a contender is timed once if a call takes longer.
-        full: ``torch.compile`` takes part everywhere, not only where ``COMPILED`` says, and who is
-            slow is timed with fewer threads too.
+        slow: a contender is timed once if a call takes longer, and three times as long as mmfast's.
+        full: everybody takes part everywhere, with fewer threads too, and is judged.
     """
 
     seconds: float
@@ -52,9 +54,9 @@ COMPILED = (
     "sampler_step",
     "gated_residual_modulate",
 )
-
-
-NOT_COMPILED = "only with --full"
+# Cases of nearest_code with everybody; in the others those that may be the fastest take part.
+HEADLINES = ("n65536_k1024_d64", "n256_k512_d64")
+ABSENT = "only with --full"
 
 
 @dataclass
@@ -64,12 +66,19 @@ class Entry:
     rows: int  # vectors it is run on
     match: str | None
     memory: int | None
-    seconds: float  # of a call, about
+    seconds: float  # of a call
 
-    def scales(self, case: Case, effort: Effort) -> bool:
+    def once(self, effort: Effort, fastest: float) -> bool:
+        """Whether one call says enough, ``fastest`` being mmfast's seconds per vector: who is close
+        to mmfast is measured as often as mmfast."""
+        aside = self.subject.peer.aside and not effort.full
+        far = self.subject.kind != "mmfast" and self.seconds / self.rows > _CLOSE * fastest
+        return self.seconds > (_QUICK if aside else effort.slow) and (far or aside)
+
+    def scales(self, case: Case, effort: Effort, fastest: float) -> bool:
         """Whether it is timed with fewer threads than all."""
-        quick = effort.full or self.subject.kind == "mmfast" or self.seconds <= effort.slow
-        return quick and self.rows == case.shape["N"]
+        quick = not (self.subject.peer.aside or self.once(effort, fastest))
+        return (effort.full or quick) and self.rows == case.shape["N"]
 
 
 def run(
@@ -89,31 +98,56 @@ def run(
         tell: hears what is going on.
         truths: a folder for results of the reference, which another process may have left there.
     """
+    most = max(threads)
     tell("reference")
-    with spent.on(case.key, TRUTH):
+    with spent.on(case.key, TRUTH), timing.threads(most):
         arguments = case.make(device)
-        truth = _truth(case, arguments, truths)
-    entries, rows = [], []
-    for subject in _contenders(case):
-        if not wanted(subject.name):
-            continue
-        tell(subject.name)
-        with spent.on(case.key, FIRST, subject.name):
-            entry = enter(case, subject, arguments, truth, device, effort)
-        if isinstance(entry, Entry):
-            entries.append(entry)
-        else:
-            rows += [_row(case, subject, count, note=entry) for count in threads]
+        truth, reference = _truth(case, arguments, device, truths)
+    entries: list[Entry] = []
+    rows = []
+    with timing.threads(most):
+        for subject in (s for s in _contenders(case) if wanted(s.name)):
+            tell(subject.name)
+            entry: Entry | str
+            with spent.on(case.key, FIRST, subject.name):
+                if subject.kind == "reference" and reference and not effort.full:
+                    entry = Entry(subject, lambda: None, case.shape["N"], "", *reference)
+                else:
+                    entry = enter(case, subject, arguments, truth, device, effort)
+            if isinstance(entry, Entry):
+                entries.append(entry)
+            else:
+                rows += [_row(case, subject, count, note=entry) for count in threads]
+    fastest = min((e.seconds / e.rows for e in entries if e.subject.kind == "mmfast"), default=0.0)
     for count in threads:
         tell(f"{count} threads" if device.type == "cpu" else "timing")
+        # Who is too slow for all rows, or slow, is not worth a second look with fewer threads.
+        here = [e for e in entries if count == most or e.scales(case, effort, fastest)]
         with timing.threads(count), spent.on(case.key, ROUNDS):
-            # Who is too slow for all rows, or slow, is not worth a second look with fewer threads.
-            fast = [e for e in entries if count == max(threads) or e.scales(case, effort)]
-            calls = {entry.subject.name: entry.call for entry in fast}
-            times = timing.interleave(calls, device, effort.seconds, effort.slow)
-        for entry in fast:
-            rows.append(_measured(case, entry, count, times[entry.subject.name], arguments))
+            times = _times(case, here, device, most / count, effort, fastest)
+            for entry in here:
+                rows.append(_measured(case, entry, count, times[entry.subject.name], arguments))
     return rows
+
+
+def _times(
+    case: Case,
+    entries: list[Entry],
+    device: torch.device,
+    longer: float,
+    effort: Effort,
+    fastest: float,
+) -> dict[str, timing.Timing]:
+    """By contender; with fewer threads a call takes about ``longer`` times as long."""
+    turns = {e.subject.name: e for e in entries if longer > 1 or not e.once(effort, fastest)}
+    calls = {name: e.call for name, e in turns.items()}
+    if case.overhead and device.type == "cpu":
+        times = timing.overhead(calls, device)
+    else:
+        known = {name: e.seconds * longer for name, e in turns.items()}
+        times = timing.interleave(calls, device, effort.seconds, known)
+    alone = {e.subject.name: e.seconds for e in entries if e.subject.name not in turns}
+    return times | {name: timing.Timing.of([seconds]) for name, seconds in alone.items()}
 
 
 def _contenders(case: Case) -> list[Subject]:
@@ -123,17 +157,22 @@ def _contenders(case: Case) -> list[Subject]:
     return [s for s in found if s.kind == "mmfast" or s.name in CURVES]
 
 
-def _truth(case: Case, arguments: Arguments, folder: Path | None) -> Any:
-    """The reference's results for the vectors that are judged."""
+def _truth(
+    case: Case, arguments: Arguments, device: torch.device, folder: Path | None
+) -> tuple[Any, tuple[int | None, float] | None]:
+    """The reference's results for the vectors that are judged; and, where that is as good as a
+    measurement of the reference, its memory and seconds."""
     path = folder / f"{case.op}_{case.name}.pt" if folder else None
     if path and path.exists():
-        return torch.load(path)
-    if case.judged < case.shape["N"]:
+        return torch.load(path), None
+    whole = case.judged == case.shape["N"]
+    if not whole:
         arguments = _shorten(case.op)(arguments, case.judged)
-    truth = expected(case.op, arguments)
+    truth, seconds, most = memory.watch(lambda: expected(case.op, arguments), device)
     if path and case.op == "nearest_code" and case.sweep is None:
         torch.save(truth, path)
-    return truth
+    same = whole and case.op in OPS and not OPS[case.op].mutates and seconds > _QUICK
+    return truth, (most, seconds) if same else None
 
 
 def enter(
@@ -146,30 +185,49 @@ def enter(
 ) -> Entry | str:
     """The contender, warm and judged, or why it does not run."""
     compiled = subject.kind == "compile" or subject.name == "torch.compile"
-    if compiled and not effort.full and case.op not in COMPILED:
-        return NOT_COMPILED
+    headline = case.op != "nearest_code" or case.name in HEADLINES
+    if not effort.full and (
+        (compiled and not (case.op in COMPILED and headline))
+        or (subject.peer.rarely and not headline)
+    ):
+        return ABSENT
     reasons = subject.reasons(arguments)
     if reasons:
         return "; ".join(reasons)
     needed = subject.peer.workspace(*arguments)
     if needed > _free_memory(device) and not hasattr(peers.of(case.op), "first_rows"):
         return f"not run where it needs {needed >> 30} GiB"
-    given, rows = _cut(case, subject, arguments, device, effort.call)
+    given, rows, warm = _cut(case, subject, arguments, device, effort.call)
     copies = own(case.op, given)
     call = subject.peer.make(*copies)
+    taken = memory.watch(call, device)
     match = None
-    # A floor has no answer, and is not called for it.
-    result = None if subject.kind == "floor" else answer(case.op, call(), copies)
-    if subject.kind != "floor" and not subject.peer.random:
+    if subject.kind == "reference":
+        match = ""
+    elif _is_judged(case, subject, effort):
         judged = min(rows, case.judged)
+        result = answer(case.op, taken.result, copies)
         if judged < rows:
             result = _first(case.op, result, judged)
             given = _shorten(case.op)(given, judged)
         match = judge(case.op, result, given, truth_of(case, truth, given, judged))
-    result = None
-    start = time.perf_counter()
-    most = memory.peak(call, device)
-    return Entry(subject, call, rows, match, most, time.perf_counter() - start)
+        result = None
+    # A floor is one op, of which nothing is made at first.
+    long = effort.slow if subject.kind == "floor" else _SURE
+    sure = warm or (taken.seconds > long and not effort.full)
+    taken = taken._replace(result=None)
+    if compiled or not sure:
+        taken = memory.watch(call, device)
+    return Entry(subject, call, rows, match, taken.memory, taken.seconds)
+
+
+def _is_judged(case: Case, subject: Subject, effort: Effort) -> bool:
+    """Others than mmfast are so in one shape of each op of the registry, and wherever it costs
+    little."""
+    if subject.kind == "floor" or subject.peer.random:
+        return False
+    cheap = case.op not in OPS or case.op == "nearest_code"
+    return subject.kind == "mmfast" or cheap or case.quick or effort.full
 
 
 def _shorten(op: str) -> Callable[[Arguments, int], Arguments]:
@@ -189,12 +247,13 @@ def _first(op: str, result: Any, rows: int) -> Any:
 
 def _cut(
     case: Case, subject: Subject, arguments: Arguments, device: torch.device, longest: float
-) -> tuple[Arguments, int]:
-    """The problem, or its first rows where it is too much for the contender; how many."""
+) -> tuple[Arguments, int, bool]:
+    """The problem, or its first rows where it is too much for the contender; how many; and whether
+    the contender is warm from finding that out."""
     rows = fitting = case.shape["N"]
     shorten = getattr(peers.of(case.op), "first_rows", None)
     if shorten is None or rows <= _CUT_LEAST:
-        return arguments, rows
+        return arguments, rows, False
     needed = subject.peer.workspace(*arguments)
     if needed > _free_memory(device):
         fitting = max(_CUT_LEAST, rows * _free_memory(device) // needed // 64 * 64)
@@ -202,17 +261,16 @@ def _cut(
         # The cost of a vector grows when a product of N x K no longer fits the caches.
         of_new_pages = _NEW_PAGES // (4 * case.shape["K"]) if needed else 0
         least = min(fitting, max(_CUT_LEAST, of_new_pages))
-        probed = least
+        probed = min(fitting, _CUT_LEAST)
+        subject.peer.make(*shorten(arguments, probed))()
         while True:
             probe = subject.peer.make(*shorten(arguments, probed))
-            probe()
-            each = timing.once(probe, device)[0] / probed
-            allowed = max(least, int(longest / each) // 64 * 64)
-            if allowed <= 2 * probed or probed == fitting:
-                fitting = min(fitting, allowed)
+            allowed = int(longest * probed / timing.once(probe, device)[0]) // 64 * 64
+            if allowed <= max(least, 2 * probed) or probed == fitting:
+                fitting = min(fitting, max(least, allowed))
                 break
             probed = min(allowed, 8 * probed, fitting)
-    return shorten(arguments, fitting), fitting
+    return shorten(arguments, fitting), fitting, subject.peer.cut
 
 
 def _free_memory(device: torch.device) -> int:
@@ -269,5 +327,6 @@ def _measured(
         memory=entry.memory,
         match=entry.match,
         note=note,
+        parts=entry.call.parts() if isinstance(entry.call, Step) and entry.call.parts else None,
         **rates,
     )

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks import schedulers, transformers
+from benchmarks import schedulers, transformers, vqvae
 from benchmarks.results import Results, Row
 
 # Of nearest_code: times faster than torch.mm of that shape, and than the fastest peer with indices.
@@ -61,6 +61,7 @@ def goals(results: Results) -> list[Goal]:
         *_kmeans(rows),
         *_samplers(rows),
         *_schedulers(rows),
+        *_vqvae(rows),
         *_transformers(rows),
         *_limits(rows),
     ]
@@ -193,17 +194,48 @@ def _schedulers(rows: list[Row]) -> Iterator[Goal]:
                 )
 
 
-def _transformers(rows: list[Row]) -> Iterator[Goal]:
-    ratios = {s.key: transformers.RATIOS[s.dtype] for s in transformers.SETTINGS}
+def _pairs(rows: list[Row], *ops: str) -> Iterator[tuple[Row, Row]]:
+    """mmfast's rows, each with every peer's."""
     for own in rows:
-        if own.kind != "mmfast" or own.op not in transformers.OPS:
-            continue
         for other in rows:
             same = (other.op, other.case, other.threads) == (own.op, own.case, own.threads)
-            if same and other.kind == "peer":
-                goal = _faster(own, other, ratios[own.case])
-                what = f"{own.op}, {own.data}: against {other.subject}"
-                yield dataclasses.replace(goal, what=what)
+            if own.kind == "mmfast" and own.op in ops and same and other.kind == "peer":
+                yield own, other
+
+
+def _vqvae(rows: list[Row]) -> Iterator[Goal]:
+    for own, other in _pairs(rows, vqvae.OP):
+        yield _faster(own, other, 1.0)
+        if own.parts and other.parts:
+            ratio = other.parts[vqvae.QUANTISER] / own.parts[vqvae.QUANTISER]
+            yield Goal(
+                f"{own.op}, {own.title}: {vqvae.QUANTISER} alone, against {other.subject}",
+                own.threads,
+                f"{vqvae.QUANTISER_RATIO:g}x",
+                f"{ratio:.1f}x",
+                ratio >= vqvae.QUANTISER_RATIO,
+            )
+        yield from _less_memory(f"{own.op}, {own.title}", own, other)
+
+
+def _less_memory(what: str, own: Row, other: Row) -> Iterator[Goal]:
+    if own.memory is not None and other.memory is not None:
+        yield Goal(
+            f"{what}: memory, less than {other.subject}",
+            own.threads,
+            f"{other.memory / 2**20:.1f} MiB",
+            f"{own.memory / 2**20:.1f} MiB",
+            own.memory < other.memory,
+        )
+
+
+def _transformers(rows: list[Row]) -> Iterator[Goal]:
+    ratios = {s.key: transformers.RATIOS[s.dtype] for s in transformers.SETTINGS}
+    for own, other in _pairs(rows, *transformers.OPS):
+        goal = _faster(own, other, ratios[own.case])
+        what = f"{own.op}, {own.data}"
+        yield dataclasses.replace(goal, what=f"{what}: against {other.subject}")
+        yield from _less_memory(what, own, other)
 
 
 def _samplers(rows: list[Row]) -> Iterator[Goal]:

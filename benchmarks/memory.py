@@ -5,34 +5,48 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.timing import once
 
-def peak(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes by which ``call``, already warm, raises the memory in use; None if nobody can tell."""
+
+class Taken(NamedTuple):
+    """What a call returned, its seconds, and the bytes by which it raised the memory in use; None
+    if nobody can tell."""
+
+    result: Any
+    seconds: float
+    memory: int | None
+
+
+def watch(call: Callable[[], Any], device: torch.device) -> Taken:
+    """Call once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        seconds, result = once(call, device)
+        return Taken(result, seconds, torch.cuda.max_memory_allocated(device) - before)
+    can_tell = _reset_peak()
+    before = _resident("VmRSS") if can_tell else 0
+    seconds, result = once(call, device)
+    return Taken(result, seconds, max(0, _resident("VmHWM") - before) if can_tell else None)
+
+
+def _reset_peak() -> bool:
+    """Whether the system has one."""
     if sys.platform != "linux":
-        return None
+        return False
     try:
         # Freed memory that the allocator keeps would hide what is taken from it.
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # resets the high-water mark
     except (OSError, AttributeError):
-        return None
-    before = _resident("VmRSS")
-    result = call()
-    after = _resident("VmHWM")
-    del result
-    return max(0, after - before)
+        return False
+    return True
 
 
 def _resident(field: str) -> int:

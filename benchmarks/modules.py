@@ -22,10 +22,11 @@ Result = tuple[Tensor, ...]
 @dataclass(frozen=True)
 class Step:
     """A call that changes a state. ``reset`` makes that the first one's again, or one that is as
-    good, and is not timed."""
+    good, and is not timed. ``parts`` tells, after some calls, the seconds of a step's parts."""
 
     reset: Callable[[], None]
     step: Callable[[], Any]
+    parts: Callable[[], dict[str, float]] | None = None
 
     def __call__(self) -> Any:
         """The first step."""
@@ -50,14 +51,15 @@ def _evaluate(module: Any, x: Tensor) -> Result:
     return quantized[0], indices[0]
 
 
-def _set(book: Any, codes: Tensor) -> None:
+def set_codes(book: Any, codes: Tensor) -> None:
     """The state before the first step: each code has had one vector."""
     book.embed[0].copy_(codes)
     book.embed_avg[0].copy_(codes)
     book.cluster_size.fill_(1)
 
 
-def _quantiser(library: Any, codebook: Tensor) -> Any:
+def vector_quantiser(library: Any, codebook: Tensor) -> Any:
+    """A ``VectorQuantize`` with these codes."""
     made = library.VectorQuantize(
         dim=codebook.shape[1], codebook_size=len(codebook), decay=DECAY, eps=EPS
     ).to(codebook)
@@ -67,17 +69,17 @@ def _quantiser(library: Any, codebook: Tensor) -> Any:
 
 def vector_quantize_step(library: Any, x: Tensor, codebook: Tensor, gradient: Tensor) -> Step:
     """Gradient of x, and the new codes."""
-    quantiser = _quantiser(library, codebook)
+    quantiser = vector_quantiser(library, codebook)
     book = quantiser._codebook
     return Step(
-        lambda: _set(book, codebook),
+        lambda: set_codes(book, codebook),
         lambda: (_gradients(quantiser, x, gradient)[0], book.embed[0]),
     )
 
 
 def vector_quantize_eval(library: Any, x: Tensor, codebook: Tensor) -> Callable[[], Result]:
     """Quantised vectors and indices."""
-    quantiser = _quantiser(library, codebook).eval()
+    quantiser = vector_quantiser(library, codebook).eval()
     return lambda: _evaluate(quantiser, x)
 
 
@@ -98,7 +100,7 @@ def residual_vq_step(library: Any, x: Tensor, codebooks: Tensor, gradient: Tenso
 
     def reset() -> None:
         for book, codes in zip(books, codebooks, strict=True):
-            _set(book, codes)
+            set_codes(book, codes)
 
     def step() -> Result:
         to_x, _ = _gradients(quantiser, x, gradient)

@@ -32,6 +32,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         return []
     figures = {**(_of_rows(rows, results.facts) if rows else {}), "training": _training(results)}
     figures["samplers"] = _samplers(rows)
+    figures["steps"] = _steps(rows)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures.items():
@@ -199,6 +200,31 @@ def _samplers(rows: list[Row]) -> Any:
     axis.set_xlabel("time of a step / time of torch.add(out=) that moves as many bytes")
     axis.set_title(f"Samplers against their floor, {most} thread{'s' if most > 1 else ''}")
     axis.legend(loc="lower right")
+    return figure
+
+
+def _steps(rows: list[Row]) -> Any:
+    """Bars of training steps, one part after the other."""
+    most = max((r.threads for r in rows), default=0)
+    rows = [r for r in rows if r.parts and r.threads == most]
+    ops = list(dict.fromkeys(r.op for r in rows))
+    if not ops:
+        return None
+    width = max(sum(r.op == op for r in rows) for op in ops)
+    figure, axes = _figure(8 * len(ops), 1.8 + 0.45 * width, len(ops))
+    for op, axis in zip(ops, axes if len(ops) > 1 else [axes], strict=True):
+        here = [r for r in rows if r.op == op]
+        ends = [0.0] * len(here)
+        for part in dict.fromkeys(name for r in here for name in r.parts or ()):
+            values = [(r.parts or {}).get(part, 0.0) * 1e3 for r in here]
+            axis.barh(range(len(here)), values, _WIDTH, left=ends, label=part)
+            ends = [end + value for end, value in zip(ends, values, strict=True)]
+        axis.set_yticks(range(len(here)), [f"{r.data}: {r.subject}" for r in here], fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlabel("ms")
+        axis.set_title(f"{op}, {most} thread{'s' if most > 1 else ''}")
+        axis.legend(fontsize=8)
+    figure.suptitle("Where the time of training steps goes")
     return figure
 
 

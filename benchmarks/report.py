@@ -23,10 +23,18 @@ _README_CASES = (
 _LEGEND = """\
 Contenders take turns; a time is the median of the rounds, the spread half the distance between
 their quartiles; who takes long is timed once. A time after ~ was taken on fewer vectors and
-scaled up. "of peak" is the op's
+scaled up. Where a call is all overhead it is timed in loops of its own. "of peak" is the op's
 least number of operations per second over the rate of bfloat16 dot products (below), which
-pruning may exceed. "Match" compares with the float64 reference: ✓, or what differs.
+pruning may exceed. "Match" compares with the float64 reference: ✓, or what differs; - where there
+is nothing to compare, and for others than mmfast where a smaller shape of the op says it.
 """
+_STEPS = (
+    "Parts of steps of a VQ-VAE are medians of the steps, its quantiser with its backward and its "
+    "moving averages. Those of transformers are the ops of three profiled steps by their names, "
+    "plain products and sums with the modulation; what is outside of ops, the profiler too, is "
+    "with the others. The plot is above.",
+    "",
+)
 _TRAINING = (
     "The VQ-VAE: three strided convolutions, a quantiser, three back; the same start, pictures and "
     "arguments for all. mmfast's two backends and the library are trained apart, so that every "
@@ -45,6 +53,7 @@ def write(results: Results, folder: Path, more: Sequence[tables.Table] = ()) -> 
     lines = [f"# Benchmarks on {results.facts['device']}", "", summary(results), "", _LEGEND]
     lines += [f"![{p.stem}]({p.name})" for p in pictures]
     lines += ["", *(table.markdown() for table in tables.all_tables(results))]
+    lines += _STEPS if any(r.parts for r in results.rows) else ()
     lines += [*(_TRAINING if results.curves else ()), "## Ceilings", "", *_ceilings(results), ""]
     notes = {(r.subject, r.note.split("; ")[-1]) for r in results.rows if r.note and r.seconds}
     notes = {n for n in notes if "timed on" not in n[1] and not n[0].startswith("mmfast")}

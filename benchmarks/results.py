@@ -51,6 +51,7 @@ class Row:
         match: "" if every result is right; else what is wrong. None where there is nothing to
             compare.
         note: what a reader must know; why it did not run.
+        parts: seconds of the parts of a training step.
     """
 
     op: str
@@ -71,6 +72,7 @@ class Row:
     memory: int | None = None
     match: str | None = None
     note: str = ""
+    parts: dict[str, float] | None = None
 
     @property
     def title(self) -> str:

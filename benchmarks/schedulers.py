@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -96,9 +97,14 @@ SETTINGS = (
 
 def arguments(setting: Setting, shape: tuple[int, ...], device: torch.device) -> tuple[Any, ...]:
     """The setting, a sample, the model's output, and noise."""
+    return setting, *_tensors(shape, device)
+
+
+@functools.lru_cache(maxsize=len(SHAPES))
+def _tensors(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """The same for all settings: nobody writes into them."""
     generator = torch.Generator().manual_seed(0)
-    made = (torch.randn(shape, generator=generator) for _ in range(3))
-    return setting, *(tensor.to(device) for tensor in made)
+    return tuple(torch.randn(shape, generator=generator).to(device) for _ in range(3))
 
 
 def judged(tensor: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def _own(op: Op) -> list[Subject]:
         for name, backend in op.backends.items()
         if not (name == "triton" and interpreting())
     ]
-    reference = Peer(lambda *arguments: functools.partial(op.reference, *arguments))
+    reference = Peer(lambda *arguments: functools.partial(op.reference, *arguments), aside=True)
     return [*found, Subject("reference (float64)", "reference", reference)]
 
 

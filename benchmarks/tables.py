@@ -86,6 +86,7 @@ def all_tables(results: Results) -> list[Table]:
         rows = [r for r in results.rows if r.op == op and r.sweep is None and r.kind != "level"]
         if rows:
             tables.append(_op_table(op, rows, results))
+    tables += _parts_tables([r for r in results.rows if r.parts])
     levels = [r for r in results.rows if r.kind == "level"]
     if levels:
         tables.append(_level_table(levels))
@@ -159,8 +160,24 @@ def _line(
         f"{100 * row.gflops / limit:.0f} %" if row.gflops and limit else "-",
         f"{row.gbps:.3g}" if row.gbps else "-",
         size(row.memory),
-        "no result" if row.match is None else row.match or "✓",
+        "-" if row.match is None else row.match or "✓",
     ]
+
+
+def _parts_tables(rows: list[Row]) -> list[Table]:
+    """Where the time of training steps goes, a table for each op."""
+    tables = []
+    for op in dict.fromkeys(r.op for r in rows):
+        here = [r for r in rows if r.op == op]
+        names = list(dict.fromkeys(name for r in here for name in r.parts or ()))
+        table = Table(f"Where the time of {op} goes", ("", *names, "all", "memory"))
+        for row in here:
+            cells = [duration((row.parts or {}).get(name)) for name in names]
+            cells += [duration(sum((row.parts or {}).values())), size(row.memory)]
+            threads = f"{row.threads} thread{'s' * (row.threads > 1)}"
+            table.add(f"{row.title}, {row.data}, {threads}", [row.subject, *cells])
+        tables.append(table)
+    return tables
 
 
 def _training_table(curves: list[Curve]) -> Table:

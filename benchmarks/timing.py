@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,13 @@ _SETTLE = 0.01  # seconds
 _MIN_ROUNDS = 3
 _TINY = 1e-3  # seconds; rounds of such calls cost little, and there are more
 _MIN_TINY_ROUNDS = 7
-_LONG = 4.0  # of a time limit; who needs longer for two rounds has no third
-SLOW = 1.0  # seconds; a call that takes longer is timed once
 _MAX_ROUNDS = 40
+_STEADY = 0.1  # of the median; where nobody's samples are further apart, more say no more
+# Of overheads: turns, blocks in a turn, and the calls and seconds of a block. A Step must have as
+# many calls before its next reset as a block and its warming up have together.
+_TURNS, _BLOCKS = 3, 3
+_BLOCK_CALLS, _BLOCK = 60, 2e-3
+_WARM = 0.2  # of a block's calls, before it
 _FLUSH = 1 << 28  # bytes; more than any GPU's L2 cache
 
 
@@ -35,10 +40,18 @@ class Timing:
     high: float
     rounds: int
 
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        """From a sample of each round."""
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0], 1)
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, low, high, len(samples))
+
 
 def once(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Seconds of one call, and what it returned."""
-    call = _ready(call)
+    call = ready(call)
     synchronize(device)
     start = time.perf_counter()
     result = call()
@@ -46,7 +59,7 @@ def once(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def _ready(call: Callable[[], Any]) -> Callable[[], Any]:
+def ready(call: Callable[[], Any]) -> Callable[[], Any]:
     """What is timed of ``call``, after what is not."""
     if not isinstance(call, Step):
         return call
@@ -64,19 +77,18 @@ def interleave(
     calls: Mapping[str, Callable[[], Any]],
     device: torch.device,
     seconds: float,
-    slow: float = SLOW,
+    known: Mapping[str, float] | None = None,
 ) -> dict[str, Timing]:
-    """Time ``calls``, already warm, in rounds of one sample each for about ``seconds``.
+    """Time ``calls``, already warm, in rounds of one sample each: three of them or more, until the
+    samples agree or ``seconds`` are over.
 
-    Those that take longer than ``slow`` take part in no round: their first call is their sample.
+    Args:
+        known: about how many seconds calls take, by name, so that nobody has to find out.
     """
     sampler = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
-    repeats, single, longest = {}, {}, 0.0
+    repeats, longest = {}, 0.0
     for name, call in calls.items():
-        taken = once(call, device)[0]
-        if taken > slow:
-            single[name] = Timing(taken, taken, taken, 1)
-            continue
+        taken = (known or {}).get(name, 0.0) or once(call, device)[0]
         if taken < _SHORT:
             taken = min(taken, *(once(call, device)[0] for _ in range(2)))
         longest = max(longest, taken)
@@ -87,32 +99,51 @@ def interleave(
     start = time.perf_counter()
     with _no_garbage_collection():
         for done in range(_MAX_ROUNDS if names else 0):
-            taken = time.perf_counter() - start
-            if taken > seconds and done >= (least if taken < _LONG * seconds else 2):
+            enough = time.perf_counter() - start > seconds or _steady(samples.values())
+            if done >= least and enough:
                 break
             names = names[1:] + names[:1]
             for name in names:
                 samples[name].append(sampler(calls[name], repeats[name]))
-    return single | {name: _timing(values) for name, values in samples.items()}
+    return {name: Timing.of(values) for name, values in samples.items()}
 
 
-def _timing(values: list[float]) -> Timing:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Timing(median, low, high, len(values))
+def _steady(samples: Iterable[list[float]]) -> bool:
+    return all(s and max(s) - min(s) < _STEADY * statistics.median(s) for s in samples)
+
+
+def overhead(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, Timing]:
+    """Time ``calls``, already warm and so small that next to nothing but overhead is left of them.
+
+    Each in loops of its own, after calls of its own: what the others leave in the caches is not
+    what a call costs. A sample is the mean of such a loop.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    with _no_garbage_collection():
+        for _ in range(_TURNS):
+            for name, call in calls.items():
+                time.sleep(_SETTLE)
+                taken = min(once(call, device)[0] for _ in range(3))
+                count = min(_BLOCK_CALLS, max(1, round(_BLOCK / max(taken, 1e-7))))
+                for _ in range(_BLOCKS):
+                    run = ready(call)
+                    _mean(run, math.ceil(_WARM * count))
+                    samples[name].append(_mean(run, count))
+                    synchronize(device)
+    return {name: Timing.of(values) for name, values in samples.items()}
 
 
 def _cpu_sample(call: Callable[[], Any], repeats: int) -> float:
     # The threads of the contender before spin for a while, and would take this one's cores.
     time.sleep(_SETTLE)
-    taken = _seconds(call, 1)
+    taken = _mean(ready(call), 1)
     # Shorter ones wait for threads to wake up, and for what the contender before had in the caches:
     # whoever is repeated within a sample would have it easier than who is not.
-    return taken if taken > _SHORT else _seconds(call, repeats)
+    return taken if taken > _SHORT else _mean(ready(call), repeats)
 
 
-def _seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Of one call, the mean of ``repeats``."""
-    call = _ready(call)
+def _mean(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds of one call, the mean of ``repeats``."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -124,7 +155,7 @@ def _cuda_sampler(device: torch.device) -> Callable[[Callable[[], Any], int], fl
     flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
 
     def sample(call: Callable[[], Any], repeats: int) -> float:
-        call = _ready(call)
+        call = ready(call)
         # Calls queue up behind the flushes, so that the host's time does not show; where the
         # host is slower than the device, it does, as it does for the user.
         events = []

@@ -64,12 +64,12 @@ def missing() -> list[str]:
 
 def run(steps: int, tell: Callable[[str], None]) -> list[Curve]:
     """Train with each quantiser that is there for ``steps``."""
-    batches = _batches(steps)
+    batches_ = batches(steps)
     found = []
     for subject, library, backend in _contenders():
         tell(subject)
         with backend:
-            found.append(_train(subject, library, batches))
+            found.append(_train(subject, library, batches_))
     return found
 
 
@@ -85,8 +85,8 @@ def _contenders() -> list[tuple[str, Any, contextlib.AbstractContextManager[Any]
     return found
 
 
-def _batches(steps: int) -> list[Tensor]:
-    """(B, 3, crop, crop) each, float32 in -1/2 to 1/2: random parts of the photographs."""
+def batches(steps: int, batch: int = _BATCH, crop: int = _CROP) -> list[Tensor]:
+    """(batch, 3, crop, crop) each, float32 in -1/2 to 1/2: random parts of the photographs."""
     generator = torch.Generator().manual_seed(0)
     pictures = [torch.from_numpy(np.ascontiguousarray(p)) for p in patches.photographs()]
 
@@ -95,11 +95,11 @@ def _batches(steps: int) -> list[Tensor]:
 
     def part() -> Tensor:
         picture = pictures[below(len(pictures))]
-        top, left = (below(size - _CROP + 1) for size in picture.shape[:2])
-        crop = picture[top : top + _CROP, left : left + _CROP]
-        return crop.permute(2, 0, 1).float() / 255 - 0.5
+        top, left = (below(size - crop + 1) for size in picture.shape[:2])
+        cut = picture[top : top + crop, left : left + crop]
+        return cut.permute(2, 0, 1).float() / 255 - 0.5
 
-    return [torch.stack([part() for _ in range(_BATCH)]) for _ in range(steps)]
+    return [torch.stack([part() for _ in range(batch)]) for _ in range(steps)]
 
 
 def _train(subject: str, library: Any, batches: list[Tensor]) -> Curve:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import parts
+from benchmarks.modules import Step
 from mmfast.integrations import patch
 
 OPS = ("dit_eval", "dit_step")
@@ -164,7 +166,7 @@ def evaluation(
 
 def step(
     prepare: Callable[[nn.Module], Any], model: nn.Module, x: Tensor, c: Tensor, gradient: Tensor
-) -> Callable[[], Result]:
+) -> Step:
     """Gradients of the tokens and of all parameters."""
     own = prepare(model)
     wanted = list(own.parameters())
@@ -173,7 +175,7 @@ def step(
         leaf = x.detach().requires_grad_()
         return torch.autograd.grad(own(leaf, c), (leaf, *wanted), gradient)
 
-    return run
+    return Step(lambda: None, run, lambda: parts.profiled(run))
 
 
 def expected(

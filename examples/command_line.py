@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmfast.data.bundled import has_espeak
+from mmfast.files import check_writable
 
 Effort = TypeVar("Effort")
 Run = Callable[[int, Effort, Path, Console], dict[str, str]]
@@ -20,6 +21,19 @@ Run = Callable[[int, Effort, Path, Console], dict[str, str]]
 def seeds(text: str) -> list[int]:
     """``"0,1,2"`` as numbers."""
     return [int(part) for part in text.split(",")]
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that files can be written to.
+
+    Raises:
+        SystemExit: that is not possible; one line says why.
+    """
+    try:
+        check_writable(path)
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def run_spoken_example(
@@ -66,7 +80,7 @@ def run_example(
     parser.add_argument("--seeds", type=seeds, default=[0], help="such as 0,1,2")
     parser.add_argument("--short", action="store_true", help="seconds, to see that it runs")
     parsed = parser.parse_args(arguments)
-    parsed.out.mkdir(parents=True, exist_ok=True)
+    make_folder(parsed.out)
     console = Console()
     columns = []
     for seed in parsed.seeds:

@@ -39,7 +39,7 @@ import mmfast
 from mmfast.commands.options import within
 from mmfast.data import to_float, to_pillow, write_image
 from mmfast.data.images import open_image
-from mmfast.files import write_whole
+from mmfast.files import check_writable, write_whole
 from mmfast.quality import psnr
 from mmfast.sealed import SealedFormat
 
@@ -452,6 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; what goes wrong is one line on stderr, and status 1."""
     parsed = parse(sys.argv[1:] if arguments is None else arguments)
     try:
+        check_writable(parsed.output.parent if "output" in parsed else parsed.output_dir)
         parsed.run(parsed)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

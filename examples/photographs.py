@@ -31,6 +31,7 @@ import compress_image
 import numpy as np
 import torch
 import torch.nn.functional as F
+from command_line import make_folder
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -252,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="seconds, to see that it runs")
     parsed = parser.parse_args(arguments)
-    parsed.out.mkdir(parents=True, exist_ok=True)
+    make_folder(parsed.out)
     start = time.process_time()
     console = Console()
     effort = SHORT if parsed.short else Effort()

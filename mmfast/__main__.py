@@ -3,12 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from mmfast.commands import COMMANDS, INTERRUPTED, CommandError
 from mmfast.version import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says which command or option was meant, if one is wrong."""
+
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's; but what is unknown is refused by the parser of the command, which knows
+        the others."""
+        self._words = list(args or ())
+        given, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return given, left
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse's, with the nearest name."""
+        wrong = re.search(r"invalid choice: '([^']*)'", message)
+        if wrong is not None:
+            known = [str(choice) for action in self._actions for choice in action.choices or ()]
+            message += _nearest(wrong[1], known)
+        else:
+            known = list(self._option_string_actions)
+            options = [word.partition("=")[0] for word in self._words if word.startswith("--")]
+            for option in options:
+                if not any(name.startswith(option) for name in known):
+                    message += _nearest(option, known)
+        super().error(message)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; {name}: did you mean {near[0]}?" if near else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: the command line is wrong (status 2), or asked for help or the version.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mmfast", description="Exact, fused kernels for VQ-VAEs and diffusion transformers."
     )
     parser.add_argument("--version", action="version", version=f"mmfast {__version__}")

@@ -48,7 +48,12 @@ def interpreting() -> bool:
 
 def triton_missing() -> list[str]:
     """Why Triton cannot run at all; empty when it can."""
-    return [] if importlib.util.find_spec("triton") else ["the package triton is not installed"]
+    return [] if _has_triton() else ["the package triton is not installed"]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def on_triton_device(*tensors: torch.Tensor) -> list[str]:

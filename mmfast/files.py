@@ -10,6 +10,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Files can be made in a folder, which may have to be made itself; nothing is left.
+
+    That is found out by making one: permissions do not tell of file systems that are read-only.
+
+    Raises:
+        NotADirectoryError: the folder, or one that it is in, is a file.
+        OSError: nothing can be made there.
+    """
+    folder = Path(path)
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there}: is a file, expected a folder")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(f"{folder}: nothing can be written to {there}: {why}") from None
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file's path beside ``path``, which takes its place if the block succeeds.

@@ -47,3 +47,44 @@ def test_as_a_module():
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "mmfast evaluate: absent.safetensors: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["sampel", "m"], "sampel: did you mean sample?"),
+        (["sample", "m", "--uot", "a.png"], "--uot: did you mean --out?"),
+        (["sample", "m", "--guidence=2"], "--guidence: did you mean --guidance?"),
+        (["train", "vqave", "--out", "a"], "vqave: did you mean vqvae?"),
+        (["train", "vqvae", "--ouput", "a"], "required: --out; --ouput: did you mean --out?"),
+        (["train", "dit", "--out", "a", "--batchsize", "2"], "did you mean --batch-size?"),
+        (["train", "dit", "--out", "a", "--precision", "bfloat61"], "did you mean bfloat16?"),
+    ],
+)
+def test_typing_errors(words, meant, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert meant in capsys.readouterr().err
+
+
+UNWRITABLE = Path("/proc/nowhere")
+
+
+@pytest.mark.skipif(not UNWRITABLE.parent.is_dir(), reason="needs a folder that cannot be written")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train vqvae --data absent --out {}",
+        "sample absent --out {}.png",
+        "sample absent --each {}",
+        "compress absent absent {}.mmv",
+        "decompress absent absent {}.png",
+        "reconstruct absent absent --out {}",
+        "evaluate absent --keep {}.safetensors",
+    ],
+)
+def test_places_that_cannot_be_written(words, capsys):
+    """They are refused first, before anything is read."""
+    assert main(words.format(UNWRITABLE).split()) == 1
+    assert "nothing can be written to /proc" in capsys.readouterr().err

@@ -17,7 +17,7 @@ pytest.importorskip("constriction")
 from command_models import names, picture, read, refused, run, save_vqvae, vqvae
 
 from mmfast.data import ImageReader, to_uint8
-from mmfast.models import save_model
+from mmfast.models import compress, decompress, save_model
 from mmfast.models.compression import padded
 
 
@@ -43,6 +43,27 @@ def test_there_and_back(tmp_path, capsys, size, channels):
     assert out == f"{packed}: {length} bytes, {bits}, {source.stat().st_size} before\n"
     assert run(capsys, "decompress", file, packed, back)[0] == 0
     np.testing.assert_array_equal(read(back), restored(model, source))
+
+
+def test_tiles(tmp_path, capsys):
+    """They are the option's; the tests of models say that they are right."""
+    model = vqvae()
+    file = save_vqvae(tmp_path / "m.safetensors", model)
+    source, packed, back = (tmp_path / name for name in ("a.png", "a.mmv", "b.png"))
+    x = ImageReader().read(picture(source, 61, 70))
+    words = "--tile", 16
+    assert run(capsys, "compress", file, source, packed, *words)[0] == 0
+    assert packed.read_bytes() == compress(model, x, tile=16)
+    assert run(capsys, "decompress", file, packed, back, *words)[0] == 0
+    made = decompress(model, packed.read_bytes(), tile=16).x
+    np.testing.assert_array_equal(read(back), to_uint8(made).permute(1, 2, 0).numpy())
+    assert run(capsys, "decompress", file, packed, back)[0] == 0
+    assert (read(back) != to_uint8(made).permute(1, 2, 0).numpy()).any()
+    out = tmp_path / "shown"
+    assert run(capsys, "reconstruct", file, source, "--out", out, *words)[0] == 0
+    np.testing.assert_array_equal(
+        read(out / "a.png")[:, -70:], to_uint8(made).permute(1, 2, 0).numpy()
+    )
 
 
 def test_a_folder_of_a_run_and_a_model_that_says_nothing(tmp_path, capsys):

@@ -26,11 +26,12 @@ from command_models import (
     vqvae,
 )
 
-from mmfast.commands.drawing import open_dit
-from mmfast.data import ImageReader
+from mmfast.commands.drawing import drawer_of
+from mmfast.data import ImageReader, write_image
 from mmfast.data.sources import open_source
-from mmfast.models import Classifier, Diffusion, load_model, save_model
+from mmfast.models import Classifier, Diffusion, describe_model, load_model, save_model
 from mmfast.models.codes import stage_sizes
+from mmfast.quality import psnr
 
 
 @pytest.fixture
@@ -80,6 +81,28 @@ def test_a_vqvae(tmp_path, capsys, folder):
     assert got["ssim"] == pytest.approx(sum(similar) / len(similar), rel=1e-4)
 
 
+def test_nothing_lost(tmp_path, capsys):
+    """An infinite ratio is no JSON."""
+    model = vqvae()
+    for parameter in model.decoder.parameters():
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.constant_(model.decoder[-1].bias, -1)
+    black = tmp_path / "black"
+    black.mkdir()
+    for i in range(3):
+        write_image(torch.full((3, SIZE, SIZE), -1.0 if i else 0.0), black / f"{i}.png")
+    file = save_vqvae(tmp_path / "m.safetensors", model)
+    got = found(capsys, file, "--data", black)
+    error = float(psnr(torch.full((1,), -1.0), torch.full((1,), 128 / 127.5 - 1)))
+    assert (got["lossless"], got["psnr"]) == (2, pytest.approx(error, rel=1e-5))
+    (black / "0.png").unlink()
+    assert found(capsys, file, "--data", black)["psnr"] is None
+    assert "infinite" in run(capsys, "evaluate", file, "--data", black)[1]
+    words = "reconstruct", file, black / "1.png", "--out", tmp_path / "shown"
+    assert json.loads(run(capsys, *words, "--json")[1])[0]["psnr"] is None
+    assert "infinite" in run(capsys, *words)[1]
+
+
 def test_stages(tmp_path, capsys, folder):
     quantizer = {"type": "ResidualVQ", "dim": D, "num_quantizers": 2, "codebook_size": [16, 8]}
     model = vqvae(**quantizer)
@@ -112,16 +135,17 @@ def test_the_loss_of_a_dit(tmp_path, capsys, folder, latent):
         x0 = vqvae().latents(x0) if latent else x0
     losses = []
     for part, low in zip(got["parts"], (0, 500), strict=True):
-        assert low < part["timesteps"][0] < part["timesteps"][1] <= low + 500
+        assert part["timesteps"] == [low + 1, low + 500]
         numbers = torch.arange(len(x0))
+        # At the middle of equal pieces, in the order of multiples of the golden ratio.
+        order = (numbers.double() * (5**0.5 - 1) / 2).frac().argsort().argsort()
         with torch.no_grad():
             want = Diffusion("flow").losses(
                 model,
                 x0,
                 seed=numbers,
                 offset=low // 500,
-                # Spread evenly by multiples of the golden ratio.
-                rows=low + (500 * (numbers.double() * (5**0.5 - 1) / 2).frac()).long(),
+                rows=low + (500 * (order + 0.5) / len(x0)).long(),
                 condition={"y": test["label"]},
             )
         assert part["loss"] == pytest.approx(float(want.squared.mean()), rel=1e-5)
@@ -140,10 +164,11 @@ def test_a_classifier(tmp_path, capsys, folder):
     assert got["of_real_samples"] >= 0.9
     assert got["samples"] == 4 * CLASSES
     assert found(capsys, *words, kept)["read_as_class"] == got
-    classifier, drawer = load_model(kept, Classifier), open_dit(file, torch.device("cpu"))
+    classifier = load_model(kept, Classifier)
+    drawer = drawer_of(file, load_model(file), describe_model(file)["about"])
     labels = torch.arange(CLASSES).repeat_interleave(4)
     seeds = (labels << 16) + torch.arange(4).repeat(CLASSES)
-    drawn = drawer.draw(labels, seeds, guidance=2.0, sampler=None, steps=2, batch=64)
+    drawn = drawer.draw({"y": labels}, seeds, guidance=2.0, sampler=None, steps=2, batch=64)
     with torch.no_grad():
         right = (classifier(drawn).argmax(1) == labels).double()
     share = {f"kind{kind}": float(right[labels == kind].mean()) for kind in range(CLASSES)}

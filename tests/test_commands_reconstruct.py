@@ -106,7 +106,9 @@ def test_what_is_refused(tmp_path, capsys):
     words = "reconstruct", tmp_path / "absent", source, "--out", tmp_path / "out"
     assert "no such file" in refused(capsys, *words)
     file = save_vqvae(tmp_path / "m.safetensors")
-    assert "File exists" in refused(capsys, "reconstruct", file, source, "--out", source)
+    assert "is a file, expected a folder" in refused(
+        capsys, "reconstruct", file, source, "--out", source
+    )
     with pytest.raises(SystemExit) as stop:
         run(capsys, "reconstruct", file, source)
     assert stop.value.code == 2

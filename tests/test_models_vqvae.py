@@ -8,7 +8,8 @@ from cases import normal
 from whole_models import assert_sound
 
 import mmfast.nn
-from mmfast.models import VQVAE, code_usage
+from mmfast.models import VQVAE, code_usage, count_codes
+from mmfast.models.codes import num_stages
 from mmfast.models.convolutions import Fold
 
 D = 8
@@ -25,6 +26,15 @@ def quantizer(name, **options):
         "FSQ": lambda: nn.FSQ([4, 4, 3], dim=D),
         "LFQ": lambda: nn.LFQ(dim=D, codebook_size=64),
         "SimVQ": lambda: nn.SimVQ(dim=D, codebook_size=16),
+        "GroupedResidualVQ": lambda: nn.GroupedResidualVQ(
+            dim=D, groups=2, num_quantizers=3, codebook_size=16
+        ),
+        "GroupedResidualFSQ": lambda: nn.GroupedResidualFSQ(
+            dim=D, groups=2, levels=[4, 3], num_quantizers=2
+        ),
+        "GroupedResidualLFQ": lambda: nn.GroupedResidualLFQ(
+            dim=D, groups=2, codebook_size=16, num_quantizers=2
+        ),
     }[name]()
 
 
@@ -34,10 +44,11 @@ def model(name="VectorQuantize", spatial_dims=2, **options):
     return VQVAE(made, D, spatial_dims=spatial_dims, widths=(6, 12), num_blocks=1)
 
 
+GROUPED = ["GroupedResidualVQ", "GroupedResidualFSQ", "GroupedResidualLFQ"]
 QUANTIZERS = ["VectorQuantize", "projected", "cosine", "ResidualVQ", "FSQ", "LFQ", "SimVQ"]
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", QUANTIZERS + GROUPED)
 def test_there_and_back(name):
     vqvae = model(name).eval()
     x = normal(2, 3, 8, 12)
@@ -195,6 +206,41 @@ def test_the_plain_recipe():
     for name, value in vqvae.state_dict().items():
         assert torch.equal(value, before[name]) != name.startswith("decoder."), name
     assert torch.equal(vqvae.encode(x), indices)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups(name):
+    """Their indices are those of a stage side by side, and each is a stage to those who count."""
+    vqvae = model(name).eval()
+    x = normal(2, 3, 8, 12)
+    with torch.no_grad():
+        latents = vqvae.latents(x)
+        own = vqvae.quantizer(latents.flatten(2).mT)[1]  # [G, B, L, Q]
+        indices = vqvae.encode(x)
+    for group in range(2):
+        torch.testing.assert_close(indices.flatten(1, 2)[..., group::2], own[group])
+    assert num_stages(vqvae) == own.shape[0] * own.shape[-1]
+    assert sum(int(count.sum()) for count in count_codes(vqvae, indices)) == indices.numel()
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_gradient_checkpointing(shortcut):
+    """The same gradients, and less is kept for the backward."""
+    vqvae = VQVAE(quantizer("FSQ"), D, widths=(6, 12), num_blocks=1, shortcut=shortcut)
+    x = normal(2, 3, 8, 8)
+    kept, gradients = [], []
+    for again in (False, True):
+        vqvae.gradient_checkpointing = again
+        assert vqvae.gradient_checkpointing == again
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
+        ):
+            loss = vqvae(x).loss
+        kept.append(sum(sizes))
+        gradients.append(torch.autograd.grad(loss, list(vqvae.parameters())))
+    assert kept[1] < 0.7 * kept[0]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_step_is_the_references():

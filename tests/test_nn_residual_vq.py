@@ -9,7 +9,8 @@ import pytest
 import torch
 from cases import normal
 
-from mmfast.nn import GroupedResidualVQ, ResidualVQ
+from mmfast.nn import GroupedResidualVQ, ResidualVQ, residual_vq
+from mmfast.ops.residual_quantize import residual_quantize
 
 BASE = {"dim": 8, "num_quantizers": 3, "codebook_size": 16}
 WEIGHTS = [1.0, 0.5, 2.0]
@@ -162,6 +163,49 @@ def test_mask(name, zeros):
     assert torch.equal(quantized[~mask], x[~mask] * (not zeros))
     assert (indices[~mask] == -1).all()
     assert (indices[mask] >= 0).all()
+
+
+FUSED = ["plain", "projected", "shared", "sizes", "learnable", "no_rotation", "diveq"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FUSED)
+def test_one_op_gives_what_the_stages_do(name, dtype, monkeypatch):
+    module = ResidualVQ(**BASE | OPTIONS[name]).to(dtype)
+    calls = []
+
+    def spy(*args, **kwargs):
+        calls.append(args)
+        return residual_quantize(*args, **kwargs)
+
+    monkeypatch.setattr(residual_vq, "residual_quantize", spy)
+    x, mask = normal(2, 20, 8).to(dtype), normal(2, 20, seed=5) < 0.5
+    module(x)  # codes that a step has moved
+    assert not calls
+    module.eval()
+    with torch.no_grad():
+        for call in ({}, {"mask": mask}, {"return_all_codes": True}):
+            one = module(x, **call)
+            assert len(calls) == 1
+            listener = module.layers[-1].register_forward_hook(lambda *_: None)
+            stages = module(x, **call)
+            listener.remove()
+            assert len(calls) == 1
+            calls.clear()
+            for a, b in zip(one, stages, strict=True):
+                assert torch.equal(a, b)
+                assert a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("name", ["cosine", "implicit", "beam_in_eval"])
+def test_what_one_op_does_not_do_is_left_to_the_stages(name, monkeypatch):
+    monkeypatch.setattr(residual_vq, "residual_quantize", None)
+    module = ResidualVQ(**BASE | OPTIONS[name]).eval()
+    with torch.no_grad():
+        module(normal(2, 20, 8))
+    ResidualVQ(**BASE | OPTIONS["learnable"]).eval()(normal(2, 20, 8))[0].sum().backward()
+    half = ResidualVQ(**BASE).eval()
+    assert half(normal(2, 20, 8).half())[0].dtype == torch.float16
 
 
 @pytest.mark.parametrize("name", ["plain", "beam", "implicit"])

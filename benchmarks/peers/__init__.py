@@ -42,6 +42,8 @@ class Peer:
         cut: whether it may be measured on fewer rows when it is slow.
         floor: it does less than the op (a bare matrix product) and returns nothing to compare.
         random: it does the same with other random numbers: there is nothing to compare.
+        aside: no goal compares with it: it is timed once unless it is quick.
+        rarely: and it takes part in ``contest.HEADLINES`` only, without ``--full``.
         note: what a reader must know about it.
     """
 
@@ -52,6 +54,8 @@ class Peer:
     cut: bool = True
     floor: bool = False
     random: bool = False
+    aside: bool = False
+    rarely: bool = False
     note: str = ""
 
 

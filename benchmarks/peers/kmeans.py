@@ -67,6 +67,7 @@ PEERS = {
     "plain torch": Peer(
         _torch,
         workspace=lambda x, codebook, _: 4 * x.shape[0] * codebook.shape[0],
+        aside=True,
         note="addmm+argmin, index_add",
     ),
     "scikit-learn": Peer(
@@ -75,5 +76,5 @@ PEERS = {
         _on_cpu,
         note="assigns once more at the end than there are iterations",
     ),
-    "faiss Kmeans": Peer(_faiss, needs("faiss"), _on_cpu),
+    "faiss Kmeans": Peer(_faiss, needs("faiss"), _on_cpu, aside=True),
 }

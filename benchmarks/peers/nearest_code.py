@@ -106,7 +106,7 @@ PEERS = {
         note="only the products x.c, the supposed floor; returns no indices",
     ),
     "addmm+argmin": Peer(_plain(addmm_argmin), workspace=_product),
-    "cdist+argmin": Peer(_plain(cdist_argmin), workspace=_product),
+    "cdist+argmin": Peer(_plain(cdist_argmin), workspace=_product, aside=True, rarely=True),
     "faiss flat": Peer(
         _faiss,
         needs("faiss"),
@@ -119,12 +119,15 @@ PEERS = {
         needs("vector_quantize_pytorch"),
         # Distances, their negation and an int64 one-hot, all N x K.
         workspace=lambda *arguments: 5 * _product(*arguments),
+        aside=True,
         note="VectorQuantize in eval mode, without gradients",
     ),
     "KeOps": Peer(
         _keops,
         needs("pykeops"),
         _keops_unsupported,
+        aside=True,
+        rarely=True,
         note="argKmin(1); its compilation at first use is not timed",
     ),
 }

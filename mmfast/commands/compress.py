@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mmfast.commands import CommandError
 from mmfast.commands.media import check_out, extent, reader_of, timed, told, whole
-from mmfast.commands.options import add_device, device_of, open_model
+from mmfast.commands.options import add_device, add_tile, device_of, open_model
 from mmfast.files import write_whole
 from mmfast.models import VQVAE, compress
 
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="file of a VQVAE, or the folder of its run")
     parser.add_argument("file", type=Path, help="a picture, video or sound, of any size")
     parser.add_argument("out", type=Path, metavar="out.mmv", help="the compressed file to write")
+    add_tile(parser)
     add_device(parser)
 
 
@@ -33,7 +34,7 @@ def run(given: argparse.Namespace) -> int:
         x = reader.load(given.file)
         rate = getattr(timed(reader, given.file), "fps", None)
         note = {} if rate is None else {"fps": rate}
-        data = compress(model, x.to(next(model.parameters()).device), **note)
+        data = compress(model, x.to(next(model.parameters()).device), tile=given.tile, **note)
         write_whole(given.out, data)
     amount, unit = extent(reader, x)
     per = f"{8 * len(data) / amount:.3f} bits per {unit}"

@@ -1,4 +1,4 @@
-"""Samples of the DiT in a model's file."""
+"""Samples of the DiT or ConditionalDiT in a model's file."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mmfast.commands import CommandError
-from mmfast.commands.options import model_file, open_model
-from mmfast.models import VQVAE, Diffusion, DiT, load_model
+from mmfast.models import VQVAE, ConditionalDiT, Configured, Diffusion, DiT, load_model
+from mmfast.train.context import Context, context_from
+from mmfast.train.dit import dropout_of
 
 _GUIDANCE = 2.0  # by default, of models that know no class too
 _COUNTED = 16  # bits of a seed for the number of a sample in its class
@@ -28,13 +29,15 @@ class Drawer(NamedTuple):
         vqvae: in whose latents it works, if it does.
         classes: names of the labels.
         about: what the file says.
+        context: what a ConditionalDiT is conditioned on; None of a DiT.
     """
 
-    dit: DiT
+    dit: DiT | ConditionalDiT
     diffusion: Diffusion
     vqvae: VQVAE | None
     classes: list[str]
     about: dict[str, Any]
+    context: Context | None = None
 
     @property
     def device(self) -> torch.device:
@@ -49,12 +52,19 @@ class Drawer(NamedTuple):
             return self.dit.in_channels, *sizes
         return self.vqvae.channels, *(size * self.vqvae.downsampling for size in sizes)
 
-    def labels(self, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """What the model is told of a batch: its labels, no class where there are none.
+    def condition(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """What the model is told of a batch: its labels, no class where there are none; or its
+        texts or codes.
 
         Raises:
             CommandError: a label is missing, and the model knows no samples of no class.
         """
+        if self.context is None:
+            return {"y": self._labels(batch)}
+        return {**self.context.of({name: value.to(self.device) for name, value in batch.items()})}
+
+    def _labels(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        assert isinstance(self.dit, DiT)
         embedder = self.dit.y_embedder
         labels = batch.get("label")
         if embedder.num_classes == 1:
@@ -73,14 +83,19 @@ class Drawer(NamedTuple):
         Raises:
             CommandError: it is no number, or the model was trained without what guidance needs.
         """
-        if wanted is not None and not math.isfinite(wanted):
-            raise CommandError(f"--guidance must be a finite number, got {wanted}")
-        if self.dit.y_embedder.dropout_prob > 0:
+        check_guidance(wanted)
+        if dropout_of(self.dit) > 0:
             return _GUIDANCE if wanted is None else wanted
         if wanted not in (None, 1.0):
+            labels = isinstance(self.dit, DiT)
+            what, where = (
+                ("labels", "class_dropout_prob")
+                if labels
+                else ("conditions", "context_dropout_prob")
+            )
             raise CommandError(
-                f"--guidance {wanted} needs a model that was trained with dropped labels "
-                "(class_dropout_prob), this one was not"
+                f"--guidance {wanted} needs a model that was trained with dropped {what} "
+                f"({where}), this one was not"
             )
         return 1.0
 
@@ -97,7 +112,7 @@ class Drawer(NamedTuple):
 
     def draw(
         self,
-        labels: Tensor,
+        condition: Mapping[str, Tensor],
         seeds: Tensor,
         *,
         guidance: float,
@@ -108,17 +123,19 @@ class Drawer(NamedTuple):
         """Samples ``(N, C, *sizes)`` in [-1, 1], on the CPU, ``batch`` at a time.
 
         Args:
-            labels: ``(N,)``, int64.
+            condition: the model's arguments, each ``(N, ...)``: ``y``, labels of a DiT.
             seeds: ``(N,)``, int64, one for each sample.
             guidance, sampler, steps: as :meth:`guidance` and :meth:`check` have taken them.
             batch: does not change the samples, but for rounding.
         """
         drawn = []
-        for some, theirs in zip(labels.split(batch), seeds.split(batch), strict=True):
+        for first in range(0, len(seeds), batch):
+            some = {name: value[first : first + batch] for name, value in condition.items()}
+            theirs = seeds[first : first + batch]
             x = self.diffusion.sample(
                 self.dit,
-                (len(some), self.dit.in_channels, *self.dit.input_size),
-                classes=some,
+                (len(theirs), self.dit.in_channels, *self.dit.input_size),
+                condition=some,
                 guidance=guidance,
                 sampler=sampler,
                 steps=steps,
@@ -133,37 +150,69 @@ class Drawer(NamedTuple):
         return x if self.vqvae is None else self.vqvae.decoder(self.vqvae.quantize(x)[0])
 
 
-def open_dit(path: Path, device: torch.device) -> Drawer:
-    """The DiT of a file or of a run's folder.
+def drawer_of(file: Path, model: Configured, about: dict[str, Any]) -> Drawer:
+    """What the file of a DiT or ConditionalDiT holds.
+
+    Args:
+        file: of the model.
+        model: in it.
+        about: what it says.
 
     Raises:
-        CommandError: it is no DiT's, damaged, or does not say what was learned.
+        CommandError: it is no DiT's, or does not say what was learned.
     """
-    dit, about = open_model(path, DiT, device)
-    file = model_file(path)
-    if not about.get("objective"):
-        raise CommandError(
-            f"{file}: does not say what the model has learned (objective); mmfast train writes it"
-        )
-    vqvae = None
+    if not isinstance(model, DiT | ConditionalDiT):
+        raise CommandError(f"{file}: holds a {type(model).__name__}, expected a DiT")
+    check_objective(file, about)
+    device = next(model.parameters()).device
+    vqvae = context = None
     if about.get("latents"):
-        part = about["latents"]["part"]
+        vqvae = _part(file, about["latents"]["part"], device)
+    if isinstance(model, ConditionalDiT):
+        told = about.get("context")
+        if not told:
+            raise CommandError(f"{file}: does not say what the model is conditioned on (context)")
+        part = told.get("part")
         try:
-            vqvae = load_model(file, VQVAE, part=part, device=device)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CommandError(f"{file}: its VQVAE, part {part!r}: {error}") from None
-    classes = (about.get("data") or {}).get("classes")
-    if not classes:
-        classes = [str(i) for i in range(dit.y_embedder.num_classes)]
+            context = context_from(told, None if part is None else _part(file, part, device))
+        except (ImportError, ValueError) as error:
+            raise CommandError(f"{file}: its context: {error}") from None
+    classes = (about.get("data") or {}).get("classes") or []
+    if not classes and isinstance(model, DiT):
+        classes = [str(i) for i in range(model.y_embedder.num_classes)]
     try:
         diffusion = Diffusion(**about["objective"])
     except (TypeError, ValueError) as error:
         raise CommandError(f"{file}: an objective of another version ({error})") from None
-    return Drawer(dit, diffusion, vqvae, classes, about)
+    return Drawer(model, diffusion, vqvae, classes, about, context)
 
 
-def labels_of(wanted: str | None, classes: Sequence[str]) -> list[int]:
+def check_objective(file: Path, about: Mapping[str, Any]) -> None:
+    """The file says what was learned.
+
+    Raises:
+        CommandError: it does not.
+    """
+    if not about.get("objective"):
+        raise CommandError(
+            f"{file}: does not say what the model has learned (objective); mmfast train writes it"
+        )
+
+
+def _part(file: Path, part: str, device: torch.device) -> VQVAE:
+    try:
+        return load_model(file, VQVAE, part=part, device=device)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CommandError(f"{file}: its VQVAE, part {part!r}: {error}") from None
+
+
+def labels_of(wanted: str | None, classes: Sequence[str], option: str = "--classes") -> list[int]:
     """The numbers of the classes that are named, all where None.
+
+    Args:
+        wanted: names or numbers, with commas between them.
+        classes: names of all.
+        option: where they are named.
 
     Raises:
         CommandError: there is no such class.
@@ -179,8 +228,20 @@ def labels_of(wanted: str | None, classes: Sequence[str]) -> list[int]:
             found.append(int(name))
         else:
             few = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-            raise CommandError(f"--classes: there is no class {name!r}, there are {few}")
+            raise CommandError(f"{option}: there is no class {name!r}, there are {few}")
     return found
+
+
+def check_guidance(wanted: float | None) -> None:
+    """A scale is a number, else CommandError."""
+    if wanted is not None and not math.isfinite(wanted):
+        raise CommandError(f"--guidance must be a finite number, got {wanted}")
+
+
+def seeds_of_numbers(seed: int, count: int) -> Tensor:
+    """Those of ``count`` samples of a model without classes: of :func:`seeds_of`, with class 0."""
+    numbers = torch.arange(count)
+    return seeds_of(seed, torch.zeros_like(numbers), numbers)
 
 
 def seeds_of(seed: int, labels: Tensor, numbers: Tensor) -> Tensor:

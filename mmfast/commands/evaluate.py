@@ -13,21 +13,24 @@ from rich.console import Console
 from rich.table import Table
 
 from mmfast.commands import CommandError
-from mmfast.commands.drawing import Drawer, open_dit
+from mmfast.commands.drawing import Drawer, drawer_of, seeds_of
 from mmfast.commands.held_out import open_held_out
 from mmfast.commands.judging import judge, read_classifier, train_classifier
 from mmfast.commands.measuring import measure_loss, measure_vqvae
+from mmfast.commands.measuring_multimodal import measure_multimodal
 from mmfast.commands.media import check_out, reader_of, told
+from mmfast.commands.multimodal import Maker, maker_of
 from mmfast.commands.options import add_device, device_of, open_model, within
 from mmfast.commands.sample import add_sampling, check_sampling, draw
-from mmfast.models import VQVAE, Configured, save_model
+from mmfast.models import VQVAE, Configured, MultimodalDiT, save_model
+from mmfast.train.run_folder import model_file
 
 _TRAIN = "train"  # a classifier, instead of reading one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of ``evaluate``."""
-    parser.add_argument("model", type=Path, help="file of a VQVAE or DiT, or the folder of its run")
+    parser.add_argument("model", type=Path, help="file of a model, or the folder of its run")
     parser.add_argument(
         "--data", help="mnist, photographs, a folder or a manifest (what the model was trained on)"
     )
@@ -35,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=within(1, 1 << 31), default=1000, help="samples at most (%(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    dit = parser.add_argument_group("of a DiT")
+    dit = parser.add_argument_group("of a transformer")
     dit.add_argument(
         "--parts", type=within(1, 1000), default=10, help="ranges of timesteps (%(default)s)"
     )
@@ -57,18 +60,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Measure a model on what it was not trained on."""
-    device = device_of(given)
     if given.keep is not None:
         check_out(given.keep)
+    device = device_of(given)
     model, about = open_model(given.model, Configured, device)
+    file = model_file(given.model)
     if isinstance(model, VQVAE):
         if given.classifier is not None:
             raise CommandError("--classifier reads samples of a DiT, this is a VQVAE")
         found = _vqvae(given, model, about)
+    elif isinstance(model, MultimodalDiT):
+        found = _multimodal(given, maker_of(file, model, about))
     else:
-        found = _dit(given, open_dit(given.model, device))
+        found = _dit(given, drawer_of(file, model, about))
     if given.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found, indent=2, allow_nan=False))
     else:
         _show(found)
     return 0
@@ -76,7 +82,7 @@ def run(given: argparse.Namespace) -> int:
 
 def _vqvae(given: argparse.Namespace, model: VQVAE, about: dict[str, Any]) -> dict[str, Any]:
     reader = reader_of(about, model)
-    data = open_held_out(given.data, about, reader, given.batch)
+    data = open_held_out(given.data, about, [reader], given.batch)
     found = measure_vqvae(model, data.batches(given.limit), reader)
     return {"model": "VQVAE", "data": data.name, **found}
 
@@ -84,7 +90,10 @@ def _vqvae(given: argparse.Namespace, model: VQVAE, about: dict[str, Any]) -> di
 def _dit(given: argparse.Namespace, drawer: Drawer) -> dict[str, Any]:
     check_sampling(drawer, given)
     reader = reader_of(drawer.about, drawer.vqvae)
-    data = open_held_out(given.data, drawer.about, reader, given.batch)
+    if drawer.context is not None and given.classifier is not None:
+        raise CommandError("--classifier reads samples of classes, this model is told no class")
+    told_too = [] if drawer.context is None else [drawer.context.reader]
+    data = open_held_out(given.data, drawer.about, [reader, *told_too], given.batch)
     classifier = None
     if given.classifier == _TRAIN:
         classifier = train_classifier(drawer, data, given.train_steps)
@@ -93,23 +102,35 @@ def _dit(given: argparse.Namespace, drawer: Drawer) -> dict[str, Any]:
                 save_model(classifier, given.keep, data=drawer.about["data"])
     elif given.classifier is not None:
         classifier = read_classifier(Path(given.classifier), drawer)
-    found = measure_loss(drawer, data.batches(given.limit), data.modality, given.parts)
-    made = {"model": "DiT", "data": data.name, **found}
+    count = data.count(given.limit)
+    found = measure_loss(drawer, data.batches(given.limit), data.modality, given.parts, count)
+    made = {"model": type(drawer.dit).__name__, "data": data.name, **found}
     if classifier is None:
         return made
     labels, numbers = torch.cartesian_prod(
         torch.arange(len(drawer.classes)), torch.arange(given.count)
     ).unbind(1)
-    drawn = draw(drawer, given, labels, numbers)
+    drawn = draw(drawer, given, {"y": labels}, seeds_of(given.seed, labels, numbers))
     real = data.batches(given.limit)
     made["read_as_class"] = judge(classifier, drawn, labels, drawer.classes, real, data.modality)
     return made
 
 
+def _multimodal(given: argparse.Namespace, maker: Maker) -> dict[str, Any]:
+    if given.classifier is not None:
+        raise CommandError("--classifier reads samples of classes, this is a multimodal model")
+    readers = list(maker.readers.values())
+    data = open_held_out(given.data, maker.about, readers, given.batch, partial=True)
+    count = data.count(given.limit)
+    found = measure_multimodal(maker, data.batches(given.limit), given.parts, count, given.steps)
+    return {"model": "MultimodalDiT", "data": data.name, **found}
+
+
 def _show(found: dict[str, Any]) -> None:
     console = Console(markup=False, highlight=False)
     console.print(f"{found['model']} on {found['data']}, {found['samples']} samples")
-    for table in _vqvae_tables(found) if found["model"] == "VQVAE" else _dit_tables(found):
+    tables = {"VQVAE": _vqvae_tables, "MultimodalDiT": _multimodal_tables}
+    for table in tables.get(found["model"], _dit_tables)(found):
         console.print(table)
 
 
@@ -122,7 +143,9 @@ def _table(*headings: str) -> Table:
 
 def _vqvae_tables(found: dict[str, Any]) -> Iterator[Table]:
     table = _table("", "mean")
-    table.add_row("PSNR", f"{found['psnr']:.2f} dB")
+    table.add_row("PSNR", "infinite" if found["psnr"] is None else f"{found['psnr']:.2f} dB")
+    if found["lossless"]:
+        table.add_row("without any loss, left out of PSNR", f"{found['lossless']} samples")
     if found["ssim"] is not None:
         table.add_row("SSIM", f"{found['ssim']:.4f}")
     table.add_row("reconstruction loss", f"{found['reconstruction_loss']:.5g}")
@@ -137,14 +160,30 @@ def _vqvae_tables(found: dict[str, Any]) -> Iterator[Table]:
     yield table
 
 
-def _dit_tables(found: dict[str, Any]) -> Iterator[Table]:
+def _losses_table(found: dict[str, Any], title: str | None = None) -> Table:
     table = _table("timesteps", "loss")
+    table.title = title
     for part in found["parts"]:
         low, high = part["timesteps"]
         table.add_row(f"{low:g} to {high:g}", f"{part['loss']:.5f}")
     table.add_section()
     table.add_row("all", f"{found['loss']:.5f}")
-    yield table
+    if "loss_without_condition" in found:
+        table.add_row("all, without a condition", f"{found['loss_without_condition']:.5f}")
+    return table
+
+
+def _multimodal_tables(found: dict[str, Any]) -> Iterator[Table]:
+    for name, one in found["modalities"].items():
+        table = _losses_table(one, f"{name}, of {one['samples']} samples, from all others")
+        if "exact" in one:
+            table.add_section()
+            table.add_row("made exactly", f"{one['exact']:.1%}")
+        yield table
+
+
+def _dit_tables(found: dict[str, Any]) -> Iterator[Table]:
+    yield _losses_table(found)
     read = found.get("read_as_class")
     if read is None:
         return

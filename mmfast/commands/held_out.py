@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ class HeldOut(NamedTuple):
 
     Attributes:
         name: of the data.
-        modality: of the samples.
+        modality: of the samples, the first if they have several.
         test: of data that the model was trained on, the part that is held out from training; else
             all of it.
         train: what could be trained on.
@@ -49,9 +49,12 @@ class HeldOut(NamedTuple):
 
     def some(self, limit: int) -> Any:
         """At most ``limit`` samples of the test part, from all of it."""
-        count = min(limit, len(self.test))
-        chosen = torch.linspace(0, len(self.test) - 1, count).round().long()
+        chosen = torch.linspace(0, len(self.test) - 1, self.count(limit)).round().long()
         return Subset(self.test, chosen.tolist())
+
+    def count(self, limit: int) -> int:
+        """How many samples :meth:`batches` has."""
+        return min(limit, len(self.test))
 
     def batches(self, limit: int) -> Iterator[Batch]:
         """Those, in batches.
@@ -73,15 +76,21 @@ class HeldOut(NamedTuple):
 
 
 def open_held_out(
-    wanted: str | None, about: Mapping[str, Any], reader: Reader, batch: int
+    wanted: str | None,
+    about: Mapping[str, Any],
+    readers: Sequence[Reader],
+    batch: int,
+    *,
+    partial: bool = False,
 ) -> HeldOut:
     """The data that is named, or what the model was trained on.
 
     Args:
         wanted: name of a source, see :func:`mmfast.data.sources.open_source`.
         about: what the model's file says.
-        reader: that prepares files for the model.
+        readers: that prepare files for the model.
         batch: samples at a time; one, where their sizes vary.
+        partial: samples may lack modalities.
 
     Raises:
         CommandError: there is no such data, or it is broken.
@@ -93,12 +102,17 @@ def open_held_out(
         raise CommandError("the model's file does not say what it was trained on: give --data")
     with told():
         try:
-            train, test, classes = open_source(name, reader, classes=data.get("classes"))
+            train, test, classes = open_source(
+                name,
+                {reader.modality: reader for reader in readers},
+                require=() if partial else None,
+                classes=data.get("classes"),
+            )
         except FileError:
             raise
         except ValueError as error:
             raise CommandError(f"--data {name}: {str(error).splitlines()[0]}") from None
         if name not in (own, *NAMES):
             test = ConcatDataset([train, test])  # type: ignore[assignment, list-item]
-    size = 1 if None in reader.shape else batch
-    return HeldOut(name, reader.modality, test, train, classes, size)
+    size = 1 if any(None in reader.shape for reader in readers) else batch
+    return HeldOut(name, readers[0].modality, test, train, classes, size)

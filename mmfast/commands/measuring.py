@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,15 +11,16 @@ from torch import Tensor
 
 from mmfast.commands.drawing import Drawer
 from mmfast.commands.media import extent
+from mmfast.commands.ranges import Ranges
 from mmfast.data import Reader
 from mmfast.models import VQVAE, count_codes, usage_of_counts
 from mmfast.models.compression import padded
+from mmfast.models.tiling import decode_in_tiles, encode_in_tiles
 from mmfast.quality import psnr, ssim
-from mmfast.train.dit import latents_of
+from mmfast.train.dit import dropout_of
+from mmfast.train.latents import latents_of
 
 Batches = Iterable[Mapping[str, Tensor]]
-
-_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it are spread evenly between whole numbers
 
 
 @torch.no_grad()
@@ -33,8 +33,9 @@ def measure_vqvae(model: VQVAE, batches: Batches, reader: Reader) -> dict[str, A
         reader: that prepared them.
 
     Returns:
-        ``samples``; ``psnr`` in dB and ``ssim`` (None for what are no images, and without
-        scikit-image), means over samples; ``reconstruction_loss``, the model's; ``stages`` of the
+        ``samples``; ``psnr`` in dB, the mean over samples but those that are ``lossless``, whose
+        is infinite: so many, None if all; ``ssim``, the mean (None for what are no images, and
+        without scikit-image); ``reconstruction_loss``, the model's; ``stages`` of the
         quantiser, each with its ``codes``, how many are ``used``, and ``perplexity``; ``bits`` for
         each ``unit`` of a sample, in codes of ``fixed`` length and as their ``entropy`` allows.
     """
@@ -43,9 +44,9 @@ def measure_vqvae(model: VQVAE, batches: Batches, reader: Reader) -> dict[str, A
     size, unit = 0.0, ""
     for batch in batches:
         x = batch[reader.modality].to(device)
-        indices = model.encode(padded(x, model.downsampling))
+        indices = encode_in_tiles(model, padded(x, model.downsampling))
         cut = tuple(slice(side) for side in x.shape[2:])
-        y = model.decode(indices).float()[(slice(None), slice(None), *cut)]
+        y = decode_in_tiles(model, indices)[(slice(None), slice(None), *cut)]
         ratios += [psnr(*pair) for pair in zip(x, y, strict=True)]
         if reader.modality == "image":
             similarities += [_ssim(*pair) for pair in zip(x, y.clamp(-1, 1), strict=True)]
@@ -63,11 +64,13 @@ def measure_vqvae(model: VQVAE, batches: Batches, reader: Reader) -> dict[str, A
         }
         for count in counts
     ]
+    finite = [ratio for ratio in ratios if math.isfinite(ratio)]
     written = [float(count.sum()) for count in counts]
     measured = [value for value in similarities if value is not None]
     return {
         "samples": len(ratios),
-        "psnr": _mean(ratios),
+        "psnr": _mean(finite) if finite else None,
+        "lossless": len(ratios) - len(finite),
         "ssim": _mean(measured) if measured else None,
         "reconstruction_loss": sum(losses) / len(ratios),
         "stages": stages,
@@ -96,44 +99,51 @@ def _mean(values: list[float]) -> float:
 
 
 @torch.no_grad()
-def measure_loss(drawer: Drawer, batches: Batches, modality: str, parts: int) -> dict[str, Any]:
+def measure_loss(
+    drawer: Drawer, batches: Batches, modality: str, parts: int, samples: int
+) -> dict[str, Any]:
     """The loss of a DiT in ``parts`` equal ranges of the schedule.
 
     Noise, and the places within the ranges, are the same in every run.
 
+    Args:
+        drawer: of the model.
+        batches: of ``samples`` samples.
+        modality: by which they have what the model makes.
+        parts: ranges.
+        samples: N.
+
     Returns:
         ``samples``, the mean ``loss``, and ``parts``: each with its ``timesteps``, from and to, and
-        the ``loss``.
+        the ``loss``. Of a model of texts or codes also ``loss_without_condition``, if it was
+        trained for that.
     """
-    diffusion, steps = drawer.diffusion, drawer.diffusion.num_steps
-    edges = [steps * i // parts for i in range(parts + 1)]
-    sums, count = [0.0] * parts, 0
-    ranges = [[math.inf, -math.inf] for _ in range(parts)]
+    ranges = Ranges(drawer.diffusion, parts, samples)
+    without = drawer.context is not None and dropout_of(drawer.dit) > 0
+    sums, alone, count = [0.0] * parts, 0.0, 0
     for batch in batches:
         x0 = batch[modality].to(drawer.device)
         if drawer.vqvae is not None:
             x0 = latents_of(drawer.vqvae, x0)
         seeds = torch.arange(count, count + len(x0), device=drawer.device)
-        share = (seeds.double() * _GOLDEN).frac()
-        for i, (low, high) in enumerate(itertools.pairwise(edges)):
-            losses = diffusion.losses(
-                drawer.dit,
-                x0,
-                seed=seeds,
-                offset=i,
-                rows=low + (share * (high - low)).long(),
-                condition={"y": drawer.labels(batch)},
-            )
-            sums[i] += float(losses.squared.double().sum())
-            ranges[i][0] = min(ranges[i][0], float(losses.timesteps.min()))
-            ranges[i][1] = max(ranges[i][1], float(losses.timesteps.max()))
+        condition = drawer.condition(batch)
+
+        for part in range(parts):
+            rows = ranges.rows(part, count, len(x0)).to(drawer.device)
+            options = {"seed": seeds, "offset": part, "rows": rows}
+            sums[part] += _squared(drawer, x0, condition, options)
+            if without:
+                dropped = {**condition, "drop": seeds >= 0}
+                alone += _squared(drawer, x0, dropped, options)
         count += len(x0)
-    means = [total / count for total in sums]
-    return {
-        "samples": count,
-        "loss": _mean(means),
-        "parts": [
-            {"timesteps": between, "loss": loss}
-            for between, loss in zip(ranges, means, strict=True)
-        ],
-    }
+    made = {"samples": count, **ranges.table(sums, count)}
+    if without:
+        made["loss_without_condition"] = alone / count / parts
+    return made
+
+
+def _squared(
+    drawer: Drawer, x0: Tensor, condition: Mapping[str, Any], options: Mapping[str, Any]
+) -> float:
+    losses = drawer.diffusion.losses(drawer.dit, x0, condition=condition, **options)
+    return float(losses.squared.double().sum())

@@ -14,7 +14,11 @@ from mmfast.commands import CommandError
 from mmfast.data import FileError, ImageReader, Reader, readers_from
 from mmfast.data.images import format_of
 from mmfast.data.video import VideoReader, frame_rate
+from mmfast.files import check_writable
 from mmfast.models import VQVAE
+
+SUFFIXES = {"image": ".png", "video": ".mp4", "waveform": ".wav", "mel": ".wav"}
+"""Of the files that samples are written to."""
 
 # Fields of readers that cut, scale or fill up, and what they are for whole files.
 _WHOLE = {"size": None, "length": None, "frames": None}
@@ -87,12 +91,23 @@ def check_out(path: Path) -> None:
     """A file can be written there.
 
     Raises:
-        CommandError: its folder is not there, or it is a folder itself.
+        CommandError: its folder is not there or cannot be written to, or it is a folder itself.
     """
     if path.is_dir():
         raise CommandError(f"{path}: is a folder, expected the name of a file to write")
     if not path.parent.is_dir():
         raise CommandError(f"{path}: there is no folder {path.parent}")
+    check_folder(path.parent)
+
+
+def check_folder(path: Path) -> None:
+    """Files can be written to a folder, which may have to be made; nothing is made yet.
+
+    Raises:
+        CommandError: it is a file, or nothing can be written there.
+    """
+    with told():
+        check_writable(path)
 
 
 def check_picture(path: Path) -> None:
@@ -104,6 +119,19 @@ def check_picture(path: Path) -> None:
     check_out(path)
     try:
         format_of(path)
+    except (ImportError, ValueError) as error:
+        raise CommandError(str(error)) from None
+
+
+def check_format(reader: Reader, path: Path) -> None:
+    """A sample of the reader's modality can be written there.
+
+    Raises:
+        CommandError: as of :func:`check_out`, or the name ends in no format of such data.
+    """
+    check_out(path)
+    try:
+        reader.check_name(path)
     except (ImportError, ValueError) as error:
         raise CommandError(str(error)) from None
 

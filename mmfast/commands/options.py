@@ -11,16 +11,26 @@ import torch
 
 from mmfast.commands import CommandError
 from mmfast.models import Configured, describe_model, load_model
+from mmfast.train.run_folder import model_file
 
 M = TypeVar("M", bound=Configured)
-
-MODEL_FILE = "model.safetensors"  # of a run's folder
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device``, for :func:`device_of`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="to run on (%(default)s)")
+
+
+def add_tile(parser: argparse.ArgumentParser) -> None:
+    """``--tile``, of :mod:`mmfast.models.tiling`."""
+    parser.add_argument(
+        "--tile",
+        type=within(0, 1 << 31),
+        metavar="SIDE",
+        help="go through large files in tiles of so many pixels or samples; 0: all at once (tiles "
+        "of what is large)",
+    )
 
 
 def within(low: int, high: int) -> Callable[[str], int]:
@@ -49,11 +59,6 @@ def device_of(given: argparse.Namespace) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise CommandError(f"--device must be cpu or cuda, got {device}")
     return device
-
-
-def model_file(path: Path) -> Path:
-    """``path``, or the model's file in it if it is a run's folder."""
-    return path / MODEL_FILE if path.is_dir() else path
 
 
 def open_model(path: Path, expected: type[M], device: torch.device) -> tuple[M, dict[str, Any]]:

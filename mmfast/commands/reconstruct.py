@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from mmfast.commands import CommandError
-from mmfast.commands.media import extent, reader_of, timed, told, whole
-from mmfast.commands.options import add_device, device_of, open_model
+from mmfast.commands.media import check_folder, extent, reader_of, timed, told, whole
+from mmfast.commands.options import add_device, add_tile, device_of, open_model
 from mmfast.data import FileError, Reader, write_image
 from mmfast.data.progress import tracked
 from mmfast.models import VQVAE, compress, count_codes, decompress, usage_of_counts
@@ -30,7 +31,7 @@ class Reconstructed(NamedTuple):
     Attributes:
         file: that was read.
         size: of the sample.
-        psnr: in dB, of values in [-1, 1].
+        psnr: in dB, of values in [-1, 1]; None if nothing is lost.
         bits: of the compressed file, for each ``unit``.
         unit: pixel or second.
         used: how many different codes occur, in the mean of the stages.
@@ -40,7 +41,7 @@ class Reconstructed(NamedTuple):
 
     file: str
     size: list[int]
-    psnr: float
+    psnr: float | None
     bits: float
     unit: str
     used: float
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cut", action="store_true", help="scale and cut to the size that the model was trained on"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_tile(parser)
     add_device(parser)
 
 
@@ -66,6 +68,7 @@ def run(given: argparse.Namespace) -> int:
     Returns:
         1 if a file was left out.
     """
+    check_folder(given.out)
     model, about = open_model(given.model, VQVAE, device_of(given))
     reader = reader_of(about, model)
     if not given.cut:
@@ -82,9 +85,11 @@ def run(given: argparse.Namespace) -> int:
         except ImportError as error:
             raise CommandError(str(error)) from None
         with told():
-            rows.append(_reconstruct(model, timed(reader, path), path, x, names.new(path)))
+            rows.append(
+                _reconstruct(model, timed(reader, path), path, x, names.new(path), given.tile)
+            )
     if given.json:
-        print(json.dumps([row._asdict() for row in rows], indent=2))
+        print(json.dumps([row._asdict() for row in rows], indent=2, allow_nan=False))
     elif rows:
         _show(rows)
     return int(len(rows) < len(given.files))
@@ -105,16 +110,19 @@ class _Names:
         return self._folder / name
 
 
-def _reconstruct(model: VQVAE, reader: Reader, path: Path, x: Tensor, out: Path) -> Reconstructed:
-    data = compress(model, x.to(next(model.parameters()).device))
-    y, indices, _ = decompress(model, data)
+def _reconstruct(
+    model: VQVAE, reader: Reader, path: Path, x: Tensor, out: Path, tile: int | None
+) -> Reconstructed:
+    data = compress(model, x.to(next(model.parameters()).device), tile=tile)
+    y, indices, _ = decompress(model, data, tile=tile)
     y = y.cpu()
     counts = count_codes(model, indices[None])
     amount, unit = extent(reader, x)
+    ratio = psnr(x, y)
     return Reconstructed(
         str(path),
         list(x.shape[1:]),
-        psnr(x, y),
+        ratio if math.isfinite(ratio) else None,
         8 * len(data) / amount,
         unit,
         _mean([float((c > 0).sum()) for c in counts]),
@@ -153,7 +161,7 @@ def _show(rows: Sequence[Reconstructed]) -> None:
     for row in rows:
         size = " x ".join(map(str, row.size))
         numbers = (
-            f"{row.psnr:.2f} dB",
+            "infinite" if row.psnr is None else f"{row.psnr:.2f} dB",
             f"{row.bits:.3f}",
             f"{row.used:.0f}",
             f"{row.perplexity:.1f}",

@@ -13,7 +13,7 @@ from mmfast.data.report import Report
 from mmfast.data.resample import resample
 from mmfast.data.sampling import BatchSampler, Draw, Loader
 from mmfast.data.splits import split_by_group, split_by_label
-from mmfast.data.text import TextReader, load_tokenizer, train_tokenizer
+from mmfast.data.text import TextReader, load_tokenizer, texts_in, train_tokenizer
 from mmfast.data.video import VideoReader, write_video
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "scan_folder",
     "split_by_group",
     "split_by_label",
+    "texts_in",
     "to_float",
     "to_pillow",
     "to_uint8",

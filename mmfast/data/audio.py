@@ -86,6 +86,10 @@ class _SoundReader(Reader):
     def made_of(self, waveform: Tensor) -> Tensor:
         """What the reader makes of a waveform ``(1, samples)`` at its sampling rate."""
 
+    def check_name(self, path: str | os.PathLike[str]) -> None:
+        """See :func:`write_sound`."""
+        sound_suffix(path)
+
     def _start(self, have: int, want: int, generator: Generator | None) -> int:
         if generator is None or not self.random_start or have <= want:
             return 0
@@ -133,6 +137,18 @@ class _SoundReader(Reader):
                 left -= len(_read(path, sound, min(left, _BLOCK)))
 
 
+def sound_suffix(path: str | os.PathLike[str]) -> str:
+    """The ending of the name of a sound that is to be written, in lower case.
+
+    Raises:
+        ValueError: the name ends in no format of sound.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in _FORMATS:
+        raise ValueError(f"{path}: the name must end in one of {', '.join(_FORMATS)}")
+    return suffix
+
+
 def write_sound(waveform: Tensor, rate: int, path: str | os.PathLike[str]) -> None:
     """Write ``(channels, samples)`` in [-1, 1], what is beyond clamped, by the name's ending.
 
@@ -144,9 +160,7 @@ def write_sound(waveform: Tensor, rate: int, path: str | os.PathLike[str]) -> No
     Raises:
         ValueError: the name ends in no format of sound.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in _FORMATS:
-        raise ValueError(f"{path}: the name must end in one of {', '.join(_FORMATS)}")
+    suffix = sound_suffix(path)
     subtype = "OPUS" if suffix == ".opus" else None
     buffer = io.BytesIO()
     samples = waveform.detach().float().clamp(-1, 1).T.cpu().numpy()

@@ -218,6 +218,10 @@ class ImageReader(Reader):
             made = made.flip(-1)
         return made
 
+    def check_name(self, path: str | os.PathLike[str]) -> None:
+        """See :func:`format_of`."""
+        format_of(path)
+
     def write(self, value: Tensor, path: str | os.PathLike[str]) -> None:
         """See :func:`write_image`."""
         write_image(value, path)

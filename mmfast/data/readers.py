@@ -93,6 +93,15 @@ class Reader(ABC):
         """Read all of the file and raise what :meth:`read` may raise."""
 
     @abstractmethod
+    def check_name(self, path: str | os.PathLike[str]) -> None:
+        """The name ends in that of a format that :meth:`write` knows.
+
+        Raises:
+            ImportError: the package that writes such files is not installed.
+            ValueError: it does not.
+        """
+
+    @abstractmethod
     def write(self, value: Tensor, path: str | os.PathLike[str]) -> None:
         """The way back, in the format that the name asks for; the file is written whole or not."""
 

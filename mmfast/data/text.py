@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Generator, Tensor
 from mmfast.checks import check_choice
 from mmfast.data.errors import FileError, blamed_on, needed
 from mmfast.data.readers import Reader
+from mmfast.data.records import read_manifest, scan_folder
 from mmfast.data.text_files import read_text
 from mmfast.files import write_whole
 
@@ -73,6 +75,34 @@ def load_tokenizer(path: str | os.PathLike[str]) -> str:
     except Exception as error:  # the package raises Exception itself
         raise FileError(path, f"is no tokenizer ({error})") from None
     return text
+
+
+def texts_in(source: str | os.PathLike[str], *, on_error: str = "raise") -> list[str]:
+    """All texts of a folder or manifest, to make a tokenizer of.
+
+    Args:
+        source: as of :meth:`mmfast.data.Dataset.from_folder` or its ``from_manifest``.
+        on_error: ``"raise"`` or ``"skip"`` files that cannot be read.
+
+    Raises:
+        FileError: there is no such folder or manifest, or a file cannot be read.
+        ImportError: tokenizers is not installed.
+    """
+    readers = {"text": TextReader(train_tokenizer([]))}
+    find = scan_folder if Path(source).is_dir() else read_manifest
+    texts = []
+    for record in find(source, readers).records:
+        text = record.sources.get("text")
+        if isinstance(text, Path):
+            try:
+                text = read_text(text)
+            except FileError:
+                if on_error == "raise":
+                    raise
+                continue
+        if text is not None:
+            texts.append(text)
+    return texts
 
 
 @dataclass(frozen=True)
@@ -157,6 +187,11 @@ class TextReader(Reader):
         """The text of ids ``(L,)``, without special tokens."""
         kept = [i for i in ids.tolist() if i != self.padding]
         return self._tokenizer.decode(kept)
+
+    def check_name(self, path: str | os.PathLike[str]) -> None:
+        """It must be that of a text: .txt."""
+        if Path(path).suffix.lower() not in self.suffixes:
+            raise ValueError(f"{path}: the name must end in .txt")
 
     def write(self, value: Tensor, path: str | os.PathLike[str]) -> None:
         """Write the text of ids ``(L,)``."""

@@ -125,6 +125,18 @@ def _chosen(path: str | os.PathLike[str], wanted: Sequence[int]) -> list[np.ndar
     return [made[place] for place in wanted]
 
 
+def video_suffix(path: str | os.PathLike[str]) -> str:
+    """The ending of the name of a video that is to be written, in lower case.
+
+    Raises:
+        ValueError: the name ends in no format that is written.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".mp4", ".mkv", ".webm", ".mov"):
+        raise ValueError(f"{path}: the name must end in .mp4, .mkv, .webm or .mov")
+    return suffix
+
+
 def write_video(video: Tensor, path: str | os.PathLike[str], fps: float = 25) -> None:
     """Write ``(1 or 3, T, height, width)`` in [-1, 1], in the format that the name ends in.
 
@@ -137,9 +149,7 @@ def write_video(video: Tensor, path: str | os.PathLike[str], fps: float = 25) ->
         ValueError: the name ends in another format, or the video has another shape.
     """
     av = needed("av")
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".mp4", ".mkv", ".webm", ".mov"):
-        raise ValueError(f"{path}: the name must end in .mp4, .mkv, .webm or .mov")
+    suffix = video_suffix(path)
     if video.dim() != 4 or video.shape[0] not in (1, 3) or not video.numel():
         raise ValueError(f"video must be (1 or 3, T, height, width), got {tuple(video.shape)}")
     frames = to_uint8(video).expand(3, -1, -1, -1).permute(1, 2, 3, 0).contiguous().cpu().numpy()
@@ -300,6 +310,10 @@ class VideoReader(Reader):
         if count < len(times):
             raise FileError(path, f"has {len(times) - count} frames that do not decode")
         self.load(path)
+
+    def check_name(self, path: str | os.PathLike[str]) -> None:
+        """See :func:`write_video`."""
+        video_suffix(path)
 
     def write(self, value: Tensor, path: str | os.PathLike[str]) -> None:
         """See :func:`write_video`."""

@@ -11,17 +11,31 @@ from mmfast.models.vqvae import VQVAE
 
 
 def codebook_sizes(quantizer: Any) -> tuple[int, ...]:
-    """K of each stage of a quantiser; one for those that have the same codes everywhere.
+    """K of each stage of a quantiser, and of each group in it if there are such; one for those that
+    have the same codes everywhere.
 
     Raises:
         TypeError: it does not say.
     """
+    groups = getattr(quantizer, "rvqs", ())
+    if groups:  # side by side in each stage
+        of_group = codebook_sizes(groups[0])
+        return tuple(k for k in of_group for _ in groups) if len(of_group) > 1 else of_group
     sizes = getattr(quantizer, "codebook_sizes", None) or getattr(quantizer, "codebook_size", None)
     if sizes is None and hasattr(quantizer, "codebooks"):
         sizes = quantizer.codebooks.shape[-2]
     if sizes is None:
         raise TypeError(f"a {type(quantizer).__name__} does not say how many codes it has")
     return (sizes,) if isinstance(sizes, int) else tuple(sizes)
+
+
+def num_stages(model: VQVAE) -> int:
+    """How many codes the model's quantiser gives for each vector; the model must be in evaluation
+    mode."""
+    parameter = next(model.parameters())
+    sizes = [2 * model.downsampling] * model.spatial_dims
+    with torch.no_grad():
+        return len(by_stage(model, model.encode(parameter.new_zeros(1, model.channels, *sizes))))
 
 
 def stage_sizes(model: VQVAE, stages: int) -> list[int]:

@@ -16,6 +16,7 @@ import mmfast
 from mmfast.checks import check_floating
 from mmfast.entropy_coding import decode_indices, encode_indices
 from mmfast.models.codes import by_stage, stage_sizes
+from mmfast.models.tiling import decode_in_tiles, encode_in_tiles
 from mmfast.models.vqvae import VQVAE
 from mmfast.ops.pack_indices import packed_size
 from mmfast.sealed import SealedFormat
@@ -64,7 +65,14 @@ def padded(x: Tensor, multiple: int) -> Tensor:
 
 
 @torch.no_grad()
-def compress(model: VQVAE, x: Tensor, *, stages: int | None = None, **about: Any) -> bytes:
+def compress(
+    model: VQVAE,
+    x: Tensor,
+    *,
+    stages: int | None = None,
+    tile: int | None = None,
+    **about: Any,
+) -> bytes:
     """A sample as the bytes of a file: the codes, entropy-coded, and a header.
 
     Args:
@@ -73,6 +81,8 @@ def compress(model: VQVAE, x: Tensor, *, stages: int | None = None, **about: Any
             its last values to what the model takes.
         stages: keep the codes of so many stages of a residual quantiser, for smaller files; it must
             have learned with ``quantize_dropout``. All by default.
+        tile: side of the tiles that go through the model one after another; 0: everything at once.
+            By default large samples are cut into tiles: :mod:`mmfast.models.tiling`.
         about: what :func:`decompress` is to return beside it, of JSON's types.
 
     Raises:
@@ -87,14 +97,18 @@ def compress(model: VQVAE, x: Tensor, *, stages: int | None = None, **about: Any
     if x.dim() != 1 + model.spatial_dims:
         dims = ", ".join(["channels", *["size"] * model.spatial_dims])
         raise ValueError(f"x must be ({dims}), got {tuple(x.shape)}")
-    indices = model.encode(padded(x[None], model.downsampling)).cpu().long()
+    whole = padded(x[None], model.downsampling)
+    indices = encode_in_tiles(model, whole, tile).cpu().long()
     if stages is not None:
-        most = len(by_stage(model, indices))
+        groups = getattr(model.quantizer, "rvqs", ())
+        together = max(1, len(groups))  # indices of a stage
+        most = len(by_stage(model, indices)) // together
         if not 1 <= stages <= most:
             raise ValueError(f"stages must be from 1 to {most}, got {stages}")
-        if stages < most and not getattr(model.quantizer, "quantize_dropout", False):
+        quantizer = groups[0] if groups else model.quantizer
+        if stages < most and not getattr(quantizer, "quantize_dropout", False):
             raise ValueError("fewer stages need a quantizer with quantize_dropout=True")
-        indices = indices[..., :stages] if stages < most else indices
+        indices = indices[..., : stages * together] if stages < most else indices
     grids = by_stage(model, indices)[:, 0]
     counts = stage_sizes(model, len(grids))
     coding, codes = _MODELLED, encode_indices(grids.numpy(), counts)
@@ -115,12 +129,13 @@ def compress(model: VQVAE, x: Tensor, *, stages: int | None = None, **about: Any
 
 
 @torch.no_grad()
-def decompress(model: VQVAE, data: bytes) -> Decompressed:
+def decompress(model: VQVAE, data: bytes, *, tile: int | None = None) -> Decompressed:
     """The sample that a file's bytes hold.
 
     Args:
         model: with which it was compressed, in evaluation mode.
         data: of :func:`compress`.
+        tile: as of :func:`compress`.
 
     Raises:
         ImportError: constriction is not installed.
@@ -142,7 +157,7 @@ def decompress(model: VQVAE, data: bytes) -> Decompressed:
         grids = _unpack(codes, shape, counts)
     indices = grids.movedim(0, -1) if stages else grids[0]
     device = next(model.parameters()).device
-    decoded = model.decode(indices[None].to(device))[0].float()
+    decoded = decode_in_tiles(model, indices[None].to(device), tile)[0]
     cropped = decoded[(slice(None), *(slice(size) for size in sizes))]
     return Decompressed(cropped, indices, json.loads(note) if note else {})
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.checks import INDEX, check_choice, check_dtype, check_floating
-from mmfast.models.patches import PatchTransformer, places, repeatable, xavier
+from mmfast.models.patches import PatchTransformer, places, xavier
+from mmfast.models.repeating import repeatable
 from mmfast.nn.adaptive_norm import modulation, zero
 from mmfast.nn.cross_attention_block import CrossAttentionBlock
 from mmfast.nn.joint_block import JointTransformerBlock

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfast.models.repeating import repeatable
+
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _GROUPS = 32  # of channels that are normalised together, at most
 
@@ -93,6 +95,22 @@ class Unfold(nn.Module):
         return x
 
 
+class Layers(nn.Sequential):
+    """One layer behind the other.
+
+    Attributes:
+        gradient_checkpointing: compute what is inside of the layers again in the backward, instead
+            of keeping it.
+    """
+
+    gradient_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = repeatable(layer, self.gradient_checkpointing)(x)
+        return x
+
+
 def encoder(
     dims: int,
     channels: int,
@@ -101,7 +119,7 @@ def encoder(
     latent_dim: int,
     patch: int = 1,
     norm: str | None = "group",
-) -> nn.Sequential:
+) -> Layers:
     """``(B, channels, ...)`` to ``(B, latent_dim, ...)``, each size halved once per width after
     the first; before that, blocks of ``patch`` become channels."""
     layers: list[nn.Module] = [Fold(dims, patch)] if patch > 1 else []
@@ -113,9 +131,7 @@ def encoder(
         for _ in range(num_blocks):
             layers.append(ResidualBlock(dims, width, wider, norm))
             width = wider
-    return nn.Sequential(
-        *layers, _norm(width, norm), nn.SiLU(), convolution(dims, width, latent_dim)
-    )
+    return Layers(*layers, _norm(width, norm), nn.SiLU(), convolution(dims, width, latent_dim))
 
 
 def decoder(
@@ -126,7 +142,7 @@ def decoder(
     latent_dim: int,
     patch: int = 1,
     norm: str | None = "group",
-) -> nn.Sequential:
+) -> Layers:
     """The way back of :func:`encoder`."""
     width = widths[-1]
     layers: list[nn.Module] = [convolution(dims, latent_dim, width)]
@@ -137,4 +153,4 @@ def decoder(
             layers.append(ResidualBlock(dims, width, narrower, norm))
             width = narrower
     layers += [_norm(width, norm), nn.SiLU(), convolution(dims, width, channels * patch**dims)]
-    return nn.Sequential(*layers, *([Unfold(dims, patch)] if patch > 1 else []))
+    return Layers(*layers, *([Unfold(dims, patch)] if patch > 1 else []))

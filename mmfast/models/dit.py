@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.models.patches import PatchTransformer, repeatable, xavier
+from mmfast.models.patches import PatchTransformer, xavier
+from mmfast.models.repeating import repeatable
 from mmfast.nn.adaptive_norm import zero
 from mmfast.nn.dit_block import DiTBlock
 from mmfast.nn.embedders import LabelEmbedder, sincos_positions

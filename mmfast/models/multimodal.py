@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mmfast.checks import INDEX, check_dtype
 from mmfast.models.configured import Configured
 from mmfast.models.modalities import Modality, built
-from mmfast.models.patches import repeatable, xavier
+from mmfast.models.patches import xavier
+from mmfast.models.repeating import repeatable
 from mmfast.nn.adaptive_norm import Pending, settled, zero
 from mmfast.nn.dit_block import DiTBlock
 

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmfast.models.configured import Configured
 from mmfast.nn.dit_block import FinalLayer
 from mmfast.nn.embedders import PatchEmbed, TimestepEmbedder, sincos_positions
 from mmfast.ops.patchify import unpatchify
-
-
-def repeatable(block: nn.Module, again: bool) -> Callable[..., Any]:
-    """The block; with ``again`` one that keeps nothing inside of it for the backward, but computes
-    it again."""
-    if not (again and torch.is_grad_enabled()):
-        return block
-    return functools.partial(checkpoint, block, use_reentrant=False)
 
 
 def places(sizes: Sequence[int], dim: int) -> nn.Parameter:

@@ -12,7 +12,7 @@ import mmfast
 import mmfast.nn
 from mmfast.checks import check_choice, check_floating
 from mmfast.models.configured import Configured
-from mmfast.models.convolutions import decoder, encoder
+from mmfast.models.convolutions import Layers, decoder, encoder
 from mmfast.models.losses import weighted
 from mmfast.models.shortcut import (
     Shortcut,
@@ -20,6 +20,7 @@ from mmfast.models.shortcut import (
     linear_encoder,
     set_principal_components,
 )
+from mmfast.nn.grouped_residual import GroupedResidual
 
 _TO_OUTPUT = ("get_output_from_indices", "indices_to_codes")  # names that the quantisers use
 
@@ -29,7 +30,8 @@ class VQVAEOutput(NamedTuple):
 
     Attributes:
         reconstruction: the input's shape.
-        indices: ``(B, *grid)``, behind it ``Q`` for quantisers of several stages.
+        indices: ``(B, *grid)``, behind it ``Q`` for quantisers of several stages, ``Q G`` if they
+            are for groups of channels: those of a stage are side by side.
         loss: to be minimised: the two that follow, added.
         reconstruction_loss: between input and reconstruction.
         quantizer_loss: of the quantiser: commitment, entropy, whatever it has.
@@ -119,6 +121,20 @@ class VQVAE(Configured):
         self.reconstruction_loss = weighted(reconstruction)
 
     @property
+    def gradient_checkpointing(self) -> bool:
+        """Compute what is inside of the convolutional layers again in the backward, instead of
+        keeping it; False at first."""
+        return any(layers.gradient_checkpointing for layers in self._layers())
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, again: bool) -> None:
+        for layers in self._layers():
+            layers.gradient_checkpointing = again
+
+    def _layers(self) -> list[Layers]:
+        return [module for module in self.modules() if isinstance(module, Layers)]
+
+    @property
     def has_shortcut(self) -> bool:
         """Whether linear maps are beside encoder and decoder."""
         return isinstance(self.encoder, Shortcut)
@@ -153,9 +169,17 @@ class VQVAE(Configured):
         grid = latents.shape[2:]
         vectors = latents.flatten(2).transpose(1, 2)
         quantized, indices, *losses = self.quantizer(vectors, **options)
+        if self._groups:  # (G, B, L, Q) becomes (B, L, Q G)
+            indices = indices.movedim(0, -1).flatten(-2)
         loss = sum((loss.sum() for loss in losses), start=latents.new_zeros(()))
         back = quantized.mT.contiguous().unflatten(2, grid)
         return back, indices.unflatten(1, grid), loss
+
+    @property
+    def _groups(self) -> int:
+        """Of a quantiser for groups of channels; else 0."""
+        grouped = isinstance(self.quantizer, GroupedResidual | mmfast.nn.GroupedResidualVQ)
+        return self.quantizer.groups if grouped else 0  # type: ignore[return-value]
 
     def encode(self, x: Tensor) -> Tensor:
         """Indices ``(B, *grid[, Q])`` of x ``(B, channels, *sizes)``."""
@@ -169,6 +193,8 @@ class VQVAE(Configured):
         """
         grid = indices.shape[1 : 1 + self.spatial_dims]
         flat = indices.flatten(1, self.spatial_dims)
+        if self._groups:
+            flat = flat.unflatten(-1, (-1, self._groups)).movedim(-1, 0)
         for name in _TO_OUTPUT:
             make = getattr(self.quantizer, name, None)
             if make is not None:

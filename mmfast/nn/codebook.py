@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.nn.affine import Affine
+from mmfast.nn.code_buffers import CodeBuffers
 from mmfast.nn.dead_codes import replacements
 from mmfast.nn.initialisation import lloyd, unit
-from mmfast.nn.nonfinite import NonFiniteBatches
 from mmfast.nn.ranks import Sharing, add_up, check_agreement, several
 from mmfast.nn.sharded_parameter import is_sharded, set_whole, whole
 from mmfast.ops.code_statistics import code_statistics
@@ -20,12 +20,10 @@ from mmfast.ops.ema_update import ema_update_from_statistics_
 Weight = Tensor | Callable[[Tensor, Tensor], Tensor]
 
 
-class Codebook(Affine):
+class Codebook(CodeBuffers, Affine):
     """H codebooks of K codes of D dimensions, and their moving averages.
 
-    Buffers, with the peer's names: ``initted`` (), ``cluster_size`` (H, K), ``embed_avg``
-    (H, K, D), and ``embed`` (H, K, D), a parameter if learnable. What is averaged stays float32
-    under autocast.
+    What is averaged stays float32 under autocast.
 
     A code whose batch has a vector that is not finite keeps its averages; ``nonfinite_batches``
     (), a buffer that is not in the state dict, counts such batches.
@@ -36,12 +34,6 @@ class Codebook(Affine):
     Args: as those of :class:`mmfast.nn.VectorQuantize`; ``use_ddp`` is its ``sync_codebook``,
     ``num_codebooks`` H.
     """
-
-    initted: Tensor
-    cluster_size: Tensor
-    embed_avg: Tensor
-    embed: Tensor
-    nonfinite_batches: Tensor
 
     def __init__(
         self,
@@ -78,25 +70,14 @@ class Codebook(Affine):
         self.use_cosine_sim = use_cosine_sim
         self.affine_param = False
         self._shard: Tensor | None = None
-        embed = torch.zeros(num_codebooks, codebook_size, dim)
-        if not kmeans_init:
-            nn.init.kaiming_uniform_(embed)
-            embed = unit(embed) if use_cosine_sim else embed
-        self.register_buffer("initted", torch.tensor(not kmeans_init))
-        self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size))
-        self.register_buffer("embed_avg", embed.clone())
-        if learnable_codebook:
-            self.embed = nn.Parameter(embed)
-        else:
-            self.register_buffer("embed", embed)
+        self._register_codes(
+            num_codebooks,
+            codebook_size,
+            dim,
+            kmeans_init=kmeans_init,
+            learnable=learnable_codebook,
+        )
         self.vq_bridge = vq_bridge
-        zero = torch.zeros((), dtype=torch.int64)
-        self.register_buffer("nonfinite_batches", zero, persistent=False)
-        self._watch = NonFiniteBatches()
-        # What is known on the host of ``initted``, so that a step does not ask the device, and
-        # whether the ranks have compared it.
-        self._ready = not kmeans_init
-        self._agreed = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         # fully_shard puts the gathered parameter in the place of its shard for a forward.

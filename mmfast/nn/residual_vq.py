@@ -24,6 +24,7 @@ from mmfast.nn.quantize_dropout import (
 )
 from mmfast.nn.residual_codes import codes_at, with_all_stages, without_dropped
 from mmfast.nn.vector_quantize import VectorQuantize
+from mmfast.ops.residual_quantize import residual_quantize
 
 _NOISE_VARIANCE = 5e-3  # of DiVeQ's direction
 
@@ -313,14 +314,18 @@ class ResidualVQ(nn.Module):
 
         Returns:
             The sum of the codes (B, L, D) of ``x`` (B, L, D), indices (B, L, Q), losses (Q,), and
-            what each stage had to quantise.
+            what each stage had to quantise if a shared codebook will move.
         """
+        if self._fused_serves(x):
+            return self._quantize_fused(x, call["mask"])
         residual, total = x, torch.zeros_like(x)
         all_indices, all_losses, inputs = [], [], []
+        keep = self.training and self.shared_codebook
         for stage, layer in enumerate(self._stages):
             if is_dropped(stage, num_stages):
                 break
-            inputs.append(residual)
+            if keep:
+                inputs.append(residual)
             before = state_before(layer, num_stages)
             if self.mlps is None or stage == 0:
                 quantized, indices, loss = self._stage(layer, residual, **call)
@@ -338,6 +343,42 @@ class ResidualVQ(nn.Module):
             all_losses.append(loss)
         indices, losses = stack_stages(self.num_quantizers, all_indices, all_losses)
         return total, indices, losses, inputs
+
+    def _fused_serves(self, x: Tensor) -> bool:
+        """Whether :func:`mmfast.residual_quantize` gives what the stages would, bit for bit: they
+        are plain ones, nothing learns from the call, and nobody listens to it."""
+        layers = self._stages
+        codebooks = [layer._codebook for layer in layers]
+        return (
+            self.mlps is None
+            and not any(layer.training for layer in layers)
+            and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+            and all(
+                codebook._ready
+                and codebook.metric == "euclidean"
+                and codebook.vq_bridge is None
+                and not codebook.affine_param
+                and not (torch.is_grad_enabled() and codebook.embed.requires_grad)
+                and x.dtype == codebook.embed.dtype
+                for codebook in codebooks
+            )
+            and x.dtype in (torch.float32, torch.float64)
+        )
+
+    def _quantize_fused(
+        self, x: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """:meth:`_quantize` by one op, without the residuals in memory."""
+        first, *rest = (layer._codebook.plain_embed[0].detach() for layer in self._stages)
+        result = residual_quantize(
+            x,
+            first if self.shared_codebook else [first, *rest],
+            num_quantizers=self.num_quantizers,
+            gradient="none",
+            mask=mask,
+        )
+        losses = x.new_zeros(self.num_quantizers, dtype=torch.float32)
+        return result.quantized, result.indices, losses, []
 
     def _search(
         self, x: Tensor, num_stages: int | Tensor, width: int, call: dict[str, Any]

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mmfast.nn.code_buffers import CodeBuffers
 from mmfast.nn.dead_codes import replacements
-from mmfast.nn.initialisation import lloyd, unit
-from mmfast.nn.nonfinite import NonFiniteBatches
+from mmfast.nn.initialisation import lloyd
 from mmfast.nn.ranks import Sharing, add_up, check_agreement, gathered
 from mmfast.nn.sharded_look_up import Part, bounds, look_up, own_indices
 from mmfast.nn.sharded_parameter import is_sharded, whole
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _SHARDED = ("cluster_size", "embed_avg", "embed")
 
 
-class CodebookShard(nn.Module):
+class CodebookShard(CodeBuffers):
     """A process's part of the buffers of :class:`mmfast.nn.codebook.Codebook`, with its names.
 
     ``cluster_size`` (H, P), ``embed_avg`` and ``embed`` (H, P, D) are plain tensors. The state
@@ -34,11 +34,6 @@ class CodebookShard(nn.Module):
     Args: as those of :class:`mmfast.nn.ShardedVectorQuantize`; ``num_codebooks`` is H.
     """
 
-    initted: Tensor
-    cluster_size: Tensor
-    embed_avg: Tensor
-    embed: Tensor
-    nonfinite_batches: Tensor
     first_code: Tensor
 
     def __init__(
@@ -66,26 +61,18 @@ class CodebookShard(nn.Module):
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.use_cosine_sim = use_cosine_sim
         self.start, size = bounds(codebook_size, mesh.size(), mesh.get_local_rank())
-        own = torch.zeros(num_codebooks, size, dim)
-        if not kmeans_init:
-            # Of all codes, so that they are those of an unsharded codebook.
-            embed = nn.init.kaiming_uniform_(torch.empty(num_codebooks, codebook_size, dim))
-            embed = unit(embed) if use_cosine_sim else embed
-            own = embed[:, self.start : self.start + size].clone()
-        self.register_buffer("initted", torch.tensor(not kmeans_init))
-        self.register_buffer("cluster_size", own.new_ones(num_codebooks, size))
-        self.register_buffer("embed_avg", own.clone())
-        self.register_buffer("embed", own)
-        zero = torch.zeros((), dtype=torch.int64)
-        self.register_buffer("nonfinite_batches", zero, persistent=False)
-        self._watch = NonFiniteBatches()
+        self._register_codes(
+            num_codebooks,
+            codebook_size,
+            dim,
+            kmeans_init=kmeans_init,
+            part=slice(self.start, self.start + size),
+        )
         first = torch.tensor(self.start)
         self.register_buffer("first_code", first, persistent=False)
         self._checked = False
-        # As in Codebook: what the host knows of ``initted``, and whether all processes have
-        # compared it; here those with the other codes may have done so before the others.
-        self._ready = not kmeans_init
-        self._agreed = self._compared = False
+        # Those with the other codes may have compared ``initted`` before the others.
+        self._compared = False
 
     @property
     def _data(self) -> ProcessGroup | None:

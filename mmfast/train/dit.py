@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.models import VQVAE, Diffusion, DiT
+from mmfast.models import VQVAE, ConditionalDiT, Diffusion, DiT
 from mmfast.nn.ranks import add_up, several
 from mmfast.train.about import modality_of
 from mmfast.train.grids import as_images, grid
+from mmfast.train.latents import LATENT, latent_shape, latents_of
 from mmfast.train.task import Step, Task
 
-LATENT = "latent"  # name of a batch's latents that were made before
 _SAMPLES_FOR_STD = 1024
-_AT_ONCE = 64  # samples that the encoder gets
 
 
 class DiTTask(Task):
@@ -44,7 +43,7 @@ class DiTTask(Task):
 
     def __init__(
         self,
-        model: DiT,
+        model: DiT | ConditionalDiT,
         diffusion: Diffusion,
         data: Mapping[str, Any],
         *,
@@ -58,13 +57,13 @@ class DiTTask(Task):
         found = latent_shape(vqvae, data)
         if found != shape:
             raise ValueError(f"the model takes {shape}, its data is {found}")
-        self.model: DiT = model
+        self.model: DiT | ConditionalDiT = model
         self.diffusion = diffusion
         self._data = dict(data)
         self._vqvae = vqvae
         if vqvae is not None:
             self.parts = {"vqvae": vqvae.eval().requires_grad_(False)}
-        self._drop = model.y_embedder.dropout_prob
+        self._drop = dropout_of(model)
         self._guidance = guidance if self._drop > 0 else 1.0
         diffusion.table(sampler, sampler_steps)  # refuses what does not fit, before training
         self._sampler, self._sampler_steps = sampler, sampler_steps
@@ -85,6 +84,10 @@ class DiTTask(Task):
         x = batch[modality_of(self._data)]
         return x if self._vqvae is None else latents_of(self._vqvae, x)
 
+    def encoded(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What training needs of a batch, in the latent space: it can be kept."""
+        return {LATENT: self._x0(batch), **({"label": batch["label"]} if "label" in batch else {})}
+
     def wants(self, step: int) -> int:
         """Samples whose latents give the scale."""
         return _SAMPLES_FOR_STD if step == 0 and self._vqvae is not None else 0
@@ -101,17 +104,22 @@ class DiTTask(Task):
             self.diffusion, data_mean=mean.tolist(), data_std=std.tolist()
         )
 
+    def condition(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the model is told of a batch beside the times: its labels."""
+        y = batch.get("label")
+        if y is None:
+            first = next(iter(batch.values()))
+            y = torch.zeros(len(first), dtype=torch.int64, device=first.device)
+        return {"y": y}
+
     def loss(self, batch: Mapping[str, Tensor], step: Step) -> dict[str, Tensor]:
         """``loss``; with learned variances also ``squared`` and ``bound``."""
         x0 = self._x0(batch)
-        y = batch.get("label")
-        if y is None:
-            y = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
         losses = self.diffusion.losses(
             self.model,
             x0,
             seed=batch["seed"],
-            condition={"y": y},
+            condition=self.condition(batch),
             drop=self._drop if self._drop > 0 else None,
         )
         made = {"loss": losses.total.mean()}
@@ -119,24 +127,28 @@ class DiTTask(Task):
             made |= {"squared": losses.squared.mean(), "bound": losses.bound.mean()}
         return made
 
-    def sample(self, model: nn.Module, step: int) -> Tensor:
+    def sample(self, model: nn.Module, step: int) -> Tensor | None:
         """Samples of the classes, one after another."""
+        assert isinstance(self.model, DiT)
         classes = self.model.y_embedder.num_classes
         device = next(model.parameters()).device
         columns = min(classes, 10) if classes > 1 else 8
         labels = torch.arange(self._pictures, device=device) % columns % classes
+        drawn = self._drawn(model, {"y": labels}, self._pictures)
+        return grid(as_images(drawn.clamp(-1, 1)), columns=columns)
+
+    def _drawn(self, model: nn.Module, condition: Mapping[str, Tensor], count: int) -> Tensor:
+        """Samples of the data's shape."""
         drawn = self.diffusion.sample(
             model,
-            (self._pictures, self.model.in_channels, *self.model.input_size),
-            classes=labels,
+            (count, self.model.in_channels, *self.model.input_size),
+            condition=condition,
             guidance=self._guidance,
             sampler=self._sampler,
             steps=self._sampler_steps,
             progress=False,
         )
-        if self._vqvae is not None:
-            drawn = self._vqvae.decoder(self._vqvae.quantize(drawn)[0])
-        return grid(as_images(drawn.clamp(-1, 1)), columns=columns)
+        return drawn if self._vqvae is None else self._vqvae.decoder(self._vqvae.quantize(drawn)[0])
 
     def state(self) -> dict[str, Any]:
         """The objective, as latents have been measured."""
@@ -147,28 +159,8 @@ class DiTTask(Task):
         self.diffusion = Diffusion(**state["objective"])
 
 
-def latent_shape(vqvae: VQVAE | None, data: Mapping[str, Any]) -> tuple[int, ...]:
-    """``(C, *sizes)`` of what a DiT works on.
-
-    Raises:
-        ValueError: the VQ-VAE is for other data.
-    """
-    channels, *size = data["shape"]
-    if vqvae is None:
-        return (channels, *size)
-    if len(size) != vqvae.spatial_dims or channels != vqvae.channels:
-        raise ValueError(
-            f"the VQ-VAE takes {vqvae.channels} channels of {vqvae.spatial_dims} dimensions, "
-            f"the data has {channels} of {len(size)}"
-        )
-    if any(s % vqvae.downsampling for s in size):
-        raise ValueError(
-            f"the VQ-VAE takes sizes that are multiples of {vqvae.downsampling}, got {size}"
-        )
-    return (vqvae.config["latent_dim"], *(s // vqvae.downsampling for s in size))
-
-
-@torch.no_grad()
-def latents_of(vqvae: VQVAE, x: Tensor) -> Tensor:
-    """The latents ``(B, D, *grid)`` of samples, before quantisation."""
-    return torch.cat([vqvae.latents(part) for part in x.split(_AT_ONCE)])
+def dropout_of(model: DiT | ConditionalDiT) -> float:
+    """The probability with which a condition is dropped in training; 0: no guidance."""
+    if isinstance(model, ConditionalDiT):
+        return model.context_dropout_prob
+    return model.y_embedder.dropout_prob

@@ -15,6 +15,12 @@ MODEL = "model.safetensors"
 LOG = "log.csv"
 
 
+def model_file(path: Path | str) -> Path:
+    """``path``, or the model's file in it if it is a run's folder."""
+    path = Path(path)
+    return path / MODEL if path.is_dir() else path
+
+
 def holds_run(folder: Path) -> bool:
     """Whether a run has been started in a folder."""
     return (folder / CONFIG).exists() or (folder / MODEL).exists() or bool(checkpoints(folder))

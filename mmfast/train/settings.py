@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from mmfast.data import reader_from
 from mmfast.data.sampling import Samples
-from mmfast.models import VQVAE, Diffusion, DiT, load_model
+from mmfast.models import VQVAE, ConditionalDiT, Diffusion, DiT, describe_model, load_model
 from mmfast.models.dit import SIZES
 from mmfast.nn.codebook import Codebook
 from mmfast.train.about import modality_of
 from mmfast.train.batches import collated
+from mmfast.train.conditional import ConditionalTask
 from mmfast.train.config import TrainConfig
-from mmfast.train.dit import DiTTask, latent_shape
-from mmfast.train.run_folder import MODEL
-from mmfast.train.sources import Data, DataConfig, cached_latents
+from mmfast.train.context import Context
+from mmfast.train.dit import DiTTask
+from mmfast.train.latents import latent_shape
+from mmfast.train.run_folder import model_file
+from mmfast.train.sources import Data, DataConfig, TextConfig, cached, open_data
 from mmfast.train.state import load_state
 from mmfast.train.task import Task
 from mmfast.train.typed import setting
 from mmfast.train.vqvae import VQVAETask
 
-_PICTURES = 8  # reconstructions that are shown
+PICTURES = 8  # reconstructions that are shown
 
 
 class Prepared(NamedTuple):
@@ -55,6 +58,8 @@ class VQVAEConfig:
     widths: tuple[int, ...] = setting((32, 64, 128), "channels; each after the first halves sizes")
     num_blocks: int = setting(2, "residual blocks of each width")
     block_size: int = setting(1, "side of blocks of values that are channels first")
+    shortcut: bool = setting(False, "linear maps beside encoder and decoder, of blocks")
+    norm: bool = setting(True, "group norms; without, tiles of large files equal the whole")
     reconstruction: Literal["l1", "l2"] = setting("l2", "loss")
     quantizer_options: dict[str, Any] = field(default_factory=dict)
 
@@ -81,7 +86,7 @@ class VQVAEConfig:
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """A class-conditional diffusion transformer."""
+    """A diffusion transformer, conditioned on a class, a text or codes."""
 
     vqvae: str | None = setting(None, "file or run of a VQ-VAE, to work on its latents")
     cache_latents: bool = setting(True, "encode the data once, unless it is cut or mirrored")
@@ -90,11 +95,33 @@ class DiTConfig:
     depth: int = setting(12, "blocks")
     num_heads: int = setting(6, "of the attention")
     patch_size: int = setting(2, "side of what is a token")
-    class_dropout: float = setting(0.1, "probability that a label is dropped, for guidance")
+    class_dropout: float = setting(0.1, "probability that a condition is dropped, for guidance")
     learn_sigma: bool = setting(False, "predict variances too")
     guidance: float = setting(2.0, "of the samples that are shown")
     sampler: str | None = setting(None, "of those; docs/samplers.md has them")
     sampler_steps: int = setting(25, "of those")
+    condition: Literal["label", "text", "codes"] = setting(
+        "label", "what it is told: a class, a text, or codes of another modality"
+    )
+    context_vqvae: str | None = setting(None, "file or run of the VQ-VAE that makes those codes")
+    conditioning: Literal["cross", "joint"] = setting("cross", "attention to a text or codes")
+
+    def context(self, data: DataConfig, text: TextConfig) -> Context | None:
+        """What the model is conditioned on beside a class.
+
+        Raises:
+            FileError, FileNotFoundError: there is no such tokenizer or VQ-VAE.
+            TypeError, ValueError: settings do not fit each other.
+        """
+        if (self.condition == "codes") != (self.context_vqvae is not None):
+            raise ValueError("--condition codes and --context-vqvae go together")
+        if self.condition == "text":
+            return Context(text.make_reader(data))
+        if self.context_vqvae is None:
+            return None
+        about = describe_model(model_file(self.context_vqvae))["about"].get("data") or {}
+        reader = reader_from(about.get("modalities", {}).get(modality_of(about), {}))
+        return Context(reader, _vqvae(self.context_vqvae))
 
 
 @dataclass(frozen=True)
@@ -132,6 +159,10 @@ class VQVAERun:
     model: VQVAEConfig = field(default_factory=VQVAEConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def open(self) -> Data:
+        """The data."""
+        return open_data(self.data, self.train.seed)
+
     def prepare(self, data: Data, device: torch.device) -> Prepared:
         """The task.
 
@@ -149,11 +180,13 @@ class VQVAERun:
             num_blocks=config.num_blocks,
             reconstruction=config.reconstruction,
             patch_size=config.block_size,
+            shortcut=config.shortcut,
+            norm="group" if config.norm else None,
         )
         if config.weights is not None:
             _start_from(model, config.weights)
         latent_shape(model, data.about)
-        shown = collated(data.test, range(min(_PICTURES, len(data.test))))
+        shown = collated(data.test, range(min(PICTURES, len(data.test))))
         pictures = shown[modality_of(data.about)]
         task = VQVAETask(
             model,
@@ -170,9 +203,15 @@ class DiTRun:
     """Settings of ``mmfast train dit``."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     model: DiTConfig = field(default_factory=DiTConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def open(self) -> Data:
+        """The data, with what the model is conditioned on."""
+        context = self.model.context(self.data, self.text)
+        return open_data(self.data, self.train.seed, context)
 
     def prepare(self, data: Data, device: torch.device) -> Prepared:
         """The task.
@@ -191,34 +230,49 @@ class DiTRun:
             vqvae = _vqvae(config.vqvae)
         channels, *sizes = latent_shape(vqvae, data.about)
         named = {name: getattr(config, name) for name in ("hidden_size", "depth", "num_heads")}
-        torch.manual_seed(self.train.seed)
-        model = DiT(
-            sizes,
-            config.patch_size,
-            channels,
+        common: dict[str, Any] = {
             **(SIZES[config.preset] if config.preset else named),
-            num_classes=max(1, data.classes),
-            class_dropout_prob=config.class_dropout if data.classes else 0.0,
-            learn_sigma=config.learn_sigma,
-        )
-        task = DiTTask(
-            model,
-            self.objective.make(),
-            data.about,
-            vqvae=vqvae,
-            guidance=config.guidance,
-            sampler=config.sampler,
-            sampler_steps=config.sampler_steps,
-        )
+            "learn_sigma": config.learn_sigma,
+        }
+        shown = {name: getattr(config, name) for name in ("guidance", "sampler", "sampler_steps")}
+        learnt = self.objective.make(), data.about
+        torch.manual_seed(self.train.seed)
+        task: DiTTask
+        if data.context is None:
+            model = DiT(
+                sizes,
+                config.patch_size,
+                channels,
+                **common,
+                num_classes=max(1, data.classes),
+                class_dropout_prob=config.class_dropout if data.classes else 0.0,
+            )
+            task = DiTTask(model, *learnt, vqvae=vqvae, **shown)
+        else:
+            conditional = ConditionalDiT(
+                sizes,
+                config.patch_size,
+                channels,
+                **common,
+                conditioning=config.conditioning,
+                context_codes=data.context.num_codes,
+                context_size=data.context.size,
+                context_dropout_prob=config.class_dropout,
+            )
+            pictures = collated(data.test, range(min(PICTURES, len(data.test))))
+            task = ConditionalTask(
+                conditional, *learnt, data.context, vqvae=vqvae, **shown, shown=pictures
+            )
         if vqvae is not None and config.cache_latents and not data.augmented:
-            return Prepared(task, cached_latents(vqvae, data, device))
+            for part in task.parts.values():
+                part.to(device)
+            return Prepared(task, cached(task.encoded, data.train, device))
         return Prepared(task, data.train)
 
 
 def _vqvae(path: str) -> VQVAE:
     """The VQ-VAE in a file or in a run's folder."""
-    file = Path(path)
-    return load_model(file / MODEL if file.is_dir() else file, VQVAE)
+    return load_model(model_file(path), VQVAE)
 
 
 def _start_from(model: VQVAE, path: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mmfast
-from mmfast.models import VQVAE, usage_of_counts
+from mmfast.models import VQVAE, codebook_sizes, usage_of_counts
 from mmfast.nn import VectorQuantize
 from mmfast.nn.codebook import Codebook
 from mmfast.nn.ranks import add_up, several
@@ -65,7 +65,7 @@ class VQVAETask(Task):
         self._modality = modality_of(data)
         self._pictures = pictures
         self._start = codebook_start
-        self._num_codes: int = model.quantizer.codebook_size  # type: ignore[assignment]
+        self._num_codes = max(codebook_sizes(model.quantizer))
         self._counts: Tensor | None = None  # [Q, K]
 
     def wants(self, step: int) -> int:
@@ -90,13 +90,14 @@ class VQVAETask(Task):
             return
         latents = torch.cat([self.model.latents(x).flatten(2).transpose(1, 2) for x in parts])
         # The first forward of each codebook makes it, from the vectors of all processes.
-        quantizer: Any = self.model.quantizer
-        dropout = getattr(quantizer, "quantize_dropout", False)
-        if dropout:  # stages that are left out would not start
-            quantizer.quantize_dropout = False
-        quantizer(latents.flatten(0, 1)[None])
-        if dropout:
-            quantizer.quantize_dropout = True
+        dropping: list[Any] = [
+            m for m in self.model.quantizer.modules() if getattr(m, "quantize_dropout", False)
+        ]
+        for module in dropping:  # stages that are left out would not start
+            module.quantize_dropout = False
+        self.model.quantizer(latents.flatten(0, 1)[None])
+        for module in dropping:
+            module.quantize_dropout = True
 
     def loss(self, batch: Mapping[str, Tensor], step: Step) -> dict[str, Tensor]:
         """``loss``, ``reconstruction`` and ``quantizer``."""
