@@ -185,8 +185,9 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
         "word": {"type": "tokens", "codes": BYTES, "length": SPELLING.length},
     }
     dit = MultimodalDiT(described, hidden_size=144, depth=effort.depth, num_heads=4)
-    diffusion = Diffusion("flow", times="logit_normal")
-    task = Denoise(dit, MultimodalDiffusion(diffusion, weights={"word": 0.3}))
+    # Few tokens say a word: only beside much noise does it have to be read from the others.
+    diffusion = Diffusion("flow", shift=4.0)
+    task = Denoise(dit, MultimodalDiffusion(diffusion))
     config = TrainConfig(
         steps=effort.dit_steps, batch_size=32, lr=2e-3, warmup=30, ema=0.995, **common
     )
