@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import mmfast
 from mmfast import backends
+from mmfast.nn import MLP
 from mmfast.ops import linear
 
 BACKENDS = backends_here(linear.OP)
@@ -208,6 +209,21 @@ def test_float64_is_not_mixed():
     if "cpp" in BACKENDS:
         with pytest.raises(RuntimeError, match="float64 with float64 only"):
             torch.ops.mmfast.linear(x.double(), weight, None, "none", "bfloat16")
+
+
+def test_modules_call_what_is_more_than_a_layer():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    mlp, x = MLP(6), normal(3, 6)
+    expected = mlp(x)
+    torch.testing.assert_close(expected, mlp.fc2(F.gelu(mlp.fc1(x), approximate="tanh")))
+    handle = mlp.fc2.register_forward_hook(lambda module, given, y: 2 * y)
+    torch.testing.assert_close(mlp(x), 2 * expected)
+    handle.remove()
+    mlp.fc2.__class__ = Doubled
+    torch.testing.assert_close(mlp(x), 2 * expected)
 
 
 @pytest.mark.parametrize("level", ["avx512bf16", "avx2"])
