@@ -13,6 +13,7 @@ from mmfast.ops.guidance_factors import guidance_factors, projected_guidance_fac
 from mmfast.ops.joint_attention import JointAttention, joint_attention
 from mmfast.ops.kmeans import KMeansResult, kmeans
 from mmfast.ops.layer_norm_modulate import layer_norm_modulate
+from mmfast.ops.linear import linear
 from mmfast.ops.lookup_free_quantize import LookupFreeQuantized, lookup_free_quantize
 from mmfast.ops.nearest_code import nearest_code
 from mmfast.ops.pack_indices import pack_indices, unpack_indices
@@ -61,6 +62,7 @@ __all__ = [
     "joint_attention",
     "kmeans",
     "layer_norm_modulate",
+    "linear",
     "lookup_free_quantize",
     "nearest_code",
     "pack_indices",

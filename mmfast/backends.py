@@ -102,6 +102,17 @@ def triton(load: Callable[[], Callable[..., Any]], supported: Callable[..., list
     return Backend("triton", ("cuda",), load, triton_missing, reasons)
 
 
+def forced() -> str | None:
+    """The backend of the innermost :func:`use_backend`, if any."""
+    return _forced
+
+
+@torch.compiler.assume_constant_result
+def isa() -> str:
+    """The instruction set of the C++ kernels here; empty without them."""
+    return "" if extension_missing() else extension().isa()
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every mmfast op inside the block on backend ``name``, or raise.

@@ -56,6 +56,7 @@ OTHERS = (
     "code_statistics",
     "gated_activation",
     "gated_residual_modulate",
+    "linear",
     "qk_norm_rope",
     "randn",
     "sample_code",

@@ -21,6 +21,7 @@ Level level(const char* name, bool supported) {
   add_lookups<Lookups>(made.kernels);
   add_transformers<Transformers>(made.kernels);
   add_streams<Streams>(made.kernels);
+  add_linear<Transformers>(made.kernels);  // bfloat16 products make a difference to both
   return made;
 }
 

@@ -10,6 +10,7 @@
 #include "cpu/gated_activation.h"
 #include "cpu/gated_residual_modulate.h"
 #include "cpu/guidance_factors.h"
+#include "cpu/linear.h"
 #include "cpu/lookup_free_quantize.h"
 #include "cpu/nearest_code.h"
 #include "cpu/pack_indices.h"
@@ -56,6 +57,7 @@ struct Kernels {
   bool (*attention_forward)(const AttentionArgs&, const Parallel&);
   bool (*gated_residual_modulate)(const GatedResidualModulateArgs&, const Parallel&);
   bool (*gated_residual_modulate_bwd)(const GatedResidualModulateBwdArgs&, const Parallel&);
+  bool (*linear)(const LinearArgs&, const Parallel&);
 };
 
 namespace isa {
@@ -75,6 +77,8 @@ template <class Isa>
 void add_transformers(Kernels& kernels);
 template <class Isa>
 void add_streams(Kernels& kernels);
+template <class Isa>
+void add_linear(Kernels& kernels);
 
 // What the processor has, lowered by the environment variable MMFAST_ISA, read at first use.
 const Kernels& kernels();

@@ -15,6 +15,7 @@ from mmfast.integrations.attention import scaled_dot_product_attention
 from mmfast.integrations.binding import Library, Method, Swap
 from mmfast.integrations.rehearsal import block_difference
 from mmfast.integrations.residuals import add, add_and_modulate
+from mmfast.nn.layers import is_plain, linear
 
 
 class DiTBlock:
@@ -30,7 +31,7 @@ class DiTBlock:
         normed = mmfast.layer_norm_modulate(x, shift, scale, eps=self.norm1.eps)
         y = _attended(self.attn, normed)
         x, normed = add_and_modulate(x, gate, y, shift_mlp, scale_mlp, eps=self.norm2.eps)
-        return add(x, gate_mlp, self.mlp(normed))
+        return add(x, gate_mlp, _fed_forward(self.mlp, normed))
 
 
 class FinalLayer:
@@ -46,7 +47,7 @@ class FinalLayer:
 
 def _attended(attn: Any, x: Tensor) -> Tensor:
     """timm's ``Attention``."""
-    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = linear(attn.qkv, x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     for name in ("q_norm", "k_norm"):
         norm = getattr(attn, name, None)
         if isinstance(norm, nn.Module):
@@ -57,7 +58,37 @@ def _attended(attn: Any, x: Tensor) -> Tensor:
     norm = getattr(attn, "norm", None)
     if isinstance(norm, nn.Module):
         out = norm(out)
-    return attn.proj_drop(attn.proj(out))
+    return attn.proj_drop(linear(attn.proj, out))
+
+
+def _fed_forward(mlp: Any, x: Tensor) -> Tensor:
+    """timm's ``Mlp``, or a sequence of the same; any other runs as it is."""
+    first, act, last = _layers(mlp)
+    if first is None:
+        return mlp(x)
+    activation = "gelu" if act.approximate == "none" else "gelu_tanh"
+    return linear(last, linear(first, x), activation)
+
+
+def _layers(mlp: Any) -> tuple[Any, Any, Any]:
+    """Its linear layers and the GELU between them; None three times if there is more to it."""
+    if is_plain(mlp, nn.Sequential) and len(mlp) == 3:
+        first, act, last = mlp
+    elif type(mlp).__name__ == "Mlp" and is_plain(mlp, type(mlp)):
+        first, act, last = (getattr(mlp, name, None) for name in ("fc1", "act", "fc2"))
+        between = [c for n, c in mlp.named_children() if n not in ("fc1", "act", "fc2")]
+        if any(not _does_nothing(child) for child in between):
+            return None, None, None
+    else:
+        return None, None, None
+    known = isinstance(act, nn.GELU) and is_plain(act, nn.GELU)
+    return (first, act, last) if known else (None, None, None)
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    if is_plain(module, nn.Identity):
+        return True
+    return is_plain(module, nn.Dropout) and not (module.training and module.p)
 
 
 _OURS: tuple[Any, ...] = (DiTBlock, FinalLayer)
@@ -81,7 +112,9 @@ def swap(module: nn.Module) -> Swap:
     reasons = block_difference(module, ours.forward)
     if reasons:
         return Swap(left="; ".join(reasons))
-    done = "attention, gates, norms and modulation" if ours is DiTBlock else "norm and modulation"
+    done = (
+        "attention, MLP, gates, norms and modulation" if ours is DiTBlock else "norm and modulation"
+    )
     return Swap((Method(module, type(module), ours.forward),), done=done)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.checks import check_choice
+from mmfast.nn.layers import linear
 from mmfast.ops.qk_norm_rope import qk_norm_rope
 from mmfast.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
@@ -99,14 +100,14 @@ class SelfAttention(_Heads):
 
     def heads(self, x: Tensor, tables: Tables | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of tokens ``(B, L, dim)``, each ``(B, H, L, E)``."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, L, 3, H, E]
+        qkv = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1))  # [B, L, 3, H, E]
         q, k, v = qkv.unbind(2)
         q, k = self.normalised(q, k, tables)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def merge(self, heads: Tensor) -> Tensor:
         """``(B, H, L, E)`` to the output ``(B, L, dim)``."""
-        return self.proj(heads.transpose(1, 2).flatten(2))
+        return linear(self.proj, heads.transpose(1, 2).flatten(2))
 
     def forward(
         self, x: Tensor, *, tables: Tables | None = None, attn_mask: Tensor | None = None
@@ -154,11 +155,13 @@ class CrossAttention(_Heads):
             context: the text's.
             attn_mask: of :func:`mmfast.scaled_dot_product_attention`; ``(B, S)`` is of keys.
         """
-        q = self.q(x).unflatten(-1, (self.num_heads, -1))  # [B, L, H, E]
-        k, v = self.kv(context).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # [B, S, H, E]
+        q = linear(self.q, x).unflatten(-1, (self.num_heads, -1))  # [B, L, H, E]
+        k, v = (
+            linear(self.kv, context).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        )  # [B, S, H, E]
         q, k = self.normalised(q, k, None)
         if attn_mask is not None and attn_mask.dim() == 2:
             attn_mask = attn_mask[:, None, None, :]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, ..., E]
         heads = scaled_dot_product_attention(q, k, v, attn_mask)
-        return self.proj(heads.transpose(1, 2).flatten(2))
+        return linear(self.proj, heads.transpose(1, 2).flatten(2))

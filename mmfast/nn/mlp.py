@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mmfast.checks import check_choice
-from mmfast.ops.gated_activation import ACTIVATIONS, gated_activation, geglu, swiglu
+from mmfast.nn.layers import linear
+from mmfast.ops.gated_activation import ACTIVATIONS, geglu, swiglu
 
 GATED = ("geglu", "geglu_tanh", "swiglu")
 
@@ -48,12 +49,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., dim)`` to ``(..., out_dim)``."""
-        hidden = self.fc1(x)
+        hidden = linear(self.fc1, x)
         if self.activation == "swiglu":
             hidden = swiglu(hidden, gate=self.gate)
         elif self.activation in GATED:
             approximate = "none" if self.activation == "geglu" else "tanh"
             hidden = geglu(hidden, approximate=approximate, gate=self.gate)
         else:
-            hidden = gated_activation(hidden, activation=self.activation)
-        return self.fc2(hidden)
+            return linear(self.fc2, hidden, self.activation)
+        return linear(self.fc2, hidden)

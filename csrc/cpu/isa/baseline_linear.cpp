@@ -1,0 +1,2 @@
+#define MMFAST_ISA baseline
+#include "cpu/isa_linear.h"

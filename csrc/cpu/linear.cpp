@@ -1,0 +1,116 @@
+#include "cpu/linear.h"
+
+#include <optional>
+#include <tuple>
+
+#include "cpu/glue.h"
+#include "cpu/huge_pages.h"
+#include "cpu/isa.h"
+
+namespace mmfast {
+namespace {
+
+using Optional = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+Dtype dtype_named(const std::string& name) {
+  return (Dtype)choice("dtype", name, {"float32", "float16", "bfloat16", "float64"});
+}
+
+ScalarType scalar_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32: return ScalarType::Float;
+    case Dtype::float16: return ScalarType::Half;
+    case Dtype::bfloat16: return ScalarType::BFloat16;
+    case Dtype::float64: return ScalarType::Double;
+  }
+  return ScalarType::Float;
+}
+
+// (..., C) as equally distant rows, whose numbers lie one after another; keeps what it copies.
+struct Matrix {
+  Tensor tensor;
+  Rows rows;
+
+  explicit Matrix(const Tensor& given) : tensor(for_rows(given)), rows(rows_of(tensor, 0, 0)) {
+    if (rows.dims == 1 && (rows.width <= 1 || rows.step == size_of(rows.dtype))) return;
+    tensor = torch::stable::contiguous(given);
+    rows = rows_of(tensor, 0, 0);
+    rows.strides[0] = rows.width * size_of(rows.dtype);  // also of no rows
+    rows.dims = 1;
+  }
+};
+
+void set_activation(LinearArgs& args, const std::string& activation) {
+  const int32_t chosen = choice("activation", activation, {"none", "gelu", "gelu_tanh", "silu"});
+  args.activated = chosen > 0;
+  if (args.activated) args.activation = (Activation)(chosen - 1);
+}
+
+// Float64 is neither rounded nor made of less.
+void check_width(const LinearArgs& args) {
+  for (const Dtype dtype : {args.x.dtype, args.weight.dtype})
+    STD_TORCH_CHECK((dtype == Dtype::float64) == (args.dtype == Dtype::float64),
+                    "mmfast: linear takes float64 with float64 only");
+}
+
+LinearOutput output(Tensor& tensor) { return {(char*)tensor.data_ptr(), dtype_of(tensor)}; }
+
+void check(bool done) { STD_TORCH_CHECK(done, "mmfast: out of memory"); }
+
+Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias,
+              const std::string& activation, const std::string& dtype) {
+  const Matrix given(x), weights(weight);
+  LinearArgs args{};
+  args.dtype = dtype_named(dtype);
+  args.x = given.rows;
+  args.weight = weights.rows;
+  check_width(args);
+  Optional dense;
+  if (bias) {
+    dense = torch::stable::contiguous(*bias);
+    args.bias = (const char*)dense->data_ptr();
+    args.bias_dtype = dtype_of(*dense);
+  }
+  set_activation(args, activation);
+  auto sizes = sizes_of(x, x.dim());
+  sizes.back() = weight.size(0);
+  Tensor out = on_huge_pages(torch::stable::new_empty(x, sizes, scalar_type(args.dtype)));
+  args.out = output(out);
+  if (out.numel()) check(kernels().linear(args, parallel()));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& x,
+                                              const Tensor& weight, const std::string& activation,
+                                              bool want_x, bool want_weight, bool want_bias) {
+  const Matrix gradient(grad), given(x), weights(weight);
+  LinearArgs args{};
+  args.dtype = gradient.rows.dtype;
+  args.grad = gradient.rows;
+  args.x = given.rows;
+  args.weight = weights.rows;
+  check_width(args);
+  set_activation(args, activation);
+  const auto like = [](const Tensor& tensor, bool wanted, int64_t dims) {
+    return on_huge_pages(torch::stable::new_empty(
+        tensor, wanted ? sizes_of(tensor, dims) : std::vector<int64_t>{0}));
+  };
+  Tensor grad_x = like(x, want_x, x.dim()), grad_weight = like(weight, want_weight, 2);
+  Tensor grad_bias = like(weight, want_bias, 1);
+  if (want_x && grad_x.numel()) args.grad_x = output(grad_x);
+  if (want_weight && grad_weight.numel()) args.grad_weight = output(grad_weight);
+  if (want_bias && grad_bias.numel()) args.grad_bias = output(grad_bias);
+  if (args.grad_x.data || args.grad_weight.data || args.grad_bias.data)
+    check(kernels().linear(args, parallel()));
+  return {grad_x, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_bwd", TORCH_BOX(&linear_bwd));
+}
+
+}  // namespace mmfast

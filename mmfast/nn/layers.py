@@ -1,0 +1,37 @@
+"""Linear layers of modules on mmfast's products, as long as they are no more than that."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from mmfast.ops.gated_activation import gated_activation
+from mmfast.ops.linear import linear as _linear
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a call of the module runs nothing but the ``forward`` of one of these classes.
+
+    Hooks, adapters, shards and quantised weights are some of what else there may be.
+    """
+    if type(module) not in kinds or "forward" in vars(module):
+        return False
+    if any(getattr(module, hooks) for hooks in _HOOKS) or _module._has_any_global_hook():
+        return False
+    return all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
+
+
+def linear(layer: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
+    """``layer(activation(x))``, a linear layer or what somebody has put in its place.
+
+    Args:
+        layer: ``(..., K)`` to ``(..., N)``.
+        x: ``(..., K)``.
+        activation: of :func:`mmfast.linear`.
+    """
+    if is_plain(layer, nn.Linear):
+        assert isinstance(layer, nn.Linear)
+        return _linear(x, layer.weight, layer.bias, activation=activation)
+    return layer(x if activation == "none" else gated_activation(x, activation=activation))
