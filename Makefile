@@ -16,7 +16,7 @@ pip := $(python) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) 
 extras := triton,test,bench,train,examples,integrations,lint
 # pytest exits with 5 when TEST_ARGS select nothing in a file.
 none_selected := $(if $(TEST_ARGS),|| test $$$$? -eq 5)
-workers := --numprocesses auto --maxprocesses 8
+workers := --numprocesses auto --maxprocesses 8 --dist worksteal
 sources := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 installed := $(VENV)/.mmfast-installed
@@ -48,15 +48,17 @@ $(built): $(installed) $(sources)
 	@touch $(built)
 
 # Triton decides at import whether it interprets, so that its interpreter has processes of its own.
-# Processes share the cores: idle threads of one must not spin.
+# Processes share the cores: idle threads of one must not spin. They share bytecode too, which
+# takes seconds of each to compile again. Who is done with its tests takes some of another's.
 test: $(built)
 	@if $(python) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	    set -ex; \
 	    $(python) -m pytest $(TEST_ARGS); \
 	else \
 	    export OMP_WAIT_POLICY=passive; \
+	    unset PYTHONDONTWRITEBYTECODE; \
 	    set -ex; \
-	    $(python) -m pytest $(workers) --dist loadfile --ignore=tests/test_triton.py $(TEST_ARGS); \
+	    $(python) -m pytest $(workers) --ignore=tests/test_triton.py $(TEST_ARGS); \
 	    TRITON_INTERPRET=1 $(python) -m pytest $(workers) tests/test_triton.py $(TEST_ARGS) \
 	        $(none_selected); \
 	fi

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,21 +75,17 @@ def read(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
         return (classifier(images).argmax(1) == labels).float().mean().item()
 
 
-def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str]:
-    """Train everything with one seed; what was reached, and a picture."""
-    torch.manual_seed(seed)
-    images, labels = (x[:: effort.every] for x in mnist_digits())
-    images = F.pad(images, (2, 2, 2, 2), value=-1)
-    training, held_out = split_by_label(labels, test=0.2, seed=0)
-    data = {"image": images[training], "label": labels[training]}
-    real, labels = images[held_out], labels[held_out]
-    common = {"seed": seed, "beta2": 0.95, "weight_decay": 0.01, "precision": "bfloat16"}
+def with_margin(images: Tensor) -> Tensor:
+    """Images ``(N, 1, 28, 28)`` with the black margin that makes them ``SIDE`` wide."""
+    return F.pad(images, (2, 2, 2, 2), value=-1)
 
-    console.print(f"seed {seed}: a classifier of digits")
-    config = TrainConfig(steps=effort.classifier_steps, lr=2e-3, ema=0.99, seed=seed)
-    classifier = fit(ClassifierTask(Classifier(10, channels=1), ABOUT), config, data).model
 
-    console.print(f"seed {seed}: the VQ-VAE")
+def learned_codes(images: Tensor, steps: int, **options: Any) -> VQVAE:
+    """A VQ-VAE that writes images ``(N, 1, 32, 32)`` as 8 x 8 codes.
+
+    Args:
+        steps, options: of :class:`mmfast.train.TrainConfig`.
+    """
     quantizer = {
         "type": "VectorQuantize",
         "dim": DIM,
@@ -99,9 +96,27 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
         "commitment_weight": 0.25,
     }
     vqvae = VQVAE(quantizer, DIM, channels=1, widths=(16, 32, 64), num_blocks=1)
-    config = TrainConfig(steps=effort.vqvae_steps, batch_size=32, lr=2e-3, ema=0.99, **common)
-    task = VQVAETask(vqvae, ABOUT, codebook_start=effort.vqvae_steps // 10)
-    vqvae = fit(task, config, data).model
+    config = TrainConfig(steps=steps, batch_size=32, lr=2e-3, ema=0.99, **options)
+    task = VQVAETask(vqvae, ABOUT, codebook_start=steps // 10)
+    return fit(task, config, {"image": images}).model
+
+
+def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str]:
+    """Train everything with one seed; what was reached, and a picture."""
+    torch.manual_seed(seed)
+    images, labels = (x[:: effort.every] for x in mnist_digits())
+    images = with_margin(images)
+    training, held_out = split_by_label(labels, test=0.2, seed=0)
+    data = {"image": images[training], "label": labels[training]}
+    real, labels = images[held_out], labels[held_out]
+    common = {"seed": seed, "beta2": 0.95, "weight_decay": 0.01, "precision": "bfloat16"}
+
+    console.print(f"seed {seed}: a classifier of digits")
+    config = TrainConfig(steps=effort.classifier_steps, lr=2e-3, ema=0.99, seed=seed)
+    classifier = fit(ClassifierTask(Classifier(10, channels=1), ABOUT), config, data).model
+
+    console.print(f"seed {seed}: the VQ-VAE")
+    vqvae = learned_codes(data["image"], effort.vqvae_steps, **common)
     with torch.no_grad():
         reconstructed, indices, *_ = vqvae(real)
         latents = torch.cat([vqvae.latents(x) for x in data["image"].split(500)])

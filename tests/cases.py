@@ -91,27 +91,36 @@ def brute_force(
         return tuple(np.stack(arrays) for arrays in zip(*heads, strict=True))
     a = x.cpu().double().reshape(-1, x.shape[-1]).numpy()
     b = codebook.cpu().double().numpy()
+    # A few rows at a time, so that the sums stay in the cache.
+    blocks = [_nearest(a[i : i + 64], b, metric) for i in range(0, len(a), 64)] or [((),) * 3]
+    indices, best, size = (np.concatenate(arrays) for arrays in zip(*blocks, strict=True))
+    lead = tuple(x.shape[:-1])
+    return indices.astype(np.int64).reshape(lead), best.reshape(lead), size.reshape(lead)
+
+
+def _nearest(a: np.ndarray, b: np.ndarray, metric: str) -> tuple[np.ndarray, ...]:
+    """:func:`brute_force` of a few vectors."""
     total = np.zeros((len(a), len(b)))
     size = np.zeros(total.shape)
+    term = np.empty(total.shape)
     with np.errstate(all="ignore"):
         for p, q in zip(a.T, b.T, strict=True):
             if metric == "euclidean":
-                total += (p[:, None] - q[None, :]) ** 2
+                np.subtract(p[:, None], q, out=term)
+                total += np.multiply(term, term, out=term)
             else:
-                product = p[:, None] * q[None, :]
-                total -= product
-                size += np.abs(product)
+                total -= np.multiply(p[:, None], q, out=term)
+                size += np.abs(term, out=term)
         if metric == "euclidean":
             size = total
         elif metric == "cosine":
             norms = _norms(a)[:, None] * _norms(b)[None, :]
             total = np.where(norms == 0, np.abs(total) * 0, total / norms)
             size = np.ones(total.shape)
-    indices = total.argmin(1) if len(a) else np.zeros(0, np.int64)
+    indices = total.argmin(1)
     rows = np.arange(len(a))
-    best = total[rows, indices] if metric == "euclidean" else -total[rows, indices]
-    lead = tuple(x.shape[:-1])
-    return indices.reshape(lead), best.reshape(lead), size[rows, indices].reshape(lead)
+    best = total[rows, indices]
+    return indices, best if metric == "euclidean" else -best, size[rows, indices]
 
 
 def _norms(rows: np.ndarray) -> np.ndarray:
