@@ -21,8 +21,8 @@ import diffusers_float64  # noqa: E402
 
 import mmfast.integrations  # noqa: E402
 import mmfast.integrations.diffusers as drop_in  # noqa: E402
+from mmfast.integrations.diffusers.placed import find  # noqa: E402
 from mmfast.integrations.diffusers.schedulers import CLASSES, on_tables  # noqa: E402
-from mmfast.integrations.diffusers.tabled import _places  # noqa: E402
 
 FILES = {
     "DDPMScheduler": "ddpm",
@@ -571,8 +571,8 @@ def test_steps_read_nothing_back(name: str) -> None:
 def test_places_of_timesteps() -> None:
     own = torch.tensor([9.0, 5.0, 5.0, 1.0])
     asked = torch.tensor([5.0, 9.0, 1.0, 4.0])
-    assert _places(asked, own, missing_is_last=False).tolist() == [2, 0, 3, -1]
-    assert _places(asked, own, missing_is_last=True).tolist() == [2, 0, 3, 3]
+    assert find(asked, own, missing_is_last=False).tolist() == [2, 0, 3, -1]
+    assert find(asked, own, missing_is_last=True).tolist() == [2, 0, 3, 3]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -846,6 +846,20 @@ def test_calls_that_are_refused() -> None:
         drop_in.UniPCMultistepScheduler().step(x, 3, x)
     with pytest.raises(ValueError, match="model_output must have shape"):
         flow.step(x[:1], flow.timesteps[0], x)
+    deis = drop_in.DEISMultistepScheduler(use_flow_sigmas=True, use_exponential_sigmas=True)
+    deis.set_timesteps(4)
+    between = "use_flow_sigmas=True takes sigmas of 0 to 1, .* use_exponential_sigmas=True: set"
+    with pytest.raises(ValueError, match=between):
+        deis.step(x, deis.timesteps[0], x)
+    lms = drop_in.LMSDiscreteScheduler(trained_betas=[0.1, 0.2, 0.3])
+    lms.set_timesteps(4)
+    few = "trained_betas has 3 values for num_train_timesteps=1000; give num_train_timesteps=3, or"
+    with pytest.raises(ValueError, match=few):
+        lms.step(x, lms.timesteps[0], x)
+    for accepted, order in (({}, 1), ({"num_train_timesteps": 3}, 4)):
+        betas = drop_in.LMSDiscreteScheduler(trained_betas=[0.1, 0.2, 0.3], **accepted)
+        outputs = _run(betas, steps=4, step={"order": order})
+        assert bool(outputs[-1][0].isfinite().all())
     heun.set_begin_index(3)
     with pytest.raises(ValueError, match="it can begin at an even index, got 3"):
         heun.step(x, heun.timesteps[3], x)

@@ -152,11 +152,22 @@ def exploding(timesteps: Sequence[float], sigmas: Sequence[float], begin: int) -
     return _grid(timesteps, [(1.0, s) for s in sigmas], begin, scales=scales)
 
 
+_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
 def preserving(s: Any, begin: int, by_sample: bool = False) -> Grid:
     """alpha x0 + sigma n for the sigmas of a solver: ratios, or those of straight lines."""
     flow = getattr(s.config, "use_flow_sigmas", False)
+    ratios = host(s.sigmas)
+    if flow and max(ratios) > 1:
+        chosen = [f"{key}=True" for key in _SPACINGS if s.config.get(key)]
+        raise ValueError(
+            f"{type(s).__name__}: use_flow_sigmas=True takes sigmas of 0 to 1, got up to "
+            f"{max(ratios):.4g}{' from ' if chosen else ''}{', '.join(chosen)}: set "
+            f"use_flow_sigmas without {', '.join(_SPACINGS)}, or one of these without it"
+        )
     points = []
-    for ratio in host(s.sigmas):
+    for ratio in ratios:
         alpha = 1 / math.hypot(1.0, ratio)
         points.append((1 - ratio, ratio) if flow else (alpha, ratio * alpha))
     return _grid(host(s.timesteps), points, begin, by_sample=by_sample)
@@ -276,9 +287,29 @@ def kdpm2_ancestral(s: Any, begin: int, options: Options) -> Program:
     return Program(table, tuple(row % 2 == 1 for row in range(len(table))))
 
 
+def _check_distinct(s: Any, sigmas: Sequence[float], order: int) -> None:
+    """A polynomial through the last ``order`` noises needs as many sigmas."""
+    for i, after in enumerate(sigmas[1:]):
+        nodes = sigmas[max(0, i + 1 - order) : i + 1]
+        if after != sigmas[i] and len(set(nodes)) < len(nodes):
+            betas, trained = s.config.trained_betas, s.config.num_train_timesteps
+            few = betas is not None and len(betas) < trained
+            why, what = "", "set timesteps whose sigmas differ"
+            if few:
+                why = f": trained_betas has {len(betas)} values for num_train_timesteps={trained}"
+                what = f"give num_train_timesteps={len(betas)}, or {trained} values"
+            raise ValueError(
+                f"{type(s).__name__}: steps of order {order} need {len(nodes)} sigmas that differ, "
+                f"got {', '.join(f'{sigma:.4g}' for sigma in nodes)}{why}; {what}, or call step "
+                "with order=1"
+            )
+
+
 def lms(s: Any, begin: int, options: Options) -> Program:
     (order,) = options
-    grid = exploding(host(s.timesteps), host(s.sigmas), begin)
+    sigmas = host(s.sigmas)
+    _check_distinct(s, sigmas[begin:], order)
+    grid = exploding(host(s.timesteps), sigmas, begin)
     return _program(schedule.lms(grid, prediction=_prediction(s), order=order), ring=order - 1)
 
 

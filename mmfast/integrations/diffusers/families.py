@@ -1,0 +1,90 @@
+"""What several schedulers of diffusers have alike, and differ in from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast.integrations.diffusers.state import Index
+from mmfast.integrations.diffusers.tabled import Tabled
+from mmfast.integrations.diffusers.tables import host, point
+
+Output = Any
+Generator = Any
+
+
+def check_set(scheduler: Any) -> None:
+    """Refuse a scheduler whose timesteps have not been set."""
+    if scheduler.num_inference_steps is None:
+        raise ValueError(
+            "Number of inference steps is 'None', you need to run 'set_timesteps' after creating "
+            "the scheduler"
+        )
+
+
+class Cumulative(Tabled):
+    """Those whose noise for training is that of alphas_cumprod, by whole timesteps."""
+
+    _levels = "alphas_cumprod"
+
+    def _noisy_points(self) -> Iterable[tuple[float, float]]:
+        return [point(value) for value in host(self.alphas_cumprod)]  # type: ignore[attr-defined]
+
+    def _noisy_index(self, timesteps: Tensor, device: torch.device) -> Index:
+        return timesteps.to(device, torch.int64)
+
+
+class Generated(Tabled):
+    """Those that take a generator and nothing else."""
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Generator = None,
+        return_dict: bool = True,
+    ) -> Output:
+        """As the library's, by a table."""
+        return self._run(model_output, timestep, sample, return_dict, (), generator)
+
+
+class Plain(Tabled):
+    """Those without any option of a step."""
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> Output:
+        """As the library's, by a table."""
+        return self._run(model_output, timestep, sample, return_dict)
+
+
+class SetFirst(Tabled):
+    """Those that want set_timesteps first."""
+
+    def _check_first(self, timestep: Any) -> None:
+        check_set(self)
+        super()._check_first(timestep)
+
+
+class TwoCalls(Tabled):
+    """Those that call the model twice a step."""
+
+    _twice = True
+
+    @property
+    def state_in_first_order(self) -> bool:
+        """Whether the next step is the first of two."""
+        index = self._step_index
+        return index is None or index % 2 == 0
+
+
+def stretched(scheduler: Any, t: Any) -> Any:
+    """Levels of a flow so that the last is ``shift_terminal``; one step alone stays as it is."""
+    left = 1 - t
+    if left[-1] == 0:
+        return t
+    return 1 - left * ((1 - scheduler.config.shift_terminal) / left[-1])

@@ -1,0 +1,105 @@
+"""Schedulers of flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.schedulers import (
+    scheduling_flow_match_euler_discrete,
+    scheduling_flow_match_heun_discrete,
+)
+from torch import Tensor
+
+from mmfast.integrations.diffusers import tables
+from mmfast.integrations.diffusers.families import Generator, Output, TwoCalls, stretched
+from mmfast.integrations.diffusers.tabled import Tabled
+
+
+class _Flow(Tabled):
+    """Straight lines from the sample to noise."""
+
+    _of_output = True
+    _whole = False
+
+    def _noisy_points(self) -> Iterable[tuple[float, float]]:
+        return [(1 - sigma, sigma) for sigma in self._state().key[1]]
+
+
+class FlowEuler(_Flow):
+    _program = staticmethod(tables.flow_euler)
+    _outputs = (scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput, 1)
+    _remembers = False
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generator = None,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Output:
+        """As the library's, by a table. It does not look at the options of a churn either.
+
+        Steps of tokens at timesteps of their own, which are no rows of a table, are the library's.
+        """
+        if per_token_timesteps is not None:
+            return super().step(  # type: ignore[misc]
+                model_output,
+                timestep,
+                sample,
+                generator=generator,
+                per_token_timesteps=per_token_timesteps,
+                return_dict=return_dict,
+            )
+        return self._run(model_output, timestep, sample, return_dict, (), generator)
+
+    def _noise(self, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor:
+        wide = torch.float32 if sample.dtype.itemsize < 4 else sample.dtype
+        return self._draw(sample, wide, generator)
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor | None = None) -> Tensor:
+        """As the library's: samples with the noise of their timesteps (B,)."""
+        if noise is None:
+            raise ValueError("noise must be given")
+        return self._noised(sample, noise, timestep)
+
+    def stretch_shift_to_terminal(self, t: Any) -> Any:
+        """As the library's; one step alone stays where it is, where that divides 0 by 0."""
+        return stretched(self, t)
+
+
+class FlowHeun(TwoCalls, _Flow):
+    _program = staticmethod(tables.flow_heun)
+    _outputs = (scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput, 1)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generator = None,
+        return_dict: bool = True,
+    ) -> Output:
+        """As the library's, by a table."""
+        options = (s_churn, s_tmin, s_tmax, s_noise)
+        return self._run(model_output, timestep, sample, return_dict, options, generator)
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
+        """As the library's: the sample with the noise of the step's timestep."""
+        index = self._index(timestep, self._state())
+        begin, self._begin_index = self._begin_index, index
+        try:
+            return self._noised(sample, noise, timestep)
+        finally:
+            self._begin_index = begin

@@ -1,0 +1,103 @@
+"""Schedulers in sigma, after k-diffusion: Euler, Heun, KDPM2, ancestral forms, and LMS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.schedulers import (
+    scheduling_euler_ancestral_discrete,
+    scheduling_euler_discrete,
+    scheduling_heun_discrete,
+    scheduling_k_dpm_2_ancestral_discrete,
+    scheduling_k_dpm_2_discrete,
+    scheduling_lms_discrete,
+)
+from torch import Tensor
+
+from mmfast.integrations.diffusers import tables
+from mmfast.integrations.diffusers.families import Generated, Generator, Output, Plain, TwoCalls
+from mmfast.integrations.diffusers.history import History
+from mmfast.integrations.diffusers.tabled import Tabled
+from mmfast.integrations.diffusers.tables import host
+
+
+class Euler(Tabled):
+    _program = staticmethod(tables.euler)
+    _outputs = (scheduling_euler_discrete.EulerDiscreteSchedulerOutput, 2)
+    _remembers = False
+    _of_output = _wide = _scaled = True
+    _whole = False
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generator = None,
+        return_dict: bool = True,
+    ) -> Output:
+        """As the library's, by a table."""
+        options = (s_churn, s_tmin, s_tmax, s_noise)
+        return self._run(model_output, timestep, sample, return_dict, options, generator)
+
+
+class EulerAncestral(Generated):
+    _program = staticmethod(tables.euler_ancestral)
+    _outputs = (scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput, 2)
+    _remembers = False
+    _of_output = _wide = _scaled = True
+    _whole = False
+
+
+class Heun(TwoCalls, Plain):
+    _program = staticmethod(tables.heun)
+    _outputs = (scheduling_heun_discrete.HeunDiscreteSchedulerOutput, 2)
+    _scaled = True
+
+
+class KDPM2(TwoCalls, Plain):
+    _program = staticmethod(tables.kdpm2)
+    _outputs = (scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput, 2)
+    _scaled = True
+
+    def _scales(self) -> list[float]:
+        return _interpolated(self, 0)
+
+
+class KDPM2Ancestral(TwoCalls, Generated):
+    _program = staticmethod(tables.kdpm2_ancestral)
+    _outputs = (scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput, 2)
+    _scaled = True
+
+    def _scales(self) -> list[float]:
+        return _interpolated(self, 1)
+
+
+class LMS(Tabled):
+    _program = staticmethod(tables.lms)
+    _outputs = (scheduling_lms_discrete.LMSDiscreteSchedulerOutput, 2)
+    _scaled = True
+
+    derivatives = History("derivatives")
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        order: int = 4,
+        return_dict: bool = True,
+    ) -> Output:
+        """As the library's, by a table."""
+        return self._run(model_output, timestep, sample, return_dict, (order,))
+
+
+def _interpolated(scheduler: Any, back: int) -> list[float]:
+    between = host(scheduler.sigmas_interpol)
+    sigmas = scheduler._state().key[1]
+    used = [between[i - back] if i % 2 else sigma for i, sigma in enumerate(sigmas)]
+    return [(s * s + 1) ** -0.5 for s in used]

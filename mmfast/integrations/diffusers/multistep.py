@@ -1,0 +1,145 @@
+"""Multistep and singlestep solvers: DEIS, DPM-Solver, UniPC and SA-Solver."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from mmfast.integrations.diffusers import tables
+from mmfast.integrations.diffusers.families import Generator, Output, Plain, SetFirst, stretched
+from mmfast.integrations.diffusers.history import Count, History
+from mmfast.integrations.diffusers.state import Index
+from mmfast.integrations.diffusers.tables import host, point
+
+
+class Solver(SetFirst):
+    """Multistep and singlestep solvers."""
+
+    _missing_is_last = True
+    _outputs = (SchedulerOutput, 1)
+
+    model_outputs = History("model_outputs", "solver_order")
+
+    def _noisy_points(self) -> Iterable[tuple[float, float]]:
+        sigmas = self._state().key[1]
+        if self.config.get("use_flow_sigmas", False):
+            return [(1 - s, s) for s in sigmas]
+        return [(1 / math.hypot(1.0, s), s / math.hypot(1.0, s)) for s in sigmas]
+
+    def _predicted(self, model_output: Tensor) -> Tensor:
+        """Without the variances that the model predicts too."""
+        if self.config.prediction_type == "epsilon" and self.config.get("variance_type") in (
+            "learned",
+            "learned_range",
+        ):
+            return model_output[:, :3]
+        return model_output
+
+
+class DEIS(Solver, Plain):
+    _program = staticmethod(tables.deis)
+
+    lower_order_nums = Count()
+
+
+class DPMMultistep(Solver):
+    _program = staticmethod(tables.dpm_multistep)
+    _of_output = True
+
+    lower_order_nums = Count()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generator = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Output:
+        """As the library's, by a table."""
+        if self.config.variance_type is not None:
+            model_output = self._predicted(model_output)
+        return self._run(model_output, timestep, sample, return_dict, (), generator, variance_noise)
+
+    def _noise(self, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor:
+        wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        return self._draw(model_output, wide, generator)
+
+
+class DPMSinglestep(Solver):
+    _program = staticmethod(tables.dpm_singlestep)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generator = None,
+        return_dict: bool = True,
+    ) -> Output:
+        """As the library's, by a table."""
+        if self.config.variance_type is not None:
+            model_output = self._predicted(model_output)
+        return self._run(model_output, timestep, sample, return_dict, (), generator)
+
+
+class UniPC(Solver):
+    _program = staticmethod(tables.unipc)
+
+    lower_order_nums = Count()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+    ) -> Output:
+        """As the library's, by a table; with ``solver_p`` this corrects, and that goes on."""
+        predictor = self.solver_p  # type: ignore[attr-defined]
+        if not predictor:
+            return self._run(model_output, timestep, sample, return_dict)
+        (corrected,) = self._run(model_output, timestep, sample, False)
+        out = predictor.step(model_output, timestep, corrected, return_dict=False)[0]
+        return SchedulerOutput(prev_sample=out) if return_dict else (out,)
+
+    def _thresholded(self) -> bool:
+        return self.predict_x0 and super()._thresholded()  # type: ignore[attr-defined]
+
+    def stretch_shift_to_terminal(self, t: Any) -> Any:
+        """As the library's; one step alone stays where it is, where that divides 0 by 0."""
+        return stretched(self, t)
+
+
+class SASolver(Solver):
+    _program = staticmethod(tables.sa_solver)
+
+    lower_order_nums = Count()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        generator: Generator = None,
+        return_dict: bool = True,
+    ) -> Output:
+        """As the library's, by a table."""
+        if self.config.variance_type is not None:
+            model_output = self._predicted(model_output)
+        return self._run(model_output, timestep, sample, return_dict, (), generator)
+
+    def _highest(self) -> int:
+        return max(self.config.predictor_order, self.config.corrector_order - 1)
+
+    def _noisy_points(self) -> Iterable[tuple[float, float]]:
+        return [point(value) for value in host(self.alphas_cumprod)]  # type: ignore[attr-defined]
+
+    def _noisy_index(self, timesteps: Tensor, device: torch.device) -> Index:
+        return timesteps.to(device, torch.int64)

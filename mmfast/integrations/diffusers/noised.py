@@ -1,0 +1,97 @@
+"""What a scheduler does to samples besides its steps: the model's input, and noise for training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast import backends
+from mmfast.integrations.diffusers.placed import Placed, find
+from mmfast.integrations.diffusers.state import Index
+from mmfast.integrations.diffusers.tables import noising
+from mmfast.ops.add_noise import OP as ADD_NOISE
+from mmfast.ops.add_noise import add_noise
+
+
+class Noised(Placed):
+    """The model's input, and samples with the noise of their timesteps."""
+
+    def _scale(self, sample: Tensor, *args: Any, **options: Any) -> Tensor:
+        """As the library's: the sample as the model gets it."""
+        if not self._scaled:
+            return sample
+        timestep = args[0] if args else options.get("timestep")
+        state = self._state()
+        index = self._index(timestep, state)
+        self.is_scale_input_called = True
+        scales = state.scales
+        if scales is None:
+            scales = state.scales = self._scales()
+        if isinstance(index, int):
+            return sample * scales[index]
+        every = torch.tensor(scales, device=index.device)
+        return sample * every.index_select(0, index.reshape(1).clamp(min=0)).to(sample)
+
+    def _scales(self) -> list[float]:
+        return [(s * s + 1) ** -0.5 for s in self._state().key[1]]
+
+    def _noisy_points(self) -> Iterable[tuple[float, float]]:
+        """alpha and sigma at each index."""
+        return [(1.0, sigma) for sigma in self._state().key[1]]
+
+    def _noisy_index(self, timesteps: Tensor, device: torch.device) -> Index:
+        begin = self._begin_index
+        if begin is not None:
+            return begin if self._step_index is None else self._step_index
+        if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
+            places = self._state().places
+            missing = len(self.timesteps) - 1 if self._missing_is_last else -1
+            told = (timesteps if timesteps.dim() == 1 else timesteps.reshape(-1)).tolist()
+            if len(told) == 1:
+                return places.get(told[0], missing)
+            return torch.tensor([places.get(value, missing) for value in told], device=device)
+        return find(timesteps.to(device), self.timesteps.to(device), self._missing_is_last)
+
+    def _noised(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """As the library's: samples with the noise of their timesteps (B,)."""
+        if torch.is_grad_enabled() and noise.requires_grad:
+            raise RuntimeError(
+                f"no gradient passes to the noise in add_noise of mmfast's {type(self).__name__}: "
+                "call it under torch.no_grad(), or take the patch back"
+            )
+        device, dtype = original_samples.device, original_samples.dtype
+        state = self._state()
+        found = state.noisy.get(device)
+        if found is None:
+            table = noising(list(self._noisy_points())).to(device)
+            found = table, list(torch.arange(len(table), device=device).unbind())
+            state.noisy[device] = found
+        table, numbers = found
+        index = self._noisy_index(timesteps, device)
+        if not isinstance(index, Tensor):
+            if index < 0:
+                raise IndexError(f"timestep {timesteps} is none of the scheduler's timesteps")
+            index = numbers[index]
+        elif index.numel() == 1 and index.shape != original_samples.shape[:1]:
+            index = index.reshape(())
+        if noise.dtype != dtype:
+            original_samples = original_samples.to(torch.promote_types(dtype, noise.dtype))
+        if (
+            noise.shape == original_samples.shape
+            and noise.device == index.device == device
+            and noise.is_floating_point()
+            and original_samples.is_floating_point()
+            and index.dtype == torch.int64
+            and index.shape in ((), original_samples.shape[:1])
+            and original_samples.dim()
+        ):
+            # As in a step, the public function's checks would find nothing.
+            made = backends.call(
+                ADD_NOISE, original_samples, index, table, noise, None, None, False
+            )
+            noisy: Tensor = made[0]
+            return noisy
+        return add_noise(original_samples, index, table, noise=noise, target=None).noisy

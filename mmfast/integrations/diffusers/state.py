@@ -1,0 +1,174 @@
+"""What is known of a scheduler's timesteps and sigmas, and of its table in use."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast.integrations.diffusers.tables import Options, Program, host
+
+_PROGRAMS = 8  # that a scheduler remembers: of other numbers of steps, begins and options
+
+Index = int | Tensor
+
+
+class State:
+    """What is known of a scheduler's timesteps and sigmas, and where its steps are.
+
+    Attributes:
+        program: the table in use, from index ``begin``.
+        next: the index that goes on with the history; any other starts anew.
+        history: (slots, B, ...), the memory of the steps.
+    """
+
+    def __init__(self, scheduler: Any, programs: dict[Any, Program]) -> None:
+        self.timesteps = scheduler.timesteps
+        self.name = scheduler._levels
+        self.levels = vars(scheduler).get(self.name)
+        self.config = scheduler._internal_dict
+        self.watched = (*_watched(self.timesteps), *_watched(self.levels))
+        self.values: list[float] = [] if self.timesteps is None else host(self.timesteps)
+        self.own = None if self.timesteps is None else (self.timesteps.dtype, self.timesteps.device)
+        self.key = (tuple(self.values), () if self.levels is None else tuple(host(self.levels)))
+        self.places: dict[float, int] = {}  # the library takes the second of equal ones
+        seen: set[float] = set()
+        for i, value in enumerate(self.values):
+            if value not in self.places:
+                self.places[value] = i
+            elif value not in seen:
+                self.places[value] = i
+                seen.add(value)
+        self.addresses = _addresses(self.timesteps)
+        if scheduler._twice:
+            self.addresses = {at: self.places[self.values[i]] for at, i in self.addresses.items()}
+        self.scales: list[float] | None = None
+        self.noisy: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
+        self.programs = programs
+        self.forgets = not scheduler._remembers
+        self.program: Program | None = None
+        self.options: Options = ()
+        self.begin = 0
+        self.next: Index = -1
+        self.coefficients: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
+        self.history: Tensor | None = None
+        self.ready: Ready | None = None
+        self.shown = False  # whether views of the history may be known outside
+
+    def holds(self, has: dict[str, Any]) -> bool:
+        """Whether a scheduler with these attributes is still as it was."""
+        watched, seen, also, known = self.watched
+        return (
+            has["timesteps"] is self.timesteps
+            and has.get(self.name) is self.levels
+            and has["_internal_dict"] is self.config
+            and watched._version == seen
+            and also._version == known
+        )
+
+    def enter(self, scheduler: Any, index: Index, options: Options) -> Program:
+        """The program for steps that begin at ``index``."""
+        begin = index if isinstance(index, int) else 0
+        key = (*self.key, begin, options)
+        found = self.programs.get(key)
+        if found is None:
+            found = type(scheduler)._program(scheduler, begin, options)
+            if scheduler._thresholded():
+                config = scheduler.config
+                limits = config.dynamic_thresholding_ratio, config.sample_max_value
+                found = replace(found, threshold=limits)
+            if len(self.programs) >= _PROGRAMS:
+                self.programs.clear()
+            self.programs[key] = found
+        program = found
+        if len(program.table) == len(self.values):
+            begin = 0
+        if program is not self.program:
+            self.coefficients = {}
+        self.ready = None
+        self.program, self.options, self.begin = program, options, begin
+        return program
+
+    def on(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """The table and the numbers of its rows."""
+        found = self.coefficients.get(device)
+        if found is None:
+            assert self.program is not None
+            table = self.program.table.coefficients.to(device)
+            found = table, list(torch.arange(len(table), device=device).unbind())
+            self.coefficients[device] = found
+        return found
+
+
+_UNWATCHED = torch.empty(0)  # nobody changes it
+
+
+def _watched(tensor: Any) -> tuple[Tensor, int]:
+    """A tensor whose version says that ``tensor`` has changed, and what it is now."""
+    if not isinstance(tensor, Tensor) or tensor.is_inference():
+        tensor = _UNWATCHED
+    return tensor, tensor._version
+
+
+def _addresses(timesteps: Tensor | None) -> dict[int, int]:
+    """The index of each timestep, by its place in memory."""
+    if timesteps is None or timesteps.is_meta or not timesteps.dim():
+        return {}
+    start, stride = timesteps.data_ptr(), timesteps.stride(0) * timesteps.element_size()
+    return {start + i * stride: i for i in range(len(timesteps))}
+
+
+class Ready:
+    """What the steps of a program need for samples of one shape, dtype and device.
+
+    Attributes:
+        rows: the number of each row on the device, whether the step draws noise, whether its second
+            output is a tensor of its own.
+    """
+
+    def __init__(
+        self, scheduler: Any, state: State, program: Program, sample: Tensor, model_output: Tensor
+    ) -> None:
+        kind = type(scheduler)
+        self.kind, self.outputs = kind._outputs
+        self.shape, self.dtype, self.device = sample.shape, sample.dtype, sample.device
+        self.output_dtype = model_output.dtype
+        self.table, steps = state.on(self.device)
+        self.draws = any(program.draws)
+        two = self.outputs > 1 and program.output is None
+        last = len(steps) - 1
+        self.rows = [
+            (step, draws, two and not (i == last and program.final))
+            for i, (step, draws) in enumerate(zip(steps, program.draws, strict=True))
+        ]
+        self.two = two
+        result = self.dtype
+        if self.output_dtype != result:
+            other = self.output_dtype
+            result = other if kind._of_output else torch.promote_types(result, other)
+        self.out = _unless(self.dtype, result)
+        wide = kind._wide and result.itemsize < 4
+        self.second = _unless(self.dtype, torch.float32 if wide else result)
+        self.slots = program.table.slots
+        self.threshold = program.threshold
+        self.history: Tensor | None = None  # that is known to fit
+        self.philox: int | Tensor | None = None  # of which seed is the tensor
+        self.seed: Tensor | None = None
+
+    def suits(self, sample: Tensor, model_output: Tensor) -> bool:
+        """Whether it is for these."""
+        return (
+            sample.shape == self.shape
+            and model_output.shape == self.shape
+            and sample.dtype is self.dtype
+            and model_output.dtype is self.output_dtype
+            and sample.device == self.device
+            and model_output.device == self.device
+        )
+
+
+def _unless(dtype: torch.dtype, wanted: torch.dtype) -> torch.dtype | None:
+    """What empty_like is told. An argument takes time, even one that changes nothing."""
+    return None if dtype == wanted else wanted
