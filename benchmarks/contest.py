@@ -25,6 +25,7 @@ _NEW_PAGES = 70 << 20
 # On the curves only these are of interest, besides mmfast.
 CURVES = ("addmm+argmin", "faiss flat")
 _CLOSE = 3.0  # times mmfast's time, below which a contender has more than one sample in any case
+_NEAR = 10.0  # the same for shorter calls, of which new pages can be half where there is one sample
 _QUICK = 0.05  # seconds; longer calls have one sample where no goal compares with them
 _SURE = 1.0  # seconds; of longer calls, what a first one does besides is a small part
 
@@ -72,7 +73,9 @@ class Entry:
         """Whether one call says enough, ``fastest`` being mmfast's seconds per vector: who is close
         to mmfast is measured as often as mmfast."""
         aside = self.subject.peer.aside and not effort.full
-        far = self.subject.kind != "mmfast" and self.seconds / self.rows > _CLOSE * fastest
+        sure = self.subject.kind == "floor" or self.seconds > _SURE
+        close = (_CLOSE if sure else _NEAR) * fastest
+        far = self.subject.kind != "mmfast" and self.seconds / self.rows > close
         return self.seconds > (_QUICK if aside else effort.slow) and (far or aside)
 
     def scales(self, case: Case, effort: Effort, fastest: float) -> bool:

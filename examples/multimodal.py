@@ -75,7 +75,7 @@ class Effort:
     every: int = 1  # of the images is used
     classifier_steps: int = 500
     vqvae_steps: int = 800
-    dit_steps: int = 2000
+    dit_steps: int = 3000
     depth: int = 6
     samples: int = 100  # of the test, for each way
     sampler_steps: int = 15

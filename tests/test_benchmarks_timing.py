@@ -37,6 +37,8 @@ def test_a_slow_contender_is_timed_once_unless_it_is_close():
 
     assert once("peer", 2.0)
     assert not once("peer", 0.3)
+    assert not once("peer", 0.9)  # of one call of less than a second much can be new pages
+    assert once("floor", 0.9)
     assert not once("mmfast", 2.0)
     assert once("peer", 0.3, aside=True)
 
