@@ -156,8 +156,8 @@ def _modules() -> Iterator[Case]:
     for bits in (14, 16, 18):
         shape = {"N": 65536, "K": 1 << bits, "D": bits}
         yield _module("lfq_step", shape, (65536, 65536), full=bits > 14)
-    shape = {"N": 65536, "K": 1 << 14, "D": 14}
-    yield _module("lfq_signs_step", shape, (65536, 65536))
+    for n in (65536, 1 << 20):
+        yield _module("lfq_signs_step", {"N": n, "K": 1 << 14, "D": 14}, (n, n))
 
 
 def _module(
