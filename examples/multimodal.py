@@ -64,6 +64,7 @@ WAYS = (
     ("mel", ("image",)),
     ("mel", ("image", "word")),
 )
+GUIDANCE = {"image": 2.0, "mel": 4.0, "word": 2.0}
 NAMES = {"image": "image", "mel": "speech", "word": "word"}
 
 
@@ -185,8 +186,9 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
         "word": {"type": "tokens", "codes": BYTES, "length": SPELLING.length},
     }
     dit = MultimodalDiT(described, hidden_size=144, depth=effort.depth, num_heads=4)
-    # Few tokens say a word: only beside much noise does it have to be read from the others.
-    diffusion = Diffusion("flow", shift=4.0)
+    # Few tokens say a word: only beside much noise does it have to be read from the others. And the
+    # noise of a spectrogram has more numbers than a token: what is predicted is the sample.
+    diffusion = Diffusion("flow", prediction="sample", shift=4.0)
     task = Denoise(dit, MultimodalDiffusion(diffusion))
     config = TrainConfig(
         steps=effort.dit_steps, batch_size=32, lr=2e-3, warmup=30, ema=0.995, **common
@@ -215,7 +217,7 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
             dit,
             [want],
             {name: given[name] for name in told},
-            guidance=2.0 if want != "word" else 1.0,
+            guidance=GUIDANCE[want],
             steps=effort.sampler_steps,
             seed=seed,
         )[want]
