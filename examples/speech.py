@@ -167,7 +167,8 @@ def run(seed: int, effort: Effort, out: Path, console: Console) -> dict[str, str
         context_size=codes.shape[1],
     )
     mean, std = mels[train].mean().item(), mels[train].std().item()
-    diffusion = Diffusion("flow", data_mean=mean, data_std=std)
+    # The noise of a token has more numbers than the token: the sample is what can be predicted.
+    diffusion = Diffusion("flow", prediction="sample", data_mean=mean, data_std=std)
     config = TrainConfig(steps=effort.dit_steps, lr=2e-3, **common)
     data = {"mel": mels[train], "codes": codes[train]}
     dit = fit(DrawFromCodes(dit, diffusion), config, data).model
