@@ -107,10 +107,13 @@ def forced() -> str | None:
     return _forced
 
 
-@torch.compiler.assume_constant_result
 def isa() -> str:
     """The instruction set of the C++ kernels here; empty without them."""
     return "" if extension_missing() else extension().isa()
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler: a second.
+isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

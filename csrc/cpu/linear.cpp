@@ -109,8 +109,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_bwd", TORCH_BOX(&linear_bwd));
+  m.impl("linear", MMFAST_BOX(&linear));
+  m.impl("linear_bwd", MMFAST_BOX(&linear_bwd));
 }
 
 }  // namespace mmfast
