@@ -150,7 +150,7 @@ def _parse() -> argparse.Namespace:
     if options.threads and min(options.threads) < 1:
         parser.error(f"--threads must be at least 1, got {min(options.threads)}")
     if options.seconds is None:
-        options.seconds = 2.0 if options.full else 0.3
+        options.seconds = 2.0 if options.full else 0.25
     if options.quick and options.full:
         parser.error("--quick and --full exclude each other")
     if options.out is not None:

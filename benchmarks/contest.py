@@ -55,8 +55,11 @@ COMPILED = (
     "sampler_step",
     "gated_residual_modulate",
 )
-# Cases of nearest_code with everybody; in the others those that may be the fastest take part.
-HEADLINES = ("n65536_k1024_d64", "n256_k512_d64")
+# Cases with everybody; in the others of these ops those that may be the fastest take part.
+HEADLINES = {
+    "nearest_code": ("n65536_k1024_d64", "n256_k512_d64"),
+    "lfq_signs_step": ("n65536_k16384_d14",),
+}
 ABSENT = "only with --full"
 
 
@@ -188,7 +191,7 @@ def enter(
 ) -> Entry | str:
     """The contender, warm and judged, or why it does not run."""
     compiled = subject.kind == "compile" or subject.name == "torch.compile"
-    headline = case.op != "nearest_code" or case.name in HEADLINES
+    headline = case.name in HEADLINES.get(case.op, (case.name,))
     if not effort.full and (
         (compiled and not (case.op in COMPILED and headline))
         or (subject.peer.rarely and not headline)

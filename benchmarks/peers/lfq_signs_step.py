@@ -30,6 +30,7 @@ PEERS = {
     "vector-quantize-pytorch": library(
         modules.lfq_signs_step,
         workspace=lambda z, _: 3 * _TABLES(z),
+        rarely=True,
         note="LFQ in train mode, which computes its entropies whatever their weight",
     ),
 }
