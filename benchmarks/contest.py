@@ -37,7 +37,7 @@ class Effort:
     Attributes:
         seconds: for the rounds of a case and number of threads.
         call: a slower contender is measured on so few vectors that a call takes this long.
-        slow: a contender is timed once if a call takes longer, and three times as long as mmfast's.
+        slow: a contender is timed once if a call takes longer, and some times as long as mmfast's.
         full: everybody takes part everywhere, with fewer threads too, and is judged.
     """
 

@@ -8,6 +8,7 @@ single rows and need not be computed anew.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 import torch._functorch.config
 from torch import Tensor
+
+from mmfast.registry import OPS
 
 # Gradients are taken again and again of one compiled forward.
 torch._functorch.config.donated_buffer = False
@@ -91,6 +94,35 @@ def as_many_bytes(index: torch.dtype) -> Peer:
     return Peer(
         make, cut=False, floor=True, note="a copy, zeros and an addition of the sizes it moves"
     )
+
+
+def traffic(name: str) -> Peer:
+    """torch.add of tensors that are together as large as what the op ``name`` has to move."""
+
+    def make(*arguments: Any) -> Callable[[], Any]:
+        like = next(a for a in arguments if isinstance(a, Tensor))
+        numbers = OPS[name].cost(*arguments).bytes // like.element_size() // 3
+        a, b, out = (torch.ones(numbers, dtype=like.dtype, device=like.device) for _ in range(3))
+        return lambda: torch.add(a, b, out=out)
+
+    return Peer(make, cut=False, floor=True, note="the same bytes, read twice and written once")
+
+
+def written_plainly(plain: Callable[..., Any], **options: Any) -> dict[str, Peer]:
+    """``plain`` as it is, and compiled.
+
+    Args:
+        options: of both, as :class:`Peer`.
+    """
+    return {
+        "plain torch": Peer(lambda *arguments: lambda: plain(*arguments), cut=False, **options),
+        "torch.compile": Peer(
+            lambda *arguments: functools.partial(torch.compile(plain, dynamic=True), *arguments),
+            cut=False,
+            note="of the plain formulation; compiling is not timed",
+            **options,
+        ),
+    }
 
 
 def of(op: str) -> ModuleType | None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from benchmarks.peers import Peer, needs
-from mmfast.ops import add_noise
+from benchmarks.peers import Peer, needs, traffic, written_plainly
 
 
 def _plain(
@@ -48,24 +44,7 @@ def _diffusers(x0: Tensor, timesteps: Tensor, table: Tensor, noise: Tensor, *_: 
     return lambda: scheduler.add_noise(x0, noise, timesteps)
 
 
-def _traffic(*arguments: Any) -> Callable[[], Any]:
-    """torch.add of tensors that are together as large as what has to be moved."""
-    x0 = arguments[0]
-    numbers = add_noise.OP.cost(*arguments).bytes // x0.element_size() // 3
-    a, b, out = (torch.ones(numbers, dtype=x0.dtype, device=x0.device) for _ in range(3))
-    return lambda: torch.add(a, b, out=out)
-
-
-PEERS = {
-    "plain torch": Peer(
-        lambda *arguments: lambda: _plain(*arguments), unsupported=_given, cut=False
-    ),
-    "torch.compile": Peer(
-        lambda *arguments: functools.partial(torch.compile(_plain, dynamic=True), *arguments),
-        unsupported=_given,
-        cut=False,
-        note="of the plain formulation; compiling is not timed",
-    ),
+PEERS = written_plainly(_plain, unsupported=_given) | {
     "diffusers": Peer(
         _diffusers,
         needs("diffusers"),
@@ -74,7 +53,5 @@ PEERS = {
         floor=True,
         note="with its own schedule; makes no target, which would be another pass",
     ),
-    "torch.add(out=)": Peer(
-        _traffic, cut=False, floor=True, note="the same bytes, read twice and written once"
-    ),
+    "torch.add(out=)": traffic("add_noise"),
 }

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.peers import Peer
-from mmfast.ops import gated_activation
+from benchmarks.peers import traffic, written_plainly
 
 
 def plain(x: Tensor, value: Tensor | None, activation: str, layout: str) -> Tensor:
@@ -27,22 +21,4 @@ def plain(x: Tensor, value: Tensor | None, activation: str, layout: str) -> Tens
     return active if value is None else active * value
 
 
-def _traffic(*arguments: Any) -> Callable[[], Any]:
-    """torch.add of tensors that are together as large as what has to be moved."""
-    x = arguments[0]
-    numbers = gated_activation.OP.cost(*arguments).bytes // x.element_size() // 3
-    a, b, out = (torch.ones(numbers, dtype=x.dtype, device=x.device) for _ in range(3))
-    return lambda: torch.add(a, b, out=out)
-
-
-PEERS = {
-    "plain torch": Peer(lambda *arguments: lambda: plain(*arguments), cut=False),
-    "torch.compile": Peer(
-        lambda *arguments: functools.partial(torch.compile(plain, dynamic=True), *arguments),
-        cut=False,
-        note="of the plain formulation; compiling is not timed",
-    ),
-    "torch.add(out=)": Peer(
-        _traffic, cut=False, floor=True, note="the same bytes, read twice and written once"
-    ),
-}
+PEERS = written_plainly(plain) | {"torch.add(out=)": traffic("gated_activation")}

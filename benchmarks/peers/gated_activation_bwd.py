@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import Peer
+from benchmarks.peers import Peer, traffic
 from benchmarks.peers.gated_activation import plain
-from mmfast.ops import gated_activation
 
 
 def _of(forward: Callable[..., Tensor]) -> Callable[..., Callable[[], Any]]:
@@ -28,17 +27,8 @@ def _compiled(*arguments: Any) -> Tensor:
     return torch.compile(plain, dynamic=True)(*arguments)
 
 
-def _traffic(*arguments: Any) -> Callable[[], Any]:
-    x = arguments[1]
-    numbers = gated_activation.BACKWARD.cost(*arguments).bytes // x.element_size() // 3
-    a, b, out = (torch.ones(numbers, dtype=x.dtype, device=x.device) for _ in range(3))
-    return lambda: torch.add(a, b, out=out)
-
-
 PEERS = {
     "plain torch": Peer(_of(plain), cut=False),
     "torch.compile": Peer(_of(_compiled), cut=False, note="compiling is not timed"),
-    "torch.add(out=)": Peer(
-        _traffic, cut=False, floor=True, note="the same bytes, read twice and written once"
-    ),
+    "torch.add(out=)": traffic("gated_activation_bwd"),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.peers import Peer
-from mmfast.registry import OPS
+from benchmarks.peers import Peer, traffic, written_plainly
 
 
 def normed(
@@ -44,31 +42,6 @@ def _plain(x: Tensor, gate: Tensor, y: Tensor, *others: Any) -> tuple[Tensor, Te
     return residual, normed(residual, *norm)
 
 
-def traffic(name: str) -> Peer:
-    """torch.add of tensors that are together as large as what ``name`` has to move."""
-
-    def make(*arguments: Any) -> Callable[[], Any]:
-        like = next(a for a in arguments if isinstance(a, Tensor))
-        numbers = OPS[name].cost(*arguments).bytes // like.element_size() // 3
-        a, b, out = (torch.ones(numbers, dtype=like.dtype, device=like.device) for _ in range(3))
-        return lambda: torch.add(a, b, out=out)
-
-    return Peer(make, cut=False, floor=True, note="the same bytes, read twice and written once")
-
-
-def written_plainly(name: str, plain: Callable[..., Any]) -> dict[str, Peer]:
-    """``plain``, compiled too, and the floor."""
-    return {
-        "plain torch": Peer(lambda *arguments: lambda: plain(*arguments), cut=False),
-        "torch.compile": Peer(
-            lambda *arguments: functools.partial(torch.compile(plain, dynamic=True), *arguments),
-            cut=False,
-            note="of the plain formulation; compiling is not timed",
-        ),
-        "torch.add(out=)": traffic(name),
-    }
-
-
 def by_autograd(name: str, forward: Callable[..., tuple[Any, Any, Any]]) -> dict[str, Peer]:
     """autograd's gradients, the forward having been run, and the floor.
 
@@ -91,4 +64,4 @@ def leaves_of(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.detach().requires_grad_() for t in tensors]
 
 
-PEERS = written_plainly("gated_residual_modulate", _plain)
+PEERS = written_plainly(_plain) | {"torch.add(out=)": traffic("gated_residual_modulate")}

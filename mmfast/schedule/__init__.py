@@ -48,47 +48,25 @@ _FROM = {
     "noise_schedule": ("NoiseSchedule",),
     "predictions": ("PREDICTIONS",),
     "sampling": ("SampleLoop", "sample"),
-    "samplers": (
-        "ddim",
-        "ddpm",
-        "deis",
-        "dpm_solver",
-        "dpm_solver_singlestep",
-        "edm_dpm",
-        "edm_euler",
-        "euler",
-        "euler_ancestral",
-        "flow_euler",
-        "flow_heun",
-        "heun",
-        "ipndm",
-        "kdpm2",
-        "kdpm2_ancestral",
-        "lcm",
-        "lms",
-        "pndm",
-        "sa_solver",
-        "tcd",
-        "unipc",
-    ),
     "samplers.steps": ("Steps",),
     "sigmas": ("dynamic_mu",),
     "table": ("Linear", "SamplerTable", "TableBuilder"),
     "threshold": ("dynamic_threshold",),
 }
+# All others are samplers.
 _MODULE_OF = {name: module for module, names in _FROM.items() for name in names}
-_MODULES = ("betas", "samplers", "sigmas", "spacings", "weights", *_FROM)
+_MODULES = ("betas", "samplers", "spacings", "weights", *_FROM)
 
 
 def __getattr__(name: str) -> Any:
     """Modules are imported once something of them is asked for: the ops need two of them only."""
-    if name in _MODULE_OF:
-        module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
-        found = globals()[name] = getattr(module, name)
-        return found
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULE_OF.get(name, 'samplers')}")
+    found = globals()[name] = getattr(module, name)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -25,16 +25,20 @@ def check_set(scheduler: Any) -> None:
         )
 
 
-class Cumulative(Tabled):
+class CumulativeNoise(Tabled):
     """Those whose noise for training is that of alphas_cumprod, by whole timesteps."""
-
-    _levels = "alphas_cumprod"
 
     def _noisy_points(self) -> Iterable[tuple[float, float]]:
         return [point(value) for value in host(self.alphas_cumprod)]  # type: ignore[attr-defined]
 
     def _noisy_index(self, timesteps: Tensor, device: torch.device) -> Index:
         return timesteps.to(device, torch.int64)
+
+
+class Cumulative(CumulativeNoise):
+    """Those whose steps are made of alphas_cumprod too."""
+
+    _levels = "alphas_cumprod"
 
 
 class Generated(Tabled):
@@ -62,6 +66,26 @@ class Plain(Tabled):
         return self._run(model_output, timestep, sample, return_dict)
 
 
+class Churned(Tabled):
+    """Those whose step may add noise first, a churn."""
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generator = None,
+        return_dict: bool = True,
+    ) -> Output:
+        """As the library's, by a table."""
+        options = (s_churn, s_tmin, s_tmax, s_noise)
+        return self._run(model_output, timestep, sample, return_dict, options, generator)
+
+
 class SetFirst(Tabled):
     """Those that want set_timesteps first."""
 
@@ -82,9 +106,12 @@ class TwoCalls(Tabled):
         return index is None or index % 2 == 0
 
 
-def stretched(scheduler: Any, t: Any) -> Any:
-    """Levels of a flow so that the last is ``shift_terminal``; one step alone stays as it is."""
-    left = 1 - t
-    if left[-1] == 0:
-        return t
-    return 1 - left * ((1 - scheduler.config.shift_terminal) / left[-1])
+class Stretched(Tabled):
+    """Those whose levels of a flow may end at ``shift_terminal``."""
+
+    def stretch_shift_to_terminal(self, t: Any) -> Any:
+        """As the library's; one step alone stays where it is, where that divides 0 by 0."""
+        left = 1 - t
+        if left[-1] == 0:
+            return t
+        return 1 - left * ((1 - self.config.shift_terminal) / left[-1])

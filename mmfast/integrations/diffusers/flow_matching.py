@@ -13,7 +13,7 @@ from diffusers.schedulers import (
 from torch import Tensor
 
 from mmfast.integrations.diffusers import tables
-from mmfast.integrations.diffusers.families import Generator, Output, TwoCalls, stretched
+from mmfast.integrations.diffusers.families import Churned, Generator, Output, Stretched, TwoCalls
 from mmfast.integrations.diffusers.tabled import Tabled
 
 
@@ -27,7 +27,7 @@ class _Flow(Tabled):
         return [(1 - sigma, sigma) for sigma in self._state().key[1]]
 
 
-class FlowEuler(_Flow):
+class FlowEuler(_Flow, Stretched):
     _program = staticmethod(tables.flow_euler)
     _outputs = (scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput, 1)
     _remembers = False
@@ -70,30 +70,10 @@ class FlowEuler(_Flow):
             raise ValueError("noise must be given")
         return self._noised(sample, noise, timestep)
 
-    def stretch_shift_to_terminal(self, t: Any) -> Any:
-        """As the library's; one step alone stays where it is, where that divides 0 by 0."""
-        return stretched(self, t)
 
-
-class FlowHeun(TwoCalls, _Flow):
+class FlowHeun(TwoCalls, _Flow, Churned):
     _program = staticmethod(tables.flow_heun)
     _outputs = (scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput, 1)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: Generator = None,
-        return_dict: bool = True,
-    ) -> Output:
-        """As the library's, by a table."""
-        options = (s_churn, s_tmin, s_tmax, s_noise)
-        return self._run(model_output, timestep, sample, return_dict, options, generator)
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """As the library's: the sample with the noise of the step's timestep."""

@@ -15,34 +15,18 @@ from diffusers.schedulers import (
 from torch import Tensor
 
 from mmfast.integrations.diffusers import tables
-from mmfast.integrations.diffusers.families import Generated, Generator, Output, Plain, TwoCalls
+from mmfast.integrations.diffusers.families import Churned, Generated, Output, Plain, TwoCalls
 from mmfast.integrations.diffusers.history import History
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import host
 
 
-class Euler(Tabled):
+class Euler(Churned):
     _program = staticmethod(tables.euler)
     _outputs = (scheduling_euler_discrete.EulerDiscreteSchedulerOutput, 2)
     _remembers = False
     _of_output = _wide = _scaled = True
     _whole = False
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: Generator = None,
-        return_dict: bool = True,
-    ) -> Output:
-        """As the library's, by a table."""
-        options = (s_churn, s_tmin, s_tmax, s_noise)
-        return self._run(model_output, timestep, sample, return_dict, options, generator)
 
 
 class EulerAncestral(Generated):

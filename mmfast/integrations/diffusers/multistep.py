@@ -11,10 +11,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from mmfast.integrations.diffusers import tables
-from mmfast.integrations.diffusers.families import Generator, Output, Plain, SetFirst, stretched
+from mmfast.integrations.diffusers.families import (
+    CumulativeNoise,
+    Generator,
+    Output,
+    Plain,
+    SetFirst,
+    Stretched,
+)
 from mmfast.integrations.diffusers.history import Count, History
-from mmfast.integrations.diffusers.state import Index
-from mmfast.integrations.diffusers.tables import host, point
 
 
 class Solver(SetFirst):
@@ -72,8 +77,8 @@ class DPMMultistep(Solver):
         return self._draw(model_output, wide, generator)
 
 
-class DPMSinglestep(Solver):
-    _program = staticmethod(tables.dpm_singlestep)
+class Predicting(Solver):
+    """Those that take a generator, and leave out variances that the model predicts."""
 
     def step(
         self,
@@ -89,7 +94,11 @@ class DPMSinglestep(Solver):
         return self._run(model_output, timestep, sample, return_dict, (), generator)
 
 
-class UniPC(Solver):
+class DPMSinglestep(Predicting):
+    _program = staticmethod(tables.dpm_singlestep)
+
+
+class UniPC(Solver, Stretched):
     _program = staticmethod(tables.unipc)
 
     lower_order_nums = Count()
@@ -112,34 +121,11 @@ class UniPC(Solver):
     def _thresholded(self) -> bool:
         return self.predict_x0 and super()._thresholded()  # type: ignore[attr-defined]
 
-    def stretch_shift_to_terminal(self, t: Any) -> Any:
-        """As the library's; one step alone stays where it is, where that divides 0 by 0."""
-        return stretched(self, t)
 
-
-class SASolver(Solver):
+class SASolver(CumulativeNoise, Predicting):
     _program = staticmethod(tables.sa_solver)
 
     lower_order_nums = Count()
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int,
-        sample: Tensor,
-        generator: Generator = None,
-        return_dict: bool = True,
-    ) -> Output:
-        """As the library's, by a table."""
-        if self.config.variance_type is not None:
-            model_output = self._predicted(model_output)
-        return self._run(model_output, timestep, sample, return_dict, (), generator)
-
     def _highest(self) -> int:
         return max(self.config.predictor_order, self.config.corrector_order - 1)
-
-    def _noisy_points(self) -> Iterable[tuple[float, float]]:
-        return [point(value) for value in host(self.alphas_cumprod)]  # type: ignore[attr-defined]
-
-    def _noisy_index(self, timesteps: Tensor, device: torch.device) -> Index:
-        return timesteps.to(device, torch.int64)
