@@ -1,6 +1,7 @@
 """mmfast: exact, fused kernels for VQ-VAEs and diffusion transformers, as torch ops."""
 
 from mmfast.backends import BackendError, extension, use_backend
+from mmfast.ops import dit_block as _dit_block  # noqa: F401  (registers what modules call)
 from mmfast.ops.add_noise import AddedNoise, add_noise
 from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.dynamic_threshold import dynamic_threshold

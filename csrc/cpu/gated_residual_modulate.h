@@ -27,7 +27,8 @@ struct ModulationView {
 
 struct BlockShape {
   int64_t batch, length, frames, channels;  // B, L, F, C
-  Dtype dtype;  // of activations
+  Dtype dtype;   // of the residual
+  Dtype branch;  // of y and the modulated: dtype, or a half precision beside float32
   bool rms, tanh;
 
   int64_t tokens_per_frame() const { return frames ? length / frames : 0; }
@@ -39,7 +40,7 @@ struct GatedResidualModulateArgs {
   double eps;
   TokenView x, y;
   ModulationView gate, shift, scale, weight, bias;
-  // Outputs. mean and rstd: [B, L], double if activations are, else float.
+  // Outputs. mean and rstd: [B, L], double if the residual is, else float.
   TokenView residual, modulated;
   char *mean, *rstd;
 };

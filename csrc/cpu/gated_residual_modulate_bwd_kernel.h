@@ -10,7 +10,7 @@
 
 namespace mmfast::MMFAST_ISA {
 
-template <class T, Dtype DTYPE>
+template <class T, Dtype DTYPE, Dtype BRANCH = DTYPE>
 struct GatedResidualModulateBwd {
   using C = Channels<T>;
   using V = typename C::V;
@@ -145,7 +145,7 @@ struct GatedResidualModulateBwd {
       V levels{}, alongs{};
       channels.each([&](int64_t c, int64_t n) __attribute__((always_inline)) {
         const V normed = (C::read(residual[r], DTYPE, c, n) - mean[r]) * rstd[r];
-        const V grad = C::read(passed[r], DTYPE, c, n) * load<V>(factor + c);
+        const V grad = C::read(passed[r], BRANCH, c, n) * load<V>(factor + c);
         levels += C::first(grad, n);
         alongs = fma(C::first(grad, n), normed, alongs);
       });
@@ -163,7 +163,7 @@ struct GatedResidualModulateBwd {
         V grad{};
         if (norms) {
           const V normed = (C::read(residual[r], DTYPE, c, n) - mean[r]) * rstd[r];
-          const V above = C::read(passed[r], DTYPE, c, n);
+          const V above = C::read(passed[r], BRANCH, c, n);
           if (sums_norm) {
             found[of_grad] += above;
             found[of_normed] = fma(above, normed, found[of_normed]);
@@ -174,9 +174,9 @@ struct GatedResidualModulateBwd {
         if (adds) grad += C::read(own[r], DTYPE, c, n);
         if (wants_x) C::write(to_x[r], DTYPE, c, n, grad, STREAMS);
         if (wants_y)
-          C::write(to_y[r], DTYPE, c, n, grad * load<V>(gate + c), STREAMS);
+          C::write(to_y[r], BRANCH, c, n, grad * load<V>(gate + c), STREAMS);
         if (sums_gate)
-          found[of_gated] = fma(grad, C::read(y[r], DTYPE, c, n), found[of_gated]);
+          found[of_gated] = fma(grad, C::read(y[r], BRANCH, c, n), found[of_gated]);
       }
       if (sums_norm)
         for (const Sum s : {of_grad, of_normed}) store(total + s * room + c, found[s]);
@@ -248,7 +248,14 @@ static bool gated_residual_modulate_bwd(const GatedResidualModulateBwdArgs& args
                                         const Parallel& parallel) {
   switch (args.shape.dtype) {
     case Dtype::float32:
-      return GatedResidualModulateBwd<float, Dtype::float32>(args).run(parallel);
+      switch (args.shape.branch) {
+        case Dtype::bfloat16:
+          return GatedResidualModulateBwd<float, Dtype::float32, Dtype::bfloat16>(args).run(parallel);
+        case Dtype::float16:
+          return GatedResidualModulateBwd<float, Dtype::float32, Dtype::float16>(args).run(parallel);
+        default:
+          return GatedResidualModulateBwd<float, Dtype::float32, Dtype::float32>(args).run(parallel);
+      }
     case Dtype::float16:
       return GatedResidualModulateBwd<float, Dtype::float16>(args).run(parallel);
     case Dtype::bfloat16:

@@ -9,7 +9,7 @@
 
 namespace mmfast::MMFAST_ISA {
 
-template <class T, Dtype DTYPE>
+template <class T, Dtype DTYPE, Dtype BRANCH = DTYPE>
 struct GatedResidualModulate {
   using C = Channels<T>;
   using V = typename C::V;
@@ -87,7 +87,7 @@ struct GatedResidualModulate {
     channels.each([&](int64_t c, int64_t n) __attribute__((always_inline)) {
       V v = C::read(x, DTYPE, c, n);
       if constexpr (ADDS) {
-        v = fma(load<V>(gate + c), C::read(y, DTYPE, c, n), v);
+        v = fma(load<V>(gate + c), C::read(y, BRANCH, c, n), v);
         alignas(64) char rounded[sizeof(V)];
         write_numbers(rounded, DTYPE, v);
         C::put(out, DTYPE, c, n, rounded, STREAMS);
@@ -123,7 +123,7 @@ struct GatedResidualModulate {
     const T *factor = modulation.factor, *level = modulation.level;
     channels.each([&](int64_t c, int64_t n) __attribute__((always_inline)) {
       const V normed = (C::read(row, Native<T>::dtype, c, n) - mean) * rstd;
-      C::write(out, DTYPE, c, n, fma(normed, load<V>(factor + c), load<V>(level + c)), STREAMS);
+      C::write(out, BRANCH, c, n, fma(normed, load<V>(factor + c), load<V>(level + c)), STREAMS);
     });
     const int64_t at = b * args.shape.length + token;
     if (!args.shape.rms) ((T*)args.mean)[at] = mean;
@@ -135,7 +135,14 @@ static bool gated_residual_modulate(const GatedResidualModulateArgs& args,
                                     const Parallel& parallel) {
   switch (args.shape.dtype) {
     case Dtype::float32:
-      return GatedResidualModulate<float, Dtype::float32>(args).run(parallel);
+      switch (args.shape.branch) {
+        case Dtype::bfloat16:
+          return GatedResidualModulate<float, Dtype::float32, Dtype::bfloat16>(args).run(parallel);
+        case Dtype::float16:
+          return GatedResidualModulate<float, Dtype::float32, Dtype::float16>(args).run(parallel);
+        default:
+          return GatedResidualModulate<float, Dtype::float32, Dtype::float32>(args).run(parallel);
+      }
     case Dtype::float16:
       return GatedResidualModulate<float, Dtype::float16>(args).run(parallel);
     case Dtype::bfloat16:

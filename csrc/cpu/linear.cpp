@@ -1,16 +1,12 @@
-#include "cpu/linear.h"
+#include "cpu/linear_glue.h"
 
-#include <optional>
 #include <tuple>
 
-#include "cpu/glue.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 
 namespace mmfast {
-namespace {
 
-using Optional = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
 Dtype dtype_named(const std::string& name) {
@@ -26,6 +22,8 @@ ScalarType scalar_type(Dtype dtype) {
   }
   return ScalarType::Float;
 }
+
+namespace {
 
 // (..., C) as equally distant rows, whose numbers lie one after another; keeps what it copies.
 struct Matrix {
@@ -54,15 +52,21 @@ void check_width(const LinearArgs& args) {
                     "mmfast: linear takes float64 with float64 only");
 }
 
-LinearOutput output(Tensor& tensor) { return {(char*)tensor.data_ptr(), dtype_of(tensor)}; }
+// Where a gradient goes; nowhere without elements.
+LinearOutput output(Tensor* tensor) {
+  if (!tensor || !tensor->numel()) return {};
+  return {(char*)tensor->data_ptr(), dtype_of(*tensor)};
+}
 
 void check(bool done) { STD_TORCH_CHECK(done, "mmfast: out of memory"); }
 
+}  // namespace
+
 Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias,
-              const std::string& activation, const std::string& dtype) {
+              const std::string& activation, Dtype dtype) {
   const Matrix given(x), weights(weight);
   LinearArgs args{};
-  args.dtype = dtype_named(dtype);
+  args.dtype = dtype;
   args.x = given.rows;
   args.weight = weights.rows;
   check_width(args);
@@ -76,14 +80,13 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias,
   auto sizes = sizes_of(x, x.dim());
   sizes.back() = weight.size(0);
   Tensor out = on_huge_pages(torch::stable::new_empty(x, sizes, scalar_type(args.dtype)));
-  args.out = output(out);
+  args.out = output(&out);
   if (out.numel()) check(kernels().linear(args, parallel()));
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& x,
-                                              const Tensor& weight, const std::string& activation,
-                                              bool want_x, bool want_weight, bool want_bias) {
+void linear_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                      const std::string& activation, const LinearGradients& to) {
   const Matrix gradient(grad), given(x), weights(weight);
   LinearArgs args{};
   args.dtype = gradient.rows.dtype;
@@ -92,24 +95,37 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& 
   args.weight = weights.rows;
   check_width(args);
   set_activation(args, activation);
+  args.grad_x = output(to.x);
+  args.grad_weight = output(to.weight);
+  args.grad_bias = output(to.bias);
+  if (args.grad_x.data || args.grad_weight.data || args.grad_bias.data)
+    check(kernels().linear(args, parallel()));
+}
+
+namespace {
+
+Tensor linear_op(const Tensor& x, const Tensor& weight, const Optional& bias,
+                 const std::string& activation, const std::string& dtype) {
+  return linear(x, weight, bias, activation, dtype_named(dtype));
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& x,
+                                              const Tensor& weight, const std::string& activation,
+                                              bool want_x, bool want_weight, bool want_bias) {
   const auto like = [](const Tensor& tensor, bool wanted, int64_t dims) {
     return on_huge_pages(torch::stable::new_empty(
         tensor, wanted ? sizes_of(tensor, dims) : std::vector<int64_t>{0}));
   };
   Tensor grad_x = like(x, want_x, x.dim()), grad_weight = like(weight, want_weight, 2);
   Tensor grad_bias = like(weight, want_bias, 1);
-  if (want_x && grad_x.numel()) args.grad_x = output(grad_x);
-  if (want_weight && grad_weight.numel()) args.grad_weight = output(grad_weight);
-  if (want_bias && grad_bias.numel()) args.grad_bias = output(grad_bias);
-  if (args.grad_x.data || args.grad_weight.data || args.grad_bias.data)
-    check(kernels().linear(args, parallel()));
+  linear_gradients(grad, x, weight, activation, {&grad_x, &grad_weight, &grad_bias});
   return {grad_x, grad_weight, grad_bias};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
-  m.impl("linear", MMFAST_BOX(&linear));
+  m.impl("linear", MMFAST_BOX(&linear_op));
   m.impl("linear_bwd", MMFAST_BOX(&linear_bwd));
 }
 

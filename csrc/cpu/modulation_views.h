@@ -48,7 +48,8 @@ class ModulationViews {
 inline BlockShape block_shape(const Tensor& x, const std::string& norm,
                               const std::string& gate_activation,
                               std::initializer_list<const Optional*> modulations) {
-  BlockShape shape{x.size(0), x.size(1), 1, x.size(2), dtype_of(x), false, false};
+  const Dtype dtype = dtype_of(x);
+  BlockShape shape{x.size(0), x.size(1), 1, x.size(2), dtype, dtype, false, false};
   shape.rms = choice("norm", norm, {"layer", "rms"}) == 1;
   shape.tanh = choice("gate_activation", gate_activation, {"linear", "tanh"}) == 1;
   for (const Optional* modulation : modulations)

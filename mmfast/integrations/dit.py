@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import mmfast
 from mmfast.integrations.attention import scaled_dot_product_attention
-from mmfast.integrations.binding import Library, Method, Swap
+from mmfast.integrations.binding import Library, Method, Swap, is_bound
 from mmfast.integrations.rehearsal import block_difference
 from mmfast.integrations.residuals import add, add_and_modulate
-from mmfast.nn.layers import is_plain, linear
+from mmfast.nn.layers import has_hooks, is_plain, linear
+from mmfast.nn.whole_block import whole_block
 
 
 class DiTBlock:
@@ -25,9 +26,11 @@ class DiTBlock:
 
     def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
         """Tokens (B, L, C) from tokens and the condition (B, C)."""
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
-            6, dim=1
-        )
+        modulation = self.adaLN_modulation(c)
+        made = _whole(self, x, modulation)
+        if made is not None:
+            return made
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         normed = mmfast.layer_norm_modulate(x, shift, scale, eps=self.norm1.eps)
         y = _attended(self.attn, normed)
         x, normed = add_and_modulate(x, gate, y, shift_mlp, scale_mlp, eps=self.norm2.eps)
@@ -43,6 +46,30 @@ class FinalLayer:
         """Patches (B, L, P) from tokens (B, L, C) and the condition (B, C)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(mmfast.layer_norm_modulate(x, shift, scale, eps=self.norm_final.eps))
+
+
+def _whole(block: Any, x: Tensor, modulation: Tensor) -> Tensor | None:
+    """The block as a single op, if its parts do nothing else."""
+    attn = block.attn
+    first, act, last = _layers(block.mlp)
+    replaced = "forward" in vars(attn) and not is_bound(attn, "forward")
+    if first is None or replaced or has_hooks(attn):
+        return None
+    # Of timm's attention, what there may be besides its two layers.
+    for name in ("q_norm", "k_norm", "norm", "attn_drop", "proj_drop"):
+        part = getattr(attn, name, None)
+        if isinstance(part, nn.Module) and not _does_nothing(part):
+            return None
+    return whole_block(
+        x,
+        modulation,
+        (attn.qkv, attn.proj, first, last),
+        num_heads=attn.num_heads,
+        scale=attn.scale,
+        eps=block.norm1.eps,
+        mlp_eps=block.norm2.eps,
+        activation=_activation(act),
+    )
 
 
 def _attended(attn: Any, x: Tensor) -> Tensor:
@@ -66,8 +93,11 @@ def _fed_forward(mlp: Any, x: Tensor) -> Tensor:
     first, act, last = _layers(mlp)
     if first is None:
         return mlp(x)
-    activation = "gelu" if act.approximate == "none" else "gelu_tanh"
-    return linear(last, linear(first, x), activation)
+    return linear(last, linear(first, x), _activation(act))
+
+
+def _activation(act: nn.GELU) -> str:
+    return "gelu" if act.approximate == "none" else "gelu_tanh"
 
 
 def _layers(mlp: Any) -> tuple[Any, Any, Any]:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from mmfast.nn.adaptive_norm import Pending, modulation, next_branch, settled, zero
 from mmfast.nn.attention import SelfAttention, Tables
-from mmfast.nn.mlp import MLP
+from mmfast.nn.layers import is_plain
+from mmfast.nn.mlp import GATED, MLP
+from mmfast.nn.whole_block import whole_block
 
 
 class DiTBlock(nn.Module):
@@ -18,6 +20,7 @@ class DiTBlock(nn.Module):
 
     Its parameters have the names of facebookresearch/DiT: ``attn.qkv``, ``attn.proj``, ``mlp.fc1``,
     ``mlp.fc2``, ``adaLN_modulation.1``. The residual is read and written once between two branches.
+    Where nothing else hangs on to its parts, the block is a single op.
 
     Args:
         hidden_size: C, of tokens and condition.
@@ -81,7 +84,7 @@ class DiTBlock(nn.Module):
         defer: Literal[True],
         tables: Tables | None = ...,
         attn_mask: Tensor | None = ...,
-    ) -> tuple[Tensor, Pending]: ...
+    ) -> tuple[Tensor, Pending | None]: ...
     def forward(
         self,
         x: Tensor,
@@ -91,7 +94,7 @@ class DiTBlock(nn.Module):
         defer: bool = False,
         tables: Tables | None = None,
         attn_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Pending]:
+    ) -> Tensor | tuple[Tensor, Pending | None]:
         """Tokens ``(B, L, C)`` to tokens.
 
         Args:
@@ -99,16 +102,40 @@ class DiTBlock(nn.Module):
             c: the condition, ``(B, C)``, or one for each of F frames, ``(B, F, C)``.
             pending: what the block before has deferred.
             defer: return x without the MLP's branch, and that branch, for the next block's
-                ``pending``: they are then added in the same pass that normalises for it.
+                ``pending``: they are then added in the same pass that normalises for it. None
+                where nothing is pending, as after a block that is a single op.
             tables: cos and sin of :func:`mmfast.rotary_tables`, for queries and keys.
             attn_mask: of :func:`mmfast.scaled_dot_product_attention`.
         """
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(c).chunk(6, -1)
+        modulation = self.adaLN_modulation(c)
+        if pending is None and tables is None and attn_mask is None:
+            made = self._whole(x, modulation)
+            if made is not None:
+                return (made, None) if defer else made
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, -1)
         x, branch = next_branch(x, pending, shift, scale, eps=self.eps)
         attended = self.attn(branch, tables=tables, attn_mask=attn_mask)
         x, branch = next_branch(x, (gate, attended), mlp_shift, mlp_scale, eps=self.mlp_eps)
         left = mlp_gate, self.mlp(branch)
         return (x, left) if defer else settled(x, left)
+
+    def _whole(self, x: Tensor, modulation: Tensor) -> Tensor | None:
+        """The block as a single op, if it is nothing but the parts that it was made of."""
+        attn, mlp = self.attn, self.mlp
+        if attn.q_norm is not None or attn.k_norm is not None or mlp.activation in GATED:
+            return None
+        if not (is_plain(attn, SelfAttention) and is_plain(mlp, MLP)):
+            return None
+        return whole_block(
+            x,
+            modulation,
+            (attn.qkv, attn.proj, mlp.fc1, mlp.fc2),
+            num_heads=attn.num_heads,
+            scale=(attn.dim // attn.num_heads) ** -0.5,
+            eps=self.eps,
+            mlp_eps=self.mlp_eps,
+            activation=mlp.activation,
+        )
 
 
 class FinalLayer(nn.Module):

@@ -11,14 +11,17 @@ from mmfast.ops.linear import linear as _linear
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its ``forward``."""
+    return any(getattr(module, hooks) for hooks in _HOOKS) or bool(_module._has_any_global_hook())
+
+
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a call of the module runs nothing but the ``forward`` of one of these classes.
 
     Hooks, adapters, shards and quantised weights are some of what else there may be.
     """
-    if type(module) not in kinds or "forward" in vars(module):
-        return False
-    if any(getattr(module, hooks) for hooks in _HOOKS) or _module._has_any_global_hook():
+    if type(module) not in kinds or "forward" in vars(module) or has_hooks(module):
         return False
     return all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
 
