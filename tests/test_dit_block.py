@@ -225,14 +225,19 @@ def test_nothing_is_kept_without_gradients(calls):
     assert saved == []
     with torch.inference_mode():
         assert torch.equal(block(x, c), made)
-    arguments = dit_block.OP.samples().__iter__()
-    sample = next(s for s in arguments if s.name.endswith("alone"))
-    tensors = sample.make(torch.device("cpu"), torch.float32, 0)
-    tensors[0].requires_grad_()
-    out, *kept = torch.ops.mmfast.dit_block(*tensors)
-    assert all(t.numel() == 0 for t in kept)
-    with pytest.raises(RuntimeError, match="keep=True"):
-        out.sum().backward()
+
+
+def test_what_was_not_kept_is_made_again():
+    sample = next(s for s in dit_block.OP.samples() if s.name.endswith("alone"))
+    *given, _ = sample.make(torch.device("cpu"), torch.float32, 0)
+    wanted = [t.requires_grad_() for t in given if torch.is_tensor(t)]
+    grads = []
+    for keep in (True, False):
+        out, *kept = torch.ops.mmfast.dit_block(*given, keep)
+        assert keep or all(t.numel() == 0 for t in kept)
+        grads.append(torch.autograd.grad(out.square().sum(), wanted))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
 
 
 @KINDS

@@ -164,6 +164,7 @@ def reference(
 ) -> tuple[Tensor, ...]:
     """The specification: its parts' one after another. The result, and :data:`KEPT`."""
     low = getattr(torch, dtype)
+    x, modulation = x.contiguous(), modulation.contiguous()  # or last bits would depend on strides
     shift, factor, gate, mlp_shift, mlp_factor, mlp_gate = modulation.chunk(6, -1)  # [B, F, C]
     normed, mean, rstd = _normed(x, shift, factor, eps, low)
     qkv = linear_op.reference(normed, qkv_weight, qkv_bias, "none", dtype)  # [B, L, 3 A]
@@ -225,20 +226,24 @@ def fake(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    *ctx.options, _, ctx.keep = inputs[10:]
+    *ctx.options, ctx.dtype, ctx.keep = inputs[10:]
+    ctx.bias_dtypes = [None if b is None else b.dtype for b in inputs[3:10:2]]
     if ctx.keep:
-        ctx.bias_dtypes = [None if b is None else b.dtype for b in inputs[3:10:2]]
         ctx.save_for_backward(*inputs[:2], *inputs[2:10:2], *output[1:])
+    else:
+        ctx.save_for_backward(*inputs[:10])
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:10]
     if grad is None or not any(needs):
         return (None,) * 17
-    if not ctx.keep:
-        raise RuntimeError("dit_block: gradients need keep=True in the forward, got False")
+    saved = ctx.saved_tensors
+    if not ctx.keep:  # the forward once more
+        _, *kept = backends.call(OP, *saved, *ctx.options, ctx.dtype, True)
+        saved = (*saved[:2], *saved[2::2], *kept)
     wanted = sum(need << i for i, need in enumerate(needs))
-    made = backends.call(BACKWARD, grad, *ctx.saved_tensors, *ctx.options, wanted)
+    made = backends.call(BACKWARD, grad, *saved, *ctx.options, wanted)
     grads = [g if need else None for g, need in zip(made, needs, strict=True)]
     for i, dtype in zip(range(3, 10, 2), ctx.bias_dtypes, strict=True):
         bias = grads[i]
@@ -276,6 +281,9 @@ def reference_bwd(
     """Gradients of :data:`INPUTS`, biases' of their weights' dtypes; (0,) unless bit i of
     ``wanted`` is set."""
     low = qkv.dtype
+    grad, x, modulation, qkv, attended, lse, y, residual, hidden, fed = (
+        t.contiguous() for t in (grad, x, modulation, qkv, attended, lse, y, residual, hidden, fed)
+    )
     shift, factor, gate, mlp_shift, mlp_factor, mlp_gate = modulation.chunk(6, -1)  # [B, F, C]
 
     def layer(passed: Tensor, given: Tensor, weight: Tensor, act: str = "none") -> tuple[Any, ...]:
