@@ -139,7 +139,7 @@ def _tables() -> Iterator[Case]:
     if not training.missing():
         yield _vqvae(vqvae.SETTING)
     for model in transformers.SETTINGS:
-        for name in transformers.OPS:
+        for name in model.ops:
             yield _transformer(name, model)
 
 

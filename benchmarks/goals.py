@@ -230,7 +230,7 @@ def _less_memory(what: str, own: Row, other: Row) -> Iterator[Goal]:
 
 
 def _transformers(rows: list[Row]) -> Iterator[Goal]:
-    ratios = {s.key: transformers.RATIOS[s.dtype] for s in transformers.SETTINGS}
+    ratios = {s.key: s.ratio for s in transformers.SETTINGS}
     for own, other in _pairs(rows, *transformers.OPS):
         goal = _faster(own, other, ratios[own.case])
         what = f"{own.op}, {own.data}"

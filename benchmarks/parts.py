@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-PRODUCTS, ATTENTION, NORMS, ACTIVATION, OTHER = (
+PRODUCTS, ATTENTION, NORMS, ACTIVATION, BLOCKS, OTHER = (
     "linear layers",
     "attention",
     "norms, modulation",
     "activation",
+    "whole blocks",
     "other",
 )
 _STEPS = 3  # that are profiled
@@ -47,6 +48,8 @@ def medians(steps: Sequence[dict[str, float]]) -> dict[str, float]:
 def kind(op: str) -> str:
     """What an op of a transformer, such as ``aten::mm``, belongs to."""
     space, _, name = op.partition("::")
+    if "dit_block" in name:
+        return BLOCKS  # where an op makes all of a block but its modulation
     if "attention" in name:
         return ATTENTION
     if name in _LINEAR or "gemm" in name or name.startswith(("linear", "_linear")):
@@ -59,16 +62,17 @@ def kind(op: str) -> str:
 
 
 def profiled(run: Callable[[], Any]) -> dict[str, float]:
-    """Seconds by what the ops of ``run``, already warm, belong to; what is outside of ops, Python
-    and autograd and the profiler itself, is with the others."""
+    """Seconds by what the ops of ``run``, already warm, belong to, where there are any; what is
+    outside of ops, Python and autograd and the profiler itself, is with the others."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         begin = time.perf_counter()
         for _ in range(_STEPS):
             run()
         whole = (time.perf_counter() - begin) / _STEPS
-    seconds = dict.fromkeys((PRODUCTS, ATTENTION, NORMS, ACTIVATION), 0.0)
+    seconds = dict.fromkeys((PRODUCTS, ATTENTION, NORMS, ACTIVATION, BLOCKS), 0.0)
     for event in profile.key_averages():
         part = kind(event.key)
         if part in seconds:
             seconds[part] += event.self_cpu_time_total / 1e6 / _STEPS
-    return {**seconds, OTHER: max(0.0, whole - sum(seconds.values()))}
+    found = {part: spent for part, spent in seconds.items() if spent > 0}
+    return {**found, OTHER: max(0.0, whole - sum(found.values()))}

@@ -34,9 +34,12 @@ def test_parts_of_a_transformer():
         found = step.parts()
         assert list(found)[-1] == parts.OTHER
         assert min(found.values()) > 0
+        assert {parts.PRODUCTS, parts.NORMS, parts.ACTIVATION} <= found.keys()
+        assert (parts.ATTENTION in found) != (parts.BLOCKS in found)
     kinds = {"aten::mm": parts.PRODUCTS, "mmfast::layer_norm_modulate": parts.NORMS}
     kinds |= {"aten::gelu": parts.ACTIVATION, "aten::copy_": parts.OTHER}
     kinds |= {"mmfast::scaled_dot_product_attention": parts.ATTENTION, "aten::mul": parts.NORMS}
+    kinds |= {"mmfast::dit_block_bwd": parts.BLOCKS}
     assert {op: parts.kind(op) for op in kinds} == kinds
 
 
