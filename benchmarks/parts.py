@@ -18,6 +18,7 @@ PRODUCTS, ATTENTION, NORMS, ACTIVATION, BLOCKS, OTHER = (
     "other",
 )
 _STEPS = 3  # that are profiled
+_TRACKED = "GeneratedBackwardFor_mmfast_"
 _LINEAR = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "linear_backward")
 # A transformer's plain products and sums outside of linear layers are those of its modulation.
 _ELEMENTWISE = ("mul", "mul_", "add", "add_", "addcmul", "sum", "neg", "div")
@@ -48,6 +49,8 @@ def medians(steps: Sequence[dict[str, float]]) -> dict[str, float]:
 def kind(op: str) -> str:
     """What an op of a transformer, such as ``aten::mm``, belongs to."""
     space, _, name = op.partition("::")
+    if space.startswith(_TRACKED) and space.endswith("_default"):  # an op of ours under autograd
+        name = space.removeprefix(_TRACKED)
     if "dit_block" in name:
         return BLOCKS  # where an op makes all of a block but its modulation
     if "attention" in name:

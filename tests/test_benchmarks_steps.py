@@ -40,6 +40,8 @@ def test_parts_of_a_transformer():
     kinds |= {"aten::gelu": parts.ACTIVATION, "aten::copy_": parts.OTHER}
     kinds |= {"mmfast::scaled_dot_product_attention": parts.ATTENTION, "aten::mul": parts.NORMS}
     kinds |= {"mmfast::dit_block_bwd": parts.BLOCKS}
+    tracked = "GeneratedBackwardFor_mmfast_linear_default"
+    kinds |= {tracked: parts.PRODUCTS, f"{tracked}Backward": parts.OTHER}
     assert {op: parts.kind(op) for op in kinds} == kinds
 
 

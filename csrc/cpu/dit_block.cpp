@@ -246,6 +246,14 @@ Gradients dit_block_bwd(const Tensor& grad, const Tensor& x, const Tensor& modul
                      {&to_input, &to[of_weight], &to[of_weight + 1]});
     return to_input;
   };
+  // Of one whose input was made again: its gradient takes that one's place.
+  const auto layer_in_place = [&](const Tensor& passed, Tensor input, const Tensor& weight,
+                                  Input of_weight, bool further) {
+    linear_gradients(passed, input, weight, "none",
+                     {nullptr, &to[of_weight], &to[of_weight + 1]});
+    if (further) linear_gradients(passed, input, weight, "none", {&input, nullptr, nullptr});
+    return input;
+  };
   // A norm's output, made again where a weight's gradient needs its numbers.
   const auto again = [&](const Tensor& from, Part shifts, Part scales, double its_eps,
                          Input of_weight) {
@@ -272,8 +280,9 @@ Gradients dit_block_bwd(const Tensor& grad, const Tensor& x, const Tensor& modul
   to_fed = nothing(x);
   Tensor to_modulated = nothing(x);
   if (at_hidden)
-    to_modulated = layer(to_hidden, again(residual, mlp_shift, mlp_scale, mlp_eps, of_fc1),
-                         fc1_weight, "none", of_fc1, at_y);
+    to_modulated = layer_in_place(to_hidden,
+                                  again(residual, mlp_shift, mlp_scale, mlp_eps, of_fc1),
+                                  fc1_weight, of_fc1, at_y);
   to_hidden = nothing(x);
 
   Tensor to_residual = nothing(x), to_y = nothing(x);
@@ -313,8 +322,8 @@ Gradients dit_block_bwd(const Tensor& grad, const Tensor& x, const Tensor& modul
     args.keys[0].grad_value = packed.value;
     check_memory(kernels().attention_backward(args, parallel()));
     to_attended = nothing(x);
-    to_modulated = layer(to_qkv, again(x, shift, scale, eps, of_qkv), qkv_weight, "none", of_qkv,
-                         at_norm);
+    to_modulated =
+        layer_in_place(to_qkv, again(x, shift, scale, eps, of_qkv), qkv_weight, of_qkv, at_norm);
   }
   if (at_norm) {
     ModulationViews views;
