@@ -216,13 +216,15 @@ def test_only_what_is_asked_for(make, calls):
         torch.testing.assert_close(only, every[i])
 
 
-def test_nothing_is_kept_without_gradients(calls):
-    block, (x, c) = own(), given()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_is_kept_without_gradients(dtype, calls):
+    block, (x, c) = own().to(dtype), given(dtype)
     saved = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     with torch.no_grad(), hooks:
         made = block(x, c)
     assert saved == []
+    assert torch.equal(block(x, c), made)
     with torch.inference_mode():
         assert torch.equal(block(x, c), made)
 

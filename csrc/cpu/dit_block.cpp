@@ -118,6 +118,17 @@ void check_sizes(const Tensor& x, const Tensor& modulation) {
                   "mmfast: dit_block takes tokens [B, L, C] and modulation [B, F, 6 C]");
 }
 
+// In place: no room for activated rows is needed where nobody wants the others again.
+void activate(const Tensor& hidden, const std::string& activation) {
+  if (activation == "none") return;
+  GatedActivationArgs args{};
+  args.gate = rows_of(hidden, 0, 0);
+  args.activation = (Activation)choice("activation", activation, {"gelu", "gelu_tanh", "silu"});
+  args.out = (char*)hidden.data_ptr();
+  args.out_stride = hidden.size(2) * size_of(args.gate.dtype);
+  kernels().gated_activation(args, parallel());
+}
+
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                            Tensor, Tensor, Tensor>;
 
@@ -170,7 +181,8 @@ Outputs dit_block(const Tensor& x, const Tensor& modulation, const Tensor& qkv_w
   kept(y);
   Tensor hidden = linear(modulated, fc1_weight, fc1_bias, "none", branch);
   modulated = nothing(x);
-  Tensor fed = linear(hidden, fc2_weight, fc2_bias, activation, branch);
+  if (!keep) activate(hidden, activation);
+  Tensor fed = linear(hidden, fc2_weight, fc2_bias, keep ? activation : "none", branch);
   kept(hidden);
 
   // In the place of the residual where nobody needs it.
