@@ -18,7 +18,28 @@ from mmfast.registry import OPS, Sample
 
 Make = Callable[[torch.device], tuple[Any, ...]]
 
-_SCALED = ("nearest_code", "kmeans", "vector_quantize_step")
+# With goals for one thread and for all.
+_SCALED = (
+    "nearest_code",
+    "kmeans",
+    "vector_quantize_step",
+    "vector_quantize_eval",
+    "residual_vq_step",
+    "residual_vq_eval",
+    "fsq_step",
+    "lfq_step",
+    "lfq_signs_step",
+    "sampler_step",
+    "add_noise",
+    "randn",
+    "scaled_dot_product_attention",
+    "scaled_dot_product_attention_bwd",
+    "gated_residual_modulate",
+    "gated_residual_modulate_bwd",
+    "qk_norm_rope",
+    "qk_norm_rope_bwd",
+    "dit_step",
+)
 # Parts of modules that are measured: the larger of their samples are for --full.
 _INSIDE = (
     "vector_quantize",
@@ -58,6 +79,7 @@ class Case:
         full: only part of ``--full``.
         share: of the time that a case gets.
         overhead: it is so small that a call is all overhead.
+        whole: slow contenders have all vectors too, so that the memory can be compared.
     """
 
     op: str
@@ -70,6 +92,7 @@ class Case:
     full: bool = False
     share: float = 1.0
     overhead: bool = False
+    whole: bool = False
 
     @property
     def judged(self) -> int:
@@ -146,7 +169,8 @@ def _tables() -> Iterator[Case]:
 def _modules() -> Iterator[Case]:
     for n, k, d in _SHAPES:
         for op, sizes in (("step", (n, k, n)), ("eval", (n, k))):
-            yield _module(f"vector_quantize_{op}", {"N": n, "K": k, "D": d}, sizes)
+            case = _module(f"vector_quantize_{op}", {"N": n, "K": k, "D": d}, sizes)
+            yield dataclasses.replace(case, whole=k == 1024)
     shape = {"N": 16384, "K": 1024, "D": 128, "Q": 8}
     for op in ("step", "eval"):
         yield _module(f"residual_vq_{op}", shape, (16384, 8 * 1024, 16384)[: 3 - (op == "eval")])
