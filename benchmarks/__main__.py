@@ -126,6 +126,9 @@ def _parse() -> argparse.Namespace:
         action="store_true",
         help="all cases, torch.compile of everything, and slow contenders on all vectors",
     )
+    parser.add_argument(
+        "--scale", action="store_true", help="with one thread too: everything that has a goal"
+    )
     parser.add_argument("--only", metavar="REGEX", help="cases, as op/name")
     parser.add_argument("--subjects", metavar="REGEX", help="contenders, by their names")
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all")
@@ -200,7 +203,7 @@ def _run(
     return contest.run(
         case,
         device,
-        counts if case.scales else counts[-1:],
+        counts if case.scales(options.scale or options.full) else counts[-1:],
         effort,
         lambda name: bool(re.search(options.subjects or "", name)),
         lambda what: tell(f"{case.key} {what}", 0),

@@ -16,6 +16,8 @@ from benchmarks import patches, schedulers, training, transformers, vqvae
 from benchmarks.results import title_of
 from mmfast.registry import OPS, Sample
 
+SHIFTED = "Gaussian + 100"
+
 Make = Callable[[torch.device], tuple[Any, ...]]
 
 # With goals for one thread and for all.
@@ -25,6 +27,9 @@ _SCALED = (
     "vector_quantize_step",
     "vector_quantize_eval",
     "residual_vq_step",
+)
+# Likewise, with --scale.
+_SCALED_TOO = (
     "residual_vq_eval",
     "fsq_step",
     "lfq_step",
@@ -99,11 +104,14 @@ class Case:
         """How many of its vectors are held to the truth."""
         return self.shape["N"] if self.sweep is None else min(self.shape["N"], _JUDGED)
 
-    @property
-    def scales(self) -> bool:
-        """Whether it is timed with one thread too; for the others, all of them say enough."""
+    def scales(self, everything: bool) -> bool:
+        """Whether it is timed with one thread too.
+
+        Args:
+            everything: that has a goal.
+        """
         scaled = self.op in _SCALED or (self.op, self.name) in schedulers.RATIOS
-        return self.sweep is None and scaled
+        return self.sweep is None and (scaled or (everything and self.op in _SCALED_TOO))
 
     @property
     def key(self) -> str:
@@ -128,7 +136,7 @@ def _tables() -> Iterator[Case]:
                 op.name,
                 sample.name,
                 sample.shape,
-                "Gaussian + 100" if "offset" in sample.name else "Gaussian",
+                SHIFTED if "offset" in sample.name else "Gaussian",
                 functools.partial(_sample, sample),
                 quick=sample is smallest or sample.name == "n65536_k1024_d64",
                 full=sample is not smallest and op.name in _INSIDE,
@@ -239,16 +247,16 @@ def _sample(sample: Sample, device: torch.device) -> tuple[Any, ...]:
 
 
 def _sweeps() -> Iterator[Case]:
-    # Every second point is for --full.
-    for i, n in enumerate((16, 64, 256, 1024, 4096, 16384, 65536)):
-        yield _gaussian(n, 1024, 64, f"sweep_n{n}", "N", full=i % 2 == 1)
-    for i, k in enumerate((4, 16, 64, 256, 1024, 4096, 16384)):
-        yield _gaussian(16384, k, 64, f"sweep_k{k}", "K", full=i % 2 == 1)
+    # Others are for --full. The tables have N = 65536, and patches with 1024 and 8192 codes.
+    for n in (16, 64, 256, 1024, 4096, 16384):
+        yield _gaussian(n, 1024, 64, f"sweep_n{n}", "N", full=n not in (16, 256, 4096))
+    for k in (4, 16, 64, 256, 1024, 4096, 16384):
+        yield _gaussian(16384, k, 64, f"sweep_k{k}", "K", full=k not in (4, 64, 1024, 4096))
     for d in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
-        yield _gaussian(16384, 1024, d, f"sweep_d{d}", "D", full=d in (2, 8, 32, 128))
-    # The tables have those with 1024 and 8192 codes.
+        yield _gaussian(16384, 1024, d, f"sweep_d{d}", "D", full=d not in (1, 4, 16, 64, 512))
     for k in (64, 256, 4096):
-        yield _patches(k, f"sweep_patches_k{k}", "K, image patches")
+        case = _patches(k, f"sweep_patches_k{k}", "K, image patches")
+        yield dataclasses.replace(case, full=k == 4096)
 
 
 def _normal(rows: int, dims: int, seed: int) -> Tensor:

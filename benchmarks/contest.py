@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import memory, peers, timing
-from benchmarks.cases import Case
+from benchmarks.cases import SHIFTED, Case
 from benchmarks.modules import Step
 from benchmarks.results import Row
 from benchmarks.spent import FIRST, ROUNDS, TRUTH, Spent
@@ -22,7 +22,7 @@ _CUT_LEAST = 1024  # vectors
 # Bytes of an N x K matrix that is new pages in every call, as that of the whole problem is: below,
 # glibc may have it from the call before.
 _NEW_PAGES = 70 << 20
-# On the curves only these are of interest, besides mmfast.
+# On the curves, and with shifted data, only these are of interest, besides mmfast.
 CURVES = ("addmm+argmin", "faiss flat")
 _CLOSE = 3.0  # times mmfast's time, below which a contender has more than one sample in any case
 _NEAR = 10.0  # the same for shorter calls, of which new pages can be half where there is one sample
@@ -83,8 +83,8 @@ class Entry:
         return self.seconds > (_QUICK if aside else effort.slow) and (far or aside)
 
     def scales(self, effort: Effort) -> bool:
-        """Whether it is timed with fewer threads than all."""
-        return effort.full or not self.subject.peer.aside
+        """Whether it is timed with fewer threads than all, for which code is compiled again."""
+        return effort.full or not (self.subject.peer.aside or self.subject.compiled)
 
 
 def run(
@@ -146,6 +146,9 @@ def _times(
     """By contender; with fewer threads a call takes about ``longer`` times as long."""
     turns = {e.subject.name: e for e in entries if not e.once(effort, fastest)}
     calls = {name: e.call for name, e in turns.items()}
+    for name, entry in turns.items():
+        if longer > 1 and entry.subject.compiled:
+            calls[name]()
     if case.overhead and device.type == "cpu":
         times = timing.overhead(calls, device)
     else:
@@ -160,7 +163,7 @@ def _times(
 
 def _contenders(case: Case) -> list[Subject]:
     found = subjects(case.op)
-    if case.sweep is None:
+    if case.sweep is None and case.data != SHIFTED:
         return found
     return [s for s in found if s.kind == "mmfast" or s.name in CURVES]
 
@@ -192,10 +195,9 @@ def enter(
     effort: Effort,
 ) -> Entry | str:
     """The contender, warm and judged, or why it does not run."""
-    compiled = subject.kind == "compile" or subject.name == "torch.compile"
     headline = case.name in HEADLINES.get(case.op, (case.name,))
     if not effort.full and (
-        (compiled and not (case.op in COMPILED and headline))
+        (subject.compiled and not (case.op in COMPILED and headline))
         or (subject.peer.rarely and not headline)
     ):
         return ABSENT
@@ -224,7 +226,7 @@ def enter(
     long = effort.slow if subject.kind == "floor" else _SURE
     sure = warm or (taken.seconds > long and not effort.full)
     taken = taken._replace(result=None)
-    if compiled or not sure:
+    if subject.compiled or not sure:
         taken = memory.watch(call, device)
     return Entry(subject, call, rows, match, taken.memory, taken.seconds)
 

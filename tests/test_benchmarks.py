@@ -240,6 +240,7 @@ def test_a_cut_problem_needs_new_pages_like_the_whole(monkeypatch):
     peer = dataclasses.replace(library.peer, make=lambda x, _: lambda: seen.append(len(x)))
     contender = dataclasses.replace(library, peer=peer)
     monkeypatch.setattr(contest.timing, "once", lambda *_: (1.0, None))  # too slow for more
+    monkeypatch.setattr(contest, "_free_memory", lambda _: 1 << 40)
     arguments = (torch.zeros(n, 2), torch.zeros(2048, 2))
     given, rows, warm = contest._cut(case, contender, arguments, CPU, 0.05)
     assert len(given[0]) == rows == contest._NEW_PAGES // (4 * 2048)
