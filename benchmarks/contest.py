@@ -43,7 +43,7 @@ class Effort:
 
     seconds: float
     call: float = 0.03
-    slow: float = 0.3
+    slow: float = 0.12
     full: bool = False
 
 
