@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import contest, levels, machine, report, tables, timing, training
+from benchmarks import contest, levels, machine, ratios, report, tables, timing, training
 from benchmarks.cases import Case, all_cases
 from benchmarks.results import FILE, Results, letters_of
 from benchmarks.spent import ROUNDS, Spent
@@ -127,7 +127,7 @@ def _parse() -> argparse.Namespace:
         help="all cases, torch.compile of everything, and slow contenders on all vectors",
     )
     parser.add_argument(
-        "--scale", action="store_true", help="with one thread too: everything that has a goal"
+        "--scale", action="store_true", help="everything that has a goal, and with one thread too"
     )
     parser.add_argument("--only", metavar="REGEX", help="cases, as op/name")
     parser.add_argument("--subjects", metavar="REGEX", help="contenders, by their names")
@@ -167,7 +167,11 @@ def _parse() -> argparse.Namespace:
 
 
 def _choose(options: argparse.Namespace) -> list[Case]:
-    cases = [c for c in all_cases() if options.full or (c.quick if options.quick else not c.full)]
+    def takes_part(case: Case) -> bool:
+        scaled = options.scale and (case.op, case.name) in ratios.RATIOS
+        return options.full or scaled or (case.quick if options.quick else not case.full)
+
+    cases = [c for c in all_cases() if takes_part(c)]
     return [c for c in cases if re.search(options.only or "", c.key)]
 
 

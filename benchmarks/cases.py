@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import patches, schedulers, training, transformers, vqvae
+from benchmarks import patches, ratios, schedulers, training, transformers, vqvae
 from benchmarks.results import title_of
 from mmfast.registry import OPS, Sample
 
@@ -137,10 +137,11 @@ def _tables() -> Iterator[Case]:
                 sample.name,
                 sample.shape,
                 SHIFTED if "offset" in sample.name else "Gaussian",
-                functools.partial(_sample, sample),
+                functools.partial(_sample, sample, torch.float32),
                 quick=sample is smallest or sample.name == "n65536_k1024_d64",
-                full=sample is not smallest and op.name in _INSIDE,
+                full=(sample is not smallest and op.name in _INSIDE) or sample.name in ratios.LONG,
             )
+        yield from _halves(op.name, bench)
         if op.name == "nearest_code":
             for num_codes in (1024, 8192):
                 yield _patches(num_codes)
@@ -242,8 +243,18 @@ def _vqvae(setting: vqvae.Setting) -> Case:
     )
 
 
-def _sample(sample: Sample, device: torch.device) -> tuple[Any, ...]:
-    return sample.make(device, torch.float32, 0)
+def _sample(sample: Sample, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    return sample.make(device, dtype, 0)
+
+
+def _halves(op: str, samples: list[Sample]) -> Iterator[Case]:
+    """Those in bfloat16 that have goals."""
+    for sample in samples:
+        name = sample.name + ratios.HALF
+        if (op, name) in ratios.RATIOS:
+            make = functools.partial(_sample, sample, torch.bfloat16)
+            full = sample.name in ratios.LONG
+            yield Case(op, name, sample.shape, "Gaussian, bfloat16", make, full=full)
 
 
 def _sweeps() -> Iterator[Case]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks import schedulers, transformers, vqvae
+from benchmarks import ratios, schedulers, transformers, vqvae
 from benchmarks.results import Results, Row
 
 # Of nearest_code: times faster than torch.mm of that shape, and than the fastest peer with indices.
@@ -62,6 +62,7 @@ def goals(results: Results) -> list[Goal]:
         *_modules(rows),
         *_kmeans(rows),
         *_samplers(rows),
+        *_ops(rows),
         *_schedulers(rows),
         *_vqvae(rows),
         *_transformers(rows),
@@ -124,7 +125,7 @@ def _faster(own: Row, other: Row, wanted: float) -> Goal:
         f"{own.op}, {own.title}: against {other.subject}",
         own.threads,
         f"{wanted:g}x",
-        f"{ratio:.1f}x",
+        f"{ratio:.{1 if wanted >= 2 else 2}f}x",
         ratio >= wanted,
     )
 
@@ -254,7 +255,8 @@ def _samplers(rows: list[Row]) -> Iterator[Goal]:
         noise = drawn.get(own.threads, 0.0) if "seed" in own.case else 0.0
         for floor in rows:
             same = (floor.op, floor.case, floor.threads) == (own.op, own.case, own.threads)
-            if same and floor.subject == "torch.compile":
+            stricter = "torch.compile" in ratios.RATIOS.get((own.op, own.case), {})
+            if same and floor.subject == "torch.compile" and not stricter:
                 goal = _faster(own, floor, 1.0)
                 what = f"{own.op}, {own.case}: against torch.compile"
                 yield dataclasses.replace(goal, what=what)
@@ -270,6 +272,18 @@ def _samplers(rows: list[Row]) -> Iterator[Goal]:
                 f"{ratio:.2f}x",
                 ratio <= SAMPLER_OF_FLOOR,
             )
+
+
+def _ops(rows: list[Row]) -> Iterator[Goal]:
+    """Of those in ``ratios``."""
+    for own in (r for r in rows if r.kind == "mmfast"):
+        wanted = ratios.RATIOS.get((own.op, own.case), {})
+        for other in rows:
+            same = (other.op, other.case, other.threads) == (own.op, own.case, own.threads)
+            if same and other.subject in wanted:
+                goal = _faster(own, other, wanted[other.subject])
+                what = f"{own.op}, {own.case}: against {other.subject}"
+                yield dataclasses.replace(goal, what=what)
 
 
 def _limits(rows: list[Row]) -> Iterator[Goal]:

@@ -20,6 +20,7 @@ from benchmarks import (
     levels,
     peers,
     plots,
+    ratios,
     report,
     schedulers,
     subjects,
@@ -333,6 +334,26 @@ def test_goals_of_modules():
     rows = [dataclasses.replace(r, op="residual_vq_step") for r in rows]
     (memory_goal,) = (g for g in goals.goals(Results(FACTS, {}, rows)) if "memory" in g.what)
     assert (memory_goal.wanted, memory_goal.met) == ("less", True)
+
+
+def test_goals_of_ops():
+    of = {"op": "scaled_dot_product_attention", "case": "2x16x256x72_bfloat16"}
+    rows = [
+        row("mmfast (cpp)", "mmfast", 0.01, **of),
+        row("SDPA", "peer", 0.019, **of),
+        row("torch.mm", "floor", 0.006, **of),
+        row("plain torch", "peer", 0.001, **of),
+    ]
+    prefix = "scaled_dot_product_attention, 2x16x256x72_bfloat16: against "
+    assert {
+        g.what.removeprefix(prefix): (g.wanted, g.reached, g.met)
+        for g in goals.goals(Results(FACTS, {}, rows))
+    } == {"SDPA": ("2x", "1.9x", False), "torch.mm": ("0.55x", "0.60x", True)}
+
+
+def test_goals_are_of_cases():
+    known = {(case.op, case.name) for case in cases.all_cases()}
+    assert set(ratios.RATIOS) <= known
 
 
 def test_tables_show_what_is_wrong_and_slower(results):
