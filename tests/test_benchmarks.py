@@ -326,7 +326,7 @@ def test_goals_of_modules():
     reached = {g.what.removeprefix(prefix): (g.reached, g.met) for g in found if g.threads == 2}
     assert [(g.threads, g.reached) for g in found if g.threads == 1] == [(1, "16.0x")]
     assert reached == {
-        "against torch.compile": ("0.5x", False),
+        "against torch.compile": ("0.50x", False),
         "of lookup alone, at most": ("1.33x", True),
         f"against {goals.LIBRARY}": ("16.0x", True),
         f"memory beside its results, of {goals.LIBRARY}'s at most": ("1.0 of 10.0 MiB", False),
