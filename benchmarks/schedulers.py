@@ -130,7 +130,6 @@ def stepping(scheduler: Any, x: Tensor, output: Tensor) -> Step:
 
     again()
 
-    @torch.no_grad()
     def run() -> Tensor:
         if len(timesteps) < 2:  # the last step of some takes no noise, or less work
             again()
