@@ -881,7 +881,7 @@ def test_last_steps_that_the_library_gets_wrong() -> None:
 
 
 REFUSED = [
-    ("UniPCMultistepScheduler", {"solver_order": 13}, "solver_order=13 is not supported"),
+    ("SASolverScheduler", {"corrector_order": 6}, "corrector_order=6 is not .* be 1 to 4"),
     ("SASolverScheduler", {"predictor_order": 5}, "predictor_order=5 is not .* be 1 to 4"),
 ]
 
@@ -894,6 +894,16 @@ def test_options_that_are_refused(name: str, made: dict[str, Any], message: str)
     with pytest.raises(ValueError, match=message):
         drop_in.patch(theirs)
     assert type(theirs) is getattr(diffusers, name)
+
+
+def test_unipc_of_orders_that_no_table_has() -> None:
+    made = {"solver_order": 13}
+    runs = [_run(library.UniPCMultistepScheduler(**made)) for library in (drop_in, diffusers)]
+    assert _error(*runs) == 0
+    scheduler = drop_in.UniPCMultistepScheduler(**made)
+    _run(scheduler)
+    assert [value is None for value in scheduler.model_outputs] == [True] * 5 + [False] * 8
+    assert scheduler.lower_order_nums == 8
 
 
 def test_calls_that_are_refused() -> None:

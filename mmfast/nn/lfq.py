@@ -221,8 +221,8 @@ class LFQ(nn.Module):
         Args:
             inv_temperature: of the distributions that the entropies are of.
             return_loss_breakdown: return the losses one by one, too.
-            mask: ``(B, L)``, or ``(B,)`` of whole samples, bool; vectors where it is False count for
-                no loss.
+            mask: ``(B, L)``, or ``(B,)`` of whole samples, bool; vectors where it is False count
+                for no loss.
 
         Returns:
             The quantised vectors in x's shape, int64 indices ``(B, L)`` or ``(B, ...)``, with a
