@@ -167,6 +167,8 @@ def _tables() -> Iterator[Case]:
             yield _scheduler("scheduler_step", setting, name, shape)
     for name, shape in schedulers.SHAPES.items():
         yield _scheduler("scheduler_add_noise", schedulers.SETTINGS[0], name, shape)
+    euler = next(setting for setting in schedulers.SETTINGS if setting.key == "euler")
+    yield _scheduler("sampler_call", euler, "tiny", schedulers.SHAPES["tiny"])
     yield from _modules()
     if not training.missing():
         yield _vqvae(vqvae.SETTING)

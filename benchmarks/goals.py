@@ -181,9 +181,9 @@ def _schedulers(rows: list[Row]) -> Iterator[Goal]:
             yield Goal(
                 f"overhead of {row.op}, {row.data}",
                 row.threads,
-                f"{schedulers.OVERHEAD * 1e6:g} us",
+                f"{schedulers.OVERHEAD[row.op] * 1e6:g} us",
                 f"{(row.seconds or 0.0) * 1e6:.1f} us",
-                (row.seconds or 0.0) < schedulers.OVERHEAD,
+                (row.seconds or 0.0) < schedulers.OVERHEAD[row.op],
             )
         wanted = schedulers.RATIOS.get((row.op, row.case))
         for other in rows:

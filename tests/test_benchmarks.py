@@ -137,7 +137,7 @@ def modules_problem(op: str) -> tuple:
 
     if op == "fsq_step":
         return normal(40, 3), normal(41, 3)[1:], [8, 5, 5]
-    if op.startswith("scheduler"):
+    if op in schedulers.OPS:
         setting = schedulers.SETTINGS[1]  # without noise of its own
         return schedulers.arguments(setting, (2, 3, 4, 5), CPU)
     if op == vqvae.OP:

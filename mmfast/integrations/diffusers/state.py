@@ -45,7 +45,7 @@ class State:
         if scheduler._twice:
             self.addresses = {at: self.places[self.values[i]] for at, i in self.addresses.items()}
         self.scales: list[float] | None = None
-        self.noisy: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
+        self.noisy: dict[torch.device, tuple[Tensor, Tensor, list[Tensor]]] = {}
         self.programs = programs
         self.forgets = not scheduler._remembers
         self.program: Program | None = None
@@ -172,5 +172,5 @@ class Ready:
 
 
 def _unless(dtype: torch.dtype, wanted: torch.dtype) -> torch.dtype | None:
-    """What empty_like is told. An argument takes time, even one that changes nothing."""
+    """What empty_like is told."""
     return None if dtype == wanted else wanted

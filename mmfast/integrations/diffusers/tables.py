@@ -642,3 +642,15 @@ def noising(points: Sequence[tuple[float, float]]) -> Tensor:
     rows[:, [ALPHA, SIGMA]] = torch.tensor(points, dtype=torch.float64).view(-1, 2)
     rows[:, WEIGHT] = 1.0
     return rows
+
+
+def sums(points: Sequence[tuple[float, float]]) -> Tensor:
+    """A table of :func:`mmfast.sampler_step`, of alpha x + sigma m."""
+    builder = TableBuilder()
+    for alpha, sigma in points:
+        known = math.isfinite(alpha + sigma)
+        builder.row(0.0, next=alpha * x + sigma * model_output if known else Linear({}))
+    table = builder.build().coefficients
+    unknown = [not math.isfinite(alpha + sigma) for alpha, sigma in points]
+    table[torch.tensor(unknown)] = math.nan
+    return table
