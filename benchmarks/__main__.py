@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import contest, levels, machine, report, tables, timing, training
+from benchmarks import contest, levels, machine, ratios, report, tables, timing, training
 from benchmarks.cases import Case, all_cases
 from benchmarks.results import FILE, Results, letters_of
 from benchmarks.spent import ROUNDS, Spent
@@ -27,7 +27,7 @@ from mmfast.files import check_writable
 _HERE = Path(__file__).parent
 _CURVE_SHARE = 0.1  # of a table's case's time
 _LEVEL_CASES = 2  # of lower instruction sets, without --full
-_LEVELS = 2  # lower instruction sets, likewise
+_LEVELS = 1  # lower instruction sets, likewise
 _SAVE_EVERY = 5.0  # seconds, which are lost at most
 
 
@@ -126,6 +126,9 @@ def _parse() -> argparse.Namespace:
         action="store_true",
         help="all cases, torch.compile of everything, and slow contenders on all vectors",
     )
+    parser.add_argument(
+        "--scale", action="store_true", help="everything that has a goal, and with one thread too"
+    )
     parser.add_argument("--only", metavar="REGEX", help="cases, as op/name")
     parser.add_argument("--subjects", metavar="REGEX", help="contenders, by their names")
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all")
@@ -164,7 +167,11 @@ def _parse() -> argparse.Namespace:
 
 
 def _choose(options: argparse.Namespace) -> list[Case]:
-    cases = [c for c in all_cases() if options.full or (c.quick if options.quick else not c.full)]
+    def takes_part(case: Case) -> bool:
+        scaled = options.scale and (case.op, case.name) in ratios.RATIOS
+        return options.full or scaled or (case.quick if options.quick else not case.full)
+
+    cases = [c for c in all_cases() if takes_part(c)]
     return [c for c in cases if re.search(options.only or "", c.key)]
 
 
@@ -200,7 +207,7 @@ def _run(
     return contest.run(
         case,
         device,
-        counts if case.scales else counts[-1:],
+        counts if case.scales(options.scale or options.full) else counts[-1:],
         effort,
         lambda name: bool(re.search(options.subjects or "", name)),
         lambda what: tell(f"{case.key} {what}", 0),
@@ -226,5 +233,7 @@ if __name__ == "__main__":
     # Libraries of contenders warn about each other; nothing of it concerns the results.
     warnings.filterwarnings("ignore")
     os.environ.setdefault("KEOPS_VERBOSE", "0")
+    # The processor's flags say what it has; torch.compile would build programs to find out.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's
     sys.exit(main())

@@ -230,4 +230,7 @@ COMPOSITES = {
     "scheduler_add_noise": Composite(
         {"mmfast": schedulers.add_noise}, schedulers.expected_add_noise, schedulers.judge
     ),
+    "sampler_call": Composite(
+        {"mmfast": schedulers.call}, schedulers.expected_call, schedulers.judge
+    ),
 }

@@ -20,6 +20,7 @@ _NAMED = (
     "dynamic_threshold",
     "guidance_factors",
     "randn",
+    "sampler_call",
     "sampler_step",
     "scheduler_add_noise",
     "scheduler_step",

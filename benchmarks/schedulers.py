@@ -14,11 +14,15 @@ from torch import Tensor
 
 from benchmarks.modules import Step
 from mmfast import use_backend
+from mmfast.schedule.table import TableBuilder, model_output
+from mmfast.schedule.table import x as sample
 
-OPS = ("scheduler_step", "scheduler_add_noise")
+# Seconds of a tiny step: through a class, and of the function alone.
+OVERHEAD = {"scheduler_step": 20e-6, "scheduler_add_noise": 20e-6, "sampler_call": 12e-6}
+OPS = tuple(OVERHEAD)
 SHAPES = {"latents": (1, 16, 21, 60, 104), "tiny": (1, 4, 4, 4)}  # of a video; and what is overhead
 SHARE = 0.2  # of a case's time
-OVERHEAD = 20e-6  # seconds of a tiny step
+WEIGHTS = (-0.5, -0.25)  # of the model's output, in the steps of a call
 # Times faster than diffusers.
 RATIOS = {
     ("scheduler_step", "ddpm_latents"): 5.0,
@@ -130,7 +134,6 @@ def stepping(scheduler: Any, x: Tensor, output: Tensor) -> Step:
 
     again()
 
-    @torch.no_grad()
     def run() -> Tensor:
         if len(timesteps) < 2:  # the last step of some takes no noise, or less work
             again()
@@ -167,6 +170,25 @@ def expected_step(
         with use_backend("reference"):
             results.append(stepping(scheduler, x, output)())
     return results[0], results[1] - results[0]
+
+
+def call(setting: Setting, x: Tensor, output: Tensor, noise: Tensor) -> Callable[[], Tensor]:
+    """The function, with a row of Euler's."""
+    from mmfast import sampler_step
+
+    builder = TableBuilder()
+    for weight in WEIGHTS:
+        builder.row(0.0, next=sample + weight * model_output)
+    table, index = builder.build().to(x.device).coefficients, torch.tensor(1, device=x.device)
+    return lambda: sampler_step(x, output, table, index)
+
+
+def expected_call(
+    setting: Setting, x: Tensor, output: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """In float64, and no noise."""
+    made = judged(x).double() + WEIGHTS[1] * judged(output).double()
+    return made, torch.zeros_like(made)
 
 
 def add_noise(setting: Setting, x: Tensor, output: Tensor, noise: Tensor) -> Callable[[], Tensor]:

@@ -111,4 +111,13 @@ def untracked(args: tuple[Any, ...]) -> bool:
     )
 
 
+def tracked(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient is wanted of any of them."""
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch._C._any_requires_grad(*tensors)
+
+
 below_autograd = torch._C._AutoDispatchBelowAutograd

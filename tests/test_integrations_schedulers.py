@@ -788,18 +788,80 @@ def test_a_generator_per_sample() -> None:
     assert _error(*results) < 1e-5
 
 
-def test_gradients_are_refused() -> None:
-    scheduler = drop_in.EulerDiscreteScheduler()
-    scheduler.set_timesteps(5)
+TRACKED = [
+    *((name, {}) for name in FILES),
+    ("DDIMScheduler", {"step": {"eta": 0.5}, "clip_sample": False}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("DPMSolverMultistepScheduler", {"thresholding": True, "sample_max_value": 1.5}),
+    ("UniPCMultistepScheduler", {"solver_order": 3, "prediction_type": "v_prediction"}),
+    ("PNDMScheduler", {"skip_prk_steps": True}),
+]
+
+
+@pytest.mark.parametrize("case", TRACKED, ids=_name)
+def test_gradients_of_whole_runs(case: tuple[str, dict[str, Any]]) -> None:
+    name, config = case
+    made, more = _split(config)
+    results = []
+    with diffusers_float64.double():
+        theirs = getattr(diffusers_float64.module(FILES[name]), name)
+        schedulers = theirs(**made), on_tables(theirs)(**made)
+    for scheduler in schedulers:
+        for _ in range(2):  # the second run knows nothing of the graph of the first
+            with diffusers_float64.double():
+                scheduler.set_timesteps(6)
+            start = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+            weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+            x = first = start.double().requires_grad_()
+            options = dict(more.get("step", {}))
+            if "generator" in inspect.signature(scheduler.step).parameters:
+                options["generator"] = torch.Generator().manual_seed(2)
+            with torch.enable_grad():
+                for t in scheduler.timesteps:
+                    scaled = x
+                    if hasattr(scheduler, "scale_model_input"):
+                        scaled = scheduler.scale_model_input(x, t)
+                    output = torch.tanh(weight * scaled + 0.1)
+                    with diffusers_float64.double():
+                        x = scheduler.step(output, t, x, return_dict=False, **options)[0]
+                gradients = torch.autograd.grad((x * x.detach().cos()).sum(), [first, weight])
+        results.append([x.detach(), *gradients])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert float((got - want).norm() / want.norm()) < 1e-9
+
+
+def test_gradients_of_both_outputs_and_without_any() -> None:
     x = torch.randn(2, 3, requires_grad=True)
-    with torch.enable_grad():
-        with pytest.raises(RuntimeError, match="no gradient passes through the steps"):
-            scheduler.step(x, scheduler.timesteps[0], x)
-        with pytest.raises(RuntimeError, match="no gradient passes to the noise in add_noise"):
-            scheduler.add_noise(x, x, scheduler.timesteps[:2])
-        noisy = scheduler.add_noise(x, torch.zeros(2, 3), scheduler.timesteps[:2])
-        (gradient,) = torch.autograd.grad(noisy.sum(), x)
-        assert torch.equal(gradient, torch.ones_like(x))
+    for name, index in (("DDPMScheduler", 1), ("LCMScheduler", 1), ("EulerDiscreteScheduler", 1)):
+        gradients = []
+        for library in (diffusers, drop_in):
+            scheduler = getattr(library, name)()
+            scheduler.set_timesteps(5)
+            t = scheduler.timesteps[-2]
+            scheduler.scale_model_input(x.detach(), t)
+            with torch.enable_grad():
+                output = scheduler.step(0.2 * x, t, x, return_dict=False)[index]
+                gradients += torch.autograd.grad(output.sum(), x)
+            assert not scheduler.step(x, t, x, return_dict=False)[0].requires_grad
+        torch.testing.assert_close(*gradients)
+
+
+def test_gradients_of_noising() -> None:
+    for name in ("DDPMScheduler", "EulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"):
+        x, noise = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+        results = []
+        for library in (diffusers, drop_in):
+            scheduler = getattr(library, name)()
+            scheduler.set_timesteps(5)
+            t = scheduler.timesteps[:1]
+            noising = getattr(scheduler, "add_noise", None)
+            with torch.enable_grad():
+                if noising is None:
+                    noisy = scheduler.scale_noise(x, t[0], noise)
+                else:
+                    noisy = noising(x, noise, t)
+                results.append(torch.stack(torch.autograd.grad(noisy.sum(), [x, noise])))
+        torch.testing.assert_close(*results)
 
 
 def test_last_steps_that_the_library_gets_wrong() -> None:
@@ -819,7 +881,7 @@ def test_last_steps_that_the_library_gets_wrong() -> None:
 
 
 REFUSED = [
-    ("UniPCMultistepScheduler", {"solver_order": 13}, "solver_order=13 is not supported"),
+    ("SASolverScheduler", {"corrector_order": 6}, "corrector_order=6 is not .* be 1 to 4"),
     ("SASolverScheduler", {"predictor_order": 5}, "predictor_order=5 is not .* be 1 to 4"),
 ]
 
@@ -832,6 +894,16 @@ def test_options_that_are_refused(name: str, made: dict[str, Any], message: str)
     with pytest.raises(ValueError, match=message):
         drop_in.patch(theirs)
     assert type(theirs) is getattr(diffusers, name)
+
+
+def test_unipc_of_orders_that_no_table_has() -> None:
+    made = {"solver_order": 13}
+    runs = [_run(library.UniPCMultistepScheduler(**made)) for library in (drop_in, diffusers)]
+    assert _error(*runs) == 0
+    scheduler = drop_in.UniPCMultistepScheduler(**made)
+    _run(scheduler)
+    assert [value is None for value in scheduler.model_outputs] == [True] * 5 + [False] * 8
+    assert scheduler.lower_order_nums == 8
 
 
 def test_calls_that_are_refused() -> None:
@@ -851,15 +923,12 @@ def test_calls_that_are_refused() -> None:
     between = "use_flow_sigmas=True takes sigmas of 0 to 1, .* use_exponential_sigmas=True: set"
     with pytest.raises(ValueError, match=between):
         deis.step(x, deis.timesteps[0], x)
-    lms = drop_in.LMSDiscreteScheduler(trained_betas=[0.1, 0.2, 0.3])
+    lms = drop_in.LMSDiscreteScheduler()
     lms.set_timesteps(4)
-    few = "trained_betas has 3 values for num_train_timesteps=1000; give num_train_timesteps=3, or"
-    with pytest.raises(ValueError, match=few):
-        lms.step(x, lms.timesteps[0], x)
-    for accepted, order in (({}, 1), ({"num_train_timesteps": 3}, 4)):
-        betas = drop_in.LMSDiscreteScheduler(trained_betas=[0.1, 0.2, 0.3], **accepted)
-        outputs = _run(betas, steps=4, step={"order": order})
-        assert bool(outputs[-1][0].isfinite().all())
+    with pytest.raises(TypeError, match=r"order must be an int, got 2\.0"):
+        lms.step(x, lms.timesteps[0], x, order=2.0)
+    with pytest.raises(ValueError, match="order must be from 1 to 12, got 0"):
+        lms.step(x, lms.timesteps[0], x, order=0)
     heun.set_begin_index(3)
     with pytest.raises(ValueError, match="it can begin at an even index, got 3"):
         heun.step(x, heun.timesteps[3], x)

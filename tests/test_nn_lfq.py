@@ -91,6 +91,17 @@ def test_mask(case):
     check_same(torch.autograd.grad(loss, x), torch.autograd.grad(expected, x))
 
 
+def test_mask_of_whole_samples():
+    quantizer = LFQ(codebook_size=16, entropy_loss_weight=1.0, commitment_loss_weight=1.0)
+    x = normal(3, 4, 5, 6)
+    whole = torch.tensor([True, False, True])
+    got = quantizer(x, INV_TEMPERATURE, return_loss_breakdown=True, mask=whole)
+    each = whole[:, None].expand(3, 30)
+    want = quantizer(x, INV_TEMPERATURE, return_loss_breakdown=True, mask=each)
+    torch.testing.assert_close(got, want)
+    assert float(got[0].entropy_aux_loss) != float(quantizer(x, INV_TEMPERATURE).entropy_aux_loss)
+
+
 def test_a_fraction_of_the_vectors():
     x = normal(2, 50, 5)
     mask = normal(2, 50, seed=2) < 0.4

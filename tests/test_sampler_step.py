@@ -453,7 +453,46 @@ def test_a_counter_on_the_device_goes_on_by_itself(backend):
     assert_same_bits([x, history], [start, own])
 
 
-def test_no_gradient():
+def test_gradients():
+    """Of a clipped, guided step with noise and a history, in float64 against differences."""
+    row = one_row(
+        denoised=0.7 * x_ - 0.4 * m_ + 0.1 * n_,
+        clip=0.8,
+        next=0.5 * x_ + 0.3 * m_ + 0.2 * n_ + 0.6 * p_ - 0.1 * Linear({HISTORY: 1.0}),
+        push=0.5 * p_ + 0.25 * m_,
+        ring=1,
+    )
+    numbers = [t.double().requires_grad_() for t in inputs(2, 5, number=5)]
+
+    def step(x, m, u, n, h):
+        history, denoised = torch.stack([h]), torch.empty_like(x)
+        model_input = torch.empty_like(x)
+        out = mmfast.sampler_step(
+            x, m, row, 0, unconditional=u, guidance_scale=1.5, noise=n, history=history,
+            denoised=denoised, model_input=model_input,
+        )  # fmt: skip
+        return out, history, denoised, model_input
+
+    assert torch.autograd.gradcheck(step, numbers)
+    with torch.no_grad():
+        want = step(*numbers)
+    for got, expected in zip(step(*numbers), want, strict=True):
+        assert got.requires_grad
+        torch.testing.assert_close(got.detach(), expected)
+    assert not any(t.requires_grad for t in want)
+
+
+def test_gradients_into_the_tensor_that_is_stepped():
     x, m = inputs(2, 5)
-    out = mmfast.sampler_step(x.requires_grad_(), m, one_row(next=x_ + m_), 0)
-    assert not out.requires_grad
+    with pytest.raises(RuntimeError, match="in-place operation"):
+        mmfast.sampler_step(x.requires_grad_(), m, one_row(next=x_ + m_), 0, out=x)
+
+
+def test_gradients_of_thresholds():
+    x, m = (t.double().requires_grad_() for t in inputs(2, 5))
+    row = one_row(denoised=2 * x_ - m_, next=p_)
+
+    def threshold(x, m):
+        return mmfast.dynamic_threshold(x, m, row, 0, ratio=0.8, maximum=9.0)
+
+    assert torch.autograd.gradcheck(threshold, (x, m))

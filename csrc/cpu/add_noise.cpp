@@ -20,7 +20,7 @@ enum Column { alpha, sigma, target_x0, target_noise, weight, columns };
 class NoisingRows {
  public:
   NoisingRows(const Tensor& table, const Tensor& timesteps)
-      : table_(torch::stable::contiguous(table)), timesteps_(timesteps) {}
+      : table_(dense(table)), timesteps_(timesteps) {}
 
   // What sample b has in a column.
   double at(int64_t b, Column column) const {
@@ -102,8 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> add_noise(const Tensor& x0, const Tensor& tim
   args.noise = views.source(noise);
   Optional seeds, offsets;
   if (seed) {
-    seeds = torch::stable::contiguous(*seed);
-    offsets = torch::stable::contiguous(*offset);
+    seeds = dense(*seed);
+    offsets = dense(*offset);
     args.seeds = (const int64_t*)seeds->data_ptr();
     args.seed_stride = seeds->dim();
     args.offsets = (const int64_t*)offsets->data_ptr();

@@ -61,6 +61,12 @@ struct Boxed<function> {
 };
 #define MMFAST_BOX(function) TORCH_BOX((&mmfast::Boxed<function>::call))
 
+// tensor, or a copy of it whose numbers lie together. Torch's own takes a turn through the dispatcher
+// to say that nothing is to do.
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // tensor, or a copy of it where its dimensions are too many for rows_of.
 inline Tensor for_rows(const Tensor& tensor) {
   return tensor.dim() <= Rows::max_dims + 1 ? tensor : torch::stable::contiguous(tensor);

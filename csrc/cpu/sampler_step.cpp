@@ -44,7 +44,7 @@ void sampler_step(const Tensor& x, const Tensor& model_output, const Optional& u
   args.noise = views.source(noise);
   args.variance = views.source(variance);
 
-  const Tensor rows = torch::stable::contiguous(table);
+  const Tensor rows = dense(table);
   args.table = (const double*)rows.data_ptr();
   args.columns = rows.size(1);
   args.steps = (const int64_t*)step.data_ptr();
@@ -62,7 +62,7 @@ void sampler_step(const Tensor& x, const Tensor& model_output, const Optional& u
     args.threshold = (const double*)thresholds->data_ptr();
   }
   if (seed && !noise) {
-    seeds = torch::stable::contiguous(*seed);
+    seeds = dense(*seed);
     args.seeds = (const int64_t*)seeds->data_ptr();
     args.seed_stride = seeds->dim();
   }

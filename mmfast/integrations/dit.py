@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import mmfast
 from mmfast.integrations.attention import scaled_dot_product_attention
-from mmfast.integrations.binding import Library, Method, Swap, is_bound
+from mmfast.integrations.binding import Library, Method, Swap, is_bound, own_class
 from mmfast.integrations.rehearsal import block_difference
 from mmfast.integrations.residuals import add, add_and_modulate
-from mmfast.nn.layers import has_hooks, is_plain, linear
+from mmfast.nn.layers import is_bare, is_plain, linear
 from mmfast.nn.whole_block import whole_block
 
 
@@ -52,8 +52,7 @@ def _whole(block: Any, x: Tensor, modulation: Tensor) -> Tensor | None:
     """The block as a single op, if its parts do nothing else."""
     attn = block.attn
     first, act, last = _layers(block.mlp)
-    replaced = "forward" in vars(attn) and not is_bound(attn, "forward")
-    if first is None or replaced or has_hooks(attn):
+    if first is None or not _is_timms(attn):
         return None
     # Of timm's attention, what there may be besides its two layers.
     for name in ("q_norm", "k_norm", "norm", "attn_drop", "proj_drop"):
@@ -72,8 +71,16 @@ def _whole(block: Any, x: Tensor, modulation: Tensor) -> Tensor | None:
     )
 
 
+def _is_timms(attn: Any) -> bool:
+    """Whether a call of timm's ``Attention`` is no more than its class's forward."""
+    own = "forward" not in vars(attn) or is_bound(attn, "forward")
+    return own and is_bare(attn) and "qkv" in attn._modules
+
+
 def _attended(attn: Any, x: Tensor) -> Tensor:
-    """timm's ``Attention``."""
+    """timm's ``Attention``, or a call of it where that is more than its class's forward."""
+    if not _is_timms(attn):
+        return attn(x)
     q, k, v = linear(attn.qkv, x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     for name in ("q_norm", "k_norm"):
         norm = getattr(attn, name, None)
@@ -126,7 +133,7 @@ _OURS: tuple[Any, ...] = (DiTBlock, FinalLayer)
 
 def _match(module: nn.Module) -> Any:
     for ours in _OURS:
-        if type(module).__name__ == ours.__name__ and all(
+        if own_class(module).__name__ == ours.__name__ and all(
             hasattr(module, n) for n in ours.attributes
         ):
             return ours

@@ -221,7 +221,8 @@ class LFQ(nn.Module):
         Args:
             inv_temperature: of the distributions that the entropies are of.
             return_loss_breakdown: return the losses one by one, too.
-            mask: ``(B, L)``, bool; vectors where it is False count for no loss.
+            mask: ``(B, L)``, or ``(B,)`` of whole samples, bool; vectors where it is False count
+                for no loss.
 
         Returns:
             The quantised vectors in x's shape, int64 indices ``(B, L)`` or ``(B, ...)``, with a
@@ -241,6 +242,8 @@ class LFQ(nn.Module):
             x = x.unflatten(-1, (self.num_codebooks, -1)) @ self.orthogonal_rot
             x = x.flatten(-2)
         if mask is not None:
+            if mask.shape == x.shape[:1]:
+                mask = mask.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
             mask = mask.reshape(x.shape[:-1])
         wanted = self.training and (
             self.entropy_loss_weight != 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from mmfast import backends
+from mmfast import backends, library
 from mmfast.checks import FLOATING, check_device, check_dtype, check_floating
 from mmfast.ops.per_sample import rounding, rows_of
 from mmfast.registry import Arguments, Cost, Op, Sample, register
@@ -30,19 +31,20 @@ def dynamic_threshold(
 ) -> Tensor:
     """Thresholds for ``sampler_step(threshold=...)``: dynamic thresholding.
 
-    Of each sample's denoised prediction p, before any clamp, the quantile ``ratio`` of the |p|,
-    clamped to [1, ``maximum``]. ``sampler_step`` then clamps p to it and divides by it. The
-    quantile is exact: of the numbers in ascending order, that at ``ratio (E - 1)``, linear between
-    two.
+    Of each sample's denoised prediction p, before any clamp, the quantile ``ratio`` of the |p|, at
+    least 1 and then at most ``maximum``. ``sampler_step`` then clamps p to it and divides by it.
+    The quantile is exact: of the numbers in ascending order, that at ``ratio (E - 1)``, linear
+    between two.
 
     Args:
         x, model_output, table, step, unconditional, guidance_scale, guidance: as
             :func:`sampler_step` gets them.
         ratio: from 0 to 1.
-        maximum: at least 1.
+        maximum: above 0; below 1 it is the threshold.
 
     Returns:
-        ``(B,)``, float32 (float64 if x is). NaN where p has one. Needs 4 bytes per number of x for
+        ``(B,)``, float32 (float64 if x is). NaN where p has one. Where a gradient is wanted, plain
+        operations of torch find it. Needs 4 bytes per number of x for
         the predictions (8 if x is float64).
 
     Raises:
@@ -90,10 +92,13 @@ def dynamic_threshold(
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {got}")
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be from 0 to 1, got {ratio}")
-    if not maximum >= 1:
-        raise ValueError(f"maximum must be at least 1, got {maximum}")
-    return backends.call(
-        OP, x, model_output, unconditional, float(guidance_scale), guidance, coefficients, step,
+    if not maximum > 0:
+        raise ValueError(f"maximum must be above 0, got {maximum}")
+    call = functools.partial(backends.call, OP)
+    if library.tracked(x, model_output, unconditional, guidance):
+        call = functools.partial(reference)
+    return call(
+        x, model_output, unconditional, float(guidance_scale), guidance, coefficients, step,
         float(ratio), float(maximum),
     )  # fmt: skip
 
@@ -148,7 +153,7 @@ def reference(
     result = fake(x)
     p = _predictions(x, model_output, unconditional, guidance_scale, guidance, table, step).abs()
     if p.shape[1] == 0:
-        return result.fill_(1)
+        return result.fill_(min(1, maximum))
     rank = ratio * (p.shape[1] - 1)
     order = p.sort(1).values  # NaN last
     low, high = order[:, int(rank)], order[:, min(int(rank) + 1, p.shape[1] - 1)]
@@ -207,6 +212,7 @@ def samples() -> Iterable[Sample]:
     yield _sample((3, 67), True, 0.75, 10.0)
     yield _sample((2, 3, 5), False, 1.0, 10.0)
     yield _sample((2, 3, 43), False, 0.995, 1.5)
+    yield _sample((2, 3, 41), False, 0.995, 0.5)
     yield _sample((2, 1), False, 0.5, 100.0)
     yield _sample((0, 3), False, 0.5, 2.0)
     yield _sample((3, 0), False, 0.5, 2.0)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfast import backends, philox
+from mmfast import backends, library, philox
 from mmfast.checks import FLOATING, check_beside, check_dtype, check_floating
 from mmfast.ops.per_sample import differences, drawn, rounding, rows_of
 from mmfast.registry import Arguments, Cost, Op, Sample, register
@@ -75,7 +75,10 @@ def sampler_step(
             scale, once or twice after one another.
 
     Returns:
-        ``out``, or a new tensor like x. No gradient passes.
+        ``out``, or a new tensor like x.
+
+    Gradients pass to all tensors of numbers that want them: then the step is plain operations of
+    torch in float64, the same numbers and slower, and what is written is part of the graph.
 
     Samples whose numbers lie together (halves of a batch, of the channels) are read in place;
     tensors with other strides are copied. Apart from ``out`` and x no tensor that is written may
@@ -150,16 +153,24 @@ def sampler_step(
             _check("model_input", model_input, (2 * batch, *shape[1:]), device)
         else:
             _check("model_input", model_input, shape, device)
-    call = backends.call
+    call: Callable[..., None] = backends.call
+    if library.tracked(
+        x, model_output, unconditional, guidance, history, noise, variance, threshold
+    ):
+        call = _tracked
     if out is None:
         out = torch.empty_like(x)
-        if history is None and denoised is None and model_input is None:
+        if call is not _tracked and history is None and denoised is None and model_input is None:
             call = backends.call_on_new
     call(
         OP, x, model_output, unconditional, float(guidance_scale), guidance, coefficients, step,
         noise, seed, variance, threshold, out, history, denoised, model_input,
     )  # fmt: skip
     return out
+
+
+def _tracked(_: Op, *args: Any) -> None:
+    reference(*args)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -216,7 +227,7 @@ def _values(
     no_noise, no_variance = _lacking(
         rows, (noise if noise is not None else seed) is not None, variance is not None
     )
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         if bool(no_noise.any()):
             raise RuntimeError("a row of the table takes noise: give noise or seed")
         if bool(no_variance.any()):
@@ -308,7 +319,8 @@ def reference(
         variance, threshold, out, history,
     )  # fmt: skip
     if history is not None:
-        for slot, new, stays in zip(history, made.slots, made.stays, strict=True):
+        for s, (new, stays) in enumerate(zip(made.slots, made.stays, strict=True)):
+            slot = history[s]
             slot.copy_(torch.where(stays, slot, new.to(slot.dtype)))
     out.copy_(made.out)
     if denoised is not None:
@@ -553,3 +565,6 @@ OP = register(
         mutates=(11, 12, 13, 14),
     )
 )
+
+# What the overload calls, for callers that have no time.
+DIRECT: Callable[..., None] = library.overload(OP.name)._op  # type: ignore[attr-defined]

@@ -98,6 +98,9 @@ class DPMSinglestep(Predicting):
     _program = staticmethod(tables.dpm_singlestep)
 
 
+_HIGHEST = 12
+
+
 class UniPC(Solver, Stretched):
     _program = staticmethod(tables.unipc)
 
@@ -111,6 +114,8 @@ class UniPC(Solver, Stretched):
         return_dict: bool = True,
     ) -> Output:
         """As the library's, by a table; with ``solver_p`` this corrects, and that goes on."""
+        if self.config.solver_order > _HIGHEST:  # more than a table has slots for
+            return super().step(model_output, timestep, sample, return_dict)  # type: ignore[misc]
         predictor = self.solver_p  # type: ignore[attr-defined]
         if not predictor:
             return self._run(model_output, timestep, sample, return_dict)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmfast import backends
+from mmfast import backends, library
 from mmfast.integrations.diffusers.placed import Placed, find
 from mmfast.integrations.diffusers.state import Index
-from mmfast.integrations.diffusers.tables import noising
+from mmfast.integrations.diffusers.tables import noising, sums
 from mmfast.ops.add_noise import OP as ADD_NOISE
 from mmfast.ops.add_noise import add_noise
+from mmfast.ops.sampler_step import OP as STEP
+from mmfast.ops.sampler_step import reference
 
 
 class Noised(Placed):
@@ -57,19 +60,15 @@ class Noised(Placed):
 
     def _noised(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """As the library's: samples with the noise of their timesteps (B,)."""
-        if torch.is_grad_enabled() and noise.requires_grad:
-            raise RuntimeError(
-                f"no gradient passes to the noise in add_noise of mmfast's {type(self).__name__}: "
-                "call it under torch.no_grad(), or take the patch back"
-            )
         device, dtype = original_samples.device, original_samples.dtype
         state = self._state()
         found = state.noisy.get(device)
         if found is None:
-            table = noising(list(self._noisy_points())).to(device)
-            found = table, list(torch.arange(len(table), device=device).unbind())
+            points = list(self._noisy_points())
+            numbers = list(torch.arange(len(points), device=device).unbind())
+            found = noising(points).to(device), sums(points).to(device), numbers
             state.noisy[device] = found
-        table, numbers = found
+        table, rows, numbers = found
         index = self._noisy_index(timesteps, device)
         if not isinstance(index, Tensor):
             if index < 0:
@@ -89,9 +88,17 @@ class Noised(Placed):
             and original_samples.dim()
         ):
             # As in a step, the public function's checks would find nothing.
-            made = backends.call(
+            untracked = library.untracked((original_samples, noise))
+            if untracked or noise.requires_grad:
+                noisy = torch.empty_like(original_samples)
+                call = functools.partial(backends.call_on_new, STEP) if untracked else reference
+                call(
+                    original_samples, noise, None, 1.0, None, rows, index, None, None, None, None,
+                    noisy, None, None, None,
+                )  # fmt: skip
+                return noisy
+            made: tuple[Tensor, ...] = backends.call(
                 ADD_NOISE, original_samples, index, table, noise, None, None, False
             )
-            noisy: Tensor = made[0]
-            return noisy
+            return made[0]
         return add_noise(original_samples, index, table, noise=noise, target=None).noisy

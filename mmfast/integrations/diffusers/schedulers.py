@@ -45,7 +45,6 @@ def objections(scheduler: Any) -> list[str]:
 
 
 _HIGHEST = {
-    "UniPCMultistepScheduler": {"solver_order": 12},
     "SASolverScheduler": {"predictor_order": 4, "corrector_order": 4},
 }
 

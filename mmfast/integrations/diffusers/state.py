@@ -45,7 +45,7 @@ class State:
         if scheduler._twice:
             self.addresses = {at: self.places[self.values[i]] for at, i in self.addresses.items()}
         self.scales: list[float] | None = None
-        self.noisy: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
+        self.noisy: dict[torch.device, tuple[Tensor, Tensor, list[Tensor]]] = {}
         self.programs = programs
         self.forgets = not scheduler._remembers
         self.program: Program | None = None
@@ -125,7 +125,7 @@ class Ready:
 
     Attributes:
         rows: the number of each row on the device, whether the step draws noise, whether its second
-            output is a tensor of its own.
+            output is a tensor of its own. None for those that are refused.
     """
 
     def __init__(
@@ -140,7 +140,9 @@ class Ready:
         two = self.outputs > 1 and program.output is None
         last = len(steps) - 1
         self.rows = [
-            (step, draws, two and not (i == last and program.final))
+            None
+            if i in program.refused
+            else (step, draws, two and not (i == last and program.final))
             for i, (step, draws) in enumerate(zip(steps, program.draws, strict=True))
         ]
         self.two = two
@@ -170,5 +172,5 @@ class Ready:
 
 
 def _unless(dtype: torch.dtype, wanted: torch.dtype) -> torch.dtype | None:
-    """What empty_like is told. An argument takes time, even one that changes nothing."""
+    """What empty_like is told."""
     return None if dtype == wanted else wanted

@@ -6,20 +6,22 @@ sigmas stay the library's; a step is one :func:`mmfast.sampler_step` with the ro
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import Tensor, empty_like, is_grad_enabled
+from torch import Tensor, empty_like
 from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
-from mmfast import backends, philox
+from mmfast import backends, library, philox
 from mmfast.checks import check_beside, check_floating
 from mmfast.integrations.diffusers.noised import Noised
 from mmfast.integrations.diffusers.state import Index, Ready, State
 from mmfast.integrations.diffusers.tables import Options
 from mmfast.ops.dynamic_threshold import dynamic_threshold
-from mmfast.ops.sampler_step import OP
+from mmfast.ops.sampler_step import DIRECT, OP, reference
 
 
 class Tabled(Noised):
@@ -83,7 +85,10 @@ class Tabled(Noised):
         variance: Tensor | None = None,
         index: Index | None = None,
     ) -> Any:
-        state = self._state()
+        has = self.__dict__
+        state: State | None = has.get("_tabled")
+        if state is None or not state.holds(has):
+            state = self._prepare()
         following = state.next
         if type(following) is int and following < 0:
             self._check_first(timestep)
@@ -97,11 +102,6 @@ class Tabled(Noised):
         if program is None or options != state.options or not (goes_on or state.forgets):
             program = state.enter(self, index, options)
             goes_on = False
-        if is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
-            raise RuntimeError(
-                f"no gradient passes through the steps of mmfast's {type(self).__name__}: call it "
-                "under torch.no_grad(), or take the patch back"
-            )
         ready = state.ready
         if ready is None or not ready.suits(sample, model_output):
             check_floating("sample", sample)
@@ -119,7 +119,11 @@ class Tabled(Noised):
                     f"step {index} of {len(ready.rows) + state.begin}: the schedule is at its end; "
                     "call set_timesteps to start again"
                 )
-            step, draws, two = ready.rows[row]
+            entry = ready.rows[row]
+            if entry is None:
+                reason = program.refused[row]  # type: ignore[index]
+                raise ValueError(f"no step from timestep {timestep}: {reason}")
+            step, draws, two = entry
         else:
             step, draws, two = index.to(ready.device), ready.draws, ready.two  # type: ignore[union-attr]
         seed = None
@@ -140,8 +144,13 @@ class Tabled(Noised):
         history = None
         if ready.slots:
             history = self._history(state, ready, sample, goes_on)
-        out = _new(sample, ready.out)
-        second = _new(sample, ready.second) if two else None
+        # An argument takes time, even one that changes nothing.
+        dtype = ready.out
+        out = empty_like(sample) if dtype is None else empty_like(sample, dtype=dtype)
+        second = None
+        if two:
+            dtype = ready.second
+            second = empty_like(sample) if dtype is None else empty_like(sample, dtype=dtype)
         threshold = None
         if ready.threshold is not None:
             ratio, maximum = ready.threshold
@@ -149,8 +158,11 @@ class Tabled(Noised):
                 sample, model_output, ready.table, step, ratio=ratio, maximum=maximum
             )
         # The public function's checks were made above.
-        backends.call_on_new(
-            OP, sample, model_output, None, 1.0, None, ready.table, step, noise, seed, variance,
+        call = DIRECT if backends.forced() is None and not is_compiling() else _call
+        if library.tracked(sample, model_output, noise, variance, threshold, history):
+            call = reference
+        call(
+            sample, model_output, None, 1.0, None, ready.table, step, noise, seed, variance,
             threshold, out, history, second, None,
         )  # fmt: skip
         self._advance(index)
@@ -181,6 +193,8 @@ class Tabled(Noised):
         shape = (ready.slots, *ready.shape)
         wide = torch.float64 if ready.dtype == torch.float64 else torch.float32
         fits = history is not None and history.shape == shape and history.dtype == wide
+        if fits and history.requires_grad and not goes_on:  # type: ignore[union-attr]
+            fits = False  # it is part of the graph of the steps before
         if history is None or not fits or history.device != ready.device:
             if goes_on:
                 was = None if history is None else tuple(history.shape[1:])
@@ -226,8 +240,7 @@ class Tabled(Noised):
         return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
 
 
-def _new(like: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return empty_like(like) if dtype is None else empty_like(like, dtype=dtype)
+_call = functools.partial(backends.call_on_new, OP)
 
 
 def _check_like(name: str, tensor: Tensor, sample: Tensor) -> None:
