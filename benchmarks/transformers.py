@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ class Setting:
     """A model and what goes through it.
 
     Attributes:
-        name: as the paper has it; ``"block"`` in it: a single one of that model.
+        name: as the paper has it; ``"block"`` in it: a single one of that model, or as many.
         width, heads, blocks: C, H, and how many blocks.
         batch, tokens: B, L.
         dtype: of weights and activations.
@@ -81,7 +80,7 @@ def _settings(dtype: torch.dtype) -> list[Setting]:
 SETTINGS = [
     *_settings(torch.float32),
     *_settings(torch.bfloat16),
-    dataclasses.replace(_settings(torch.float32)[0], autocast=True),
+    Setting("DiT-S/4 3 blocks", 384, 6, 3, 4, 64, autocast=True),
 ]
 
 
