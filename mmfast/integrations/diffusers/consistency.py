@@ -5,7 +5,6 @@ from __future__ import annotations
 from diffusers.schedulers import scheduling_lcm, scheduling_tcd
 from torch import Tensor
 
-from mmfast.integrations.diffusers import tables
 from mmfast.integrations.diffusers.families import (
     Cumulative,
     Generated,
@@ -13,16 +12,17 @@ from mmfast.integrations.diffusers.families import (
     Output,
     SetFirst,
 )
+from mmfast.integrations.diffusers.tables import timesteps
 
 
 class LCM(SetFirst, Cumulative, Generated):
-    _program = staticmethod(tables.lcm)
+    _program = staticmethod(timesteps.lcm)
     _outputs = (scheduling_lcm.LCMSchedulerOutput, 2)
     _remembers = False
 
 
 class TCD(SetFirst, Cumulative):
-    _program = staticmethod(tables.tcd)
+    _program = staticmethod(timesteps.tcd)
     _outputs = (scheduling_tcd.TCDSchedulerOutput, 2)
     _remembers = False
 

@@ -7,10 +7,10 @@ from typing import Any
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
 from torch import Tensor
 
-from mmfast.integrations.diffusers import tables
 from mmfast.integrations.diffusers.families import Cumulative, Generator, Output, check_set
 from mmfast.integrations.diffusers.state import Index, State
-from mmfast.integrations.diffusers.tables import Options
+from mmfast.integrations.diffusers.tables import timesteps
+from mmfast.integrations.diffusers.tables.program import Options
 
 
 class Uncounted(Cumulative):
@@ -26,7 +26,7 @@ class Uncounted(Cumulative):
 
 
 class DDPM(Uncounted):
-    _program = staticmethod(tables.ddpm)
+    _program = staticmethod(timesteps.ddpm)
     _outputs = (scheduling_ddpm.DDPMSchedulerOutput, 2)
 
     def step(
@@ -55,7 +55,7 @@ class DDPM(Uncounted):
 
 
 class DDIM(Uncounted):
-    _program = staticmethod(tables.ddim)
+    _program = staticmethod(timesteps.ddim)
     _outputs = (scheduling_ddim.DDIMSchedulerOutput, 2)
 
     def step(

@@ -8,10 +8,10 @@ from diffusers.schedulers import scheduling_edm_euler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from mmfast.integrations.diffusers import tables
 from mmfast.integrations.diffusers.families import Generated, Generator, Output, SetFirst
 from mmfast.integrations.diffusers.history import Count, History
 from mmfast.integrations.diffusers.tabled import Tabled
+from mmfast.integrations.diffusers.tables import edm
 
 
 class _Preconditioned(Tabled):
@@ -24,7 +24,7 @@ class _Preconditioned(Tabled):
 
 
 class EDMEuler(_Preconditioned):
-    _program = staticmethod(tables.edm_euler)
+    _program = staticmethod(edm.edm_euler)
     _outputs = (scheduling_edm_euler.EDMEulerSchedulerOutput, 2)
     _remembers = False
     _of_output = _wide = True
@@ -51,7 +51,7 @@ class EDMEuler(_Preconditioned):
 
 
 class EDMDPM(_Preconditioned, SetFirst, Generated):
-    _program = staticmethod(tables.edm_dpm)
+    _program = staticmethod(edm.edm_dpm)
     _outputs = (SchedulerOutput, 1)
     _missing_is_last = True
 

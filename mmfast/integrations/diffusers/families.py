@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmfast.integrations.diffusers.state import Index
 from mmfast.integrations.diffusers.tabled import Tabled
-from mmfast.integrations.diffusers.tables import host, point
+from mmfast.integrations.diffusers.tables.program import host, point
 
 Output = Any
 Generator = Any

@@ -12,9 +12,9 @@ from diffusers.schedulers import (
 )
 from torch import Tensor
 
-from mmfast.integrations.diffusers import tables
 from mmfast.integrations.diffusers.families import Churned, Generator, Output, Stretched, TwoCalls
 from mmfast.integrations.diffusers.tabled import Tabled
+from mmfast.integrations.diffusers.tables import sigmas
 
 
 class _Flow(Tabled):
@@ -28,7 +28,7 @@ class _Flow(Tabled):
 
 
 class FlowEuler(_Flow, Stretched):
-    _program = staticmethod(tables.flow_euler)
+    _program = staticmethod(sigmas.flow_euler)
     _outputs = (scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput, 1)
     _remembers = False
 
@@ -72,7 +72,7 @@ class FlowEuler(_Flow, Stretched):
 
 
 class FlowHeun(TwoCalls, _Flow, Churned):
-    _program = staticmethod(tables.flow_heun)
+    _program = staticmethod(sigmas.flow_heun)
     _outputs = (scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput, 1)
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:

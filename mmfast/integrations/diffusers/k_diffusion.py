@@ -14,15 +14,15 @@ from diffusers.schedulers import (
 )
 from torch import Tensor
 
-from mmfast.integrations.diffusers import tables
 from mmfast.integrations.diffusers.families import Churned, Generated, Output, Plain, TwoCalls
 from mmfast.integrations.diffusers.history import History
 from mmfast.integrations.diffusers.tabled import Tabled
-from mmfast.integrations.diffusers.tables import host
+from mmfast.integrations.diffusers.tables import sigmas
+from mmfast.integrations.diffusers.tables.program import host
 
 
 class Euler(Churned):
-    _program = staticmethod(tables.euler)
+    _program = staticmethod(sigmas.euler)
     _outputs = (scheduling_euler_discrete.EulerDiscreteSchedulerOutput, 2)
     _remembers = False
     _of_output = _wide = _scaled = True
@@ -30,7 +30,7 @@ class Euler(Churned):
 
 
 class EulerAncestral(Generated):
-    _program = staticmethod(tables.euler_ancestral)
+    _program = staticmethod(sigmas.euler_ancestral)
     _outputs = (scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput, 2)
     _remembers = False
     _of_output = _wide = _scaled = True
@@ -38,13 +38,13 @@ class EulerAncestral(Generated):
 
 
 class Heun(TwoCalls, Plain):
-    _program = staticmethod(tables.heun)
+    _program = staticmethod(sigmas.heun)
     _outputs = (scheduling_heun_discrete.HeunDiscreteSchedulerOutput, 2)
     _scaled = True
 
 
 class KDPM2(TwoCalls, Plain):
-    _program = staticmethod(tables.kdpm2)
+    _program = staticmethod(sigmas.kdpm2)
     _outputs = (scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput, 2)
     _scaled = True
 
@@ -53,7 +53,7 @@ class KDPM2(TwoCalls, Plain):
 
 
 class KDPM2Ancestral(TwoCalls, Generated):
-    _program = staticmethod(tables.kdpm2_ancestral)
+    _program = staticmethod(sigmas.kdpm2_ancestral)
     _outputs = (scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput, 2)
     _scaled = True
 
@@ -62,7 +62,7 @@ class KDPM2Ancestral(TwoCalls, Generated):
 
 
 class LMS(Tabled):
-    _program = staticmethod(tables.lms)
+    _program = staticmethod(sigmas.lms)
     _outputs = (scheduling_lms_discrete.LMSDiscreteSchedulerOutput, 2)
     _scaled = True
 

@@ -10,7 +10,6 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from mmfast.integrations.diffusers import tables
 from mmfast.integrations.diffusers.families import (
     CumulativeNoise,
     Generator,
@@ -20,6 +19,7 @@ from mmfast.integrations.diffusers.families import (
     Stretched,
 )
 from mmfast.integrations.diffusers.history import Count, History
+from mmfast.integrations.diffusers.tables import solvers
 
 
 class Solver(SetFirst):
@@ -47,13 +47,13 @@ class Solver(SetFirst):
 
 
 class DEIS(Solver, Plain):
-    _program = staticmethod(tables.deis)
+    _program = staticmethod(solvers.deis)
 
     lower_order_nums = Count()
 
 
 class DPMMultistep(Solver):
-    _program = staticmethod(tables.dpm_multistep)
+    _program = staticmethod(solvers.dpm_multistep)
     _of_output = True
 
     lower_order_nums = Count()
@@ -95,14 +95,14 @@ class Predicting(Solver):
 
 
 class DPMSinglestep(Predicting):
-    _program = staticmethod(tables.dpm_singlestep)
+    _program = staticmethod(solvers.dpm_singlestep)
 
 
 _HIGHEST = 12
 
 
 class UniPC(Solver, Stretched):
-    _program = staticmethod(tables.unipc)
+    _program = staticmethod(solvers.unipc)
 
     lower_order_nums = Count()
 
@@ -128,7 +128,7 @@ class UniPC(Solver, Stretched):
 
 
 class SASolver(CumulativeNoise, Predicting):
-    _program = staticmethod(tables.sa_solver)
+    _program = staticmethod(solvers.sa_solver)
 
     lower_order_nums = Count()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmfast import backends, library
 from mmfast.integrations.diffusers.placed import Placed, find
 from mmfast.integrations.diffusers.state import Index
-from mmfast.integrations.diffusers.tables import noising, sums
+from mmfast.integrations.diffusers.tables.noising import noising, sums
 from mmfast.ops.add_noise import OP as ADD_NOISE
 from mmfast.ops.add_noise import add_noise
 from mmfast.ops.sampler_step import OP as STEP

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from mmfast.integrations.diffusers import tables
 from mmfast.integrations.diffusers.families import Cumulative, Output, SetFirst, check_set
 from mmfast.integrations.diffusers.history import History
 from mmfast.integrations.diffusers.state import Index, State
 from mmfast.integrations.diffusers.tabled import Tabled
+from mmfast.integrations.diffusers.tables import timesteps
 
 
 class Fixed(Tabled):
@@ -48,7 +48,7 @@ class Fixed(Tabled):
 
 
 class PNDM(Fixed, Cumulative):
-    _program = staticmethod(tables.pndm)
+    _program = staticmethod(timesteps.pndm)
     _outputs = (SchedulerOutput, 1)
     _kept = ((3, "cur_sample"), (4, "cur_model_output"))
 
@@ -131,7 +131,7 @@ class PNDM(Fixed, Cumulative):
 
 
 class IPNDM(Fixed, SetFirst):
-    _program = staticmethod(tables.ipndm)
+    _program = staticmethod(timesteps.ipndm)
     _outputs = (SchedulerOutput, 1)
     _levels = "betas"
 

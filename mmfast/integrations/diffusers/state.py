@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.integrations.diffusers.tables import Options, Program, host
+from mmfast.integrations.diffusers.tables.program import Options, Program, host
 
 _PROGRAMS = 8  # that a scheduler remembers: of other numbers of steps, begins and options
 

@@ -19,7 +19,7 @@ from mmfast import backends, library, philox
 from mmfast.checks import check_beside, check_floating
 from mmfast.integrations.diffusers.noised import Noised
 from mmfast.integrations.diffusers.state import Index, Ready, State
-from mmfast.integrations.diffusers.tables import Options
+from mmfast.integrations.diffusers.tables.program import Options
 from mmfast.ops.dynamic_threshold import dynamic_threshold
 from mmfast.ops.sampler_step import DIRECT, OP, reference
 
