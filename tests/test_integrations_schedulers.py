@@ -846,6 +846,25 @@ def test_gradients_of_both_outputs_and_without_any() -> None:
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_gradients_of_some_steps(name: str) -> None:
+    """Steps without gradients, in between, take their place in the history."""
+    results = []
+    for library in (diffusers, drop_in):
+        scheduler = getattr(library, name)(solver_order=3)
+        scheduler.set_timesteps(16)
+        weight = torch.tensor(0.3, requires_grad=True)
+        x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+        for i, t in enumerate(scheduler.timesteps[:8]):
+            with torch.set_grad_enabled(i in (1, 2, 4, 7)):
+                output = torch.tanh(weight * x + 0.1)
+                x = scheduler.step(output, t, x, return_dict=False)[0]
+            assert x.requires_grad == (i in (1, 2, 4, 7))
+        with torch.enable_grad():
+            results.append((x.detach(), *torch.autograd.grad(x.sum(), weight)))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
 def test_gradients_of_noising() -> None:
     for name in ("DDPMScheduler", "EulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"):
         x, noise = (torch.randn(2, 3, requires_grad=True) for _ in range(2))

@@ -21,7 +21,7 @@ from mmfast.integrations.diffusers.noised import Noised
 from mmfast.integrations.diffusers.state import Index, Ready, State
 from mmfast.integrations.diffusers.tables.program import Options
 from mmfast.ops.dynamic_threshold import dynamic_threshold
-from mmfast.ops.sampler_step import DIRECT, OP, reference
+from mmfast.ops.sampler_step import DIRECT, OP, _values, reference
 
 
 class Tabled(Noised):
@@ -161,6 +161,8 @@ class Tabled(Noised):
         call = DIRECT if backends.forced() is None and not is_compiling() else _call
         if library.tracked(sample, model_output, noise, variance, threshold, history):
             call = reference
+        elif history is not None and history.requires_grad:
+            call = _within_graph
         call(
             sample, model_output, None, 1.0, None, ready.table, step, noise, seed, variance,
             threshold, out, history, second, None,
@@ -241,6 +243,17 @@ class Tabled(Noised):
 
 
 _call = functools.partial(backends.call_on_new, OP)
+
+
+def _within_graph(*args: Any) -> None:
+    """A step without gradients, of a history that is part of a graph: what it forgets leaves it."""
+    history = args[12]
+    given: list[Any] = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+    given[12] = made = history.detach().clone()
+    reference(*given)
+    for s, stays in enumerate(_values(*args).stays):
+        with torch.enable_grad():
+            history[s].copy_(torch.where(stays, history[s], made[s]))
 
 
 def _check_like(name: str, tensor: Tensor, sample: Tensor) -> None:
