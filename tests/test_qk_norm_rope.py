@@ -202,6 +202,24 @@ def test_threads_and_batch_do_not_matter(case):
             assert_same_bits(one, all_of[b : b + 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_calls_are_small_ones(dtype):
+    """What is written past the cache, forwards and backwards."""
+    q, k, _ = normal(1, 700, 3, 24, 128).to(dtype).unbind(2)
+    tables = mmfast.rotary_tables((700,), 128)
+    weight = 1 + 0.1 * normal(128, seed=1)
+
+    def both(part):
+        own = [t[:, part].detach().requires_grad_() for t in (q, k)]
+        of = [t[part] for t in tables]
+        made = mmfast.qk_norm_rope(*own, weight, weight, *of)
+        return [*made, *torch.autograd.grad(made, own, [t.detach() for t in made])]
+
+    halves = zip(both(slice(350)), both(slice(350, None)), strict=True)
+    for large, small in zip(both(slice(None)), halves, strict=True):
+        assert_same_bits(large, torch.cat(small, 1))
+
+
 def test_scattered_heads_and_expanded_gradients(backend):
     device = device_of(backend)
     q = normal(2, 5, 8, 3).to(device).transpose(2, 3)  # numbers of a head are 3 apart
@@ -227,6 +245,10 @@ def test_hard_values(backend):
     got, _ = mmfast.qk_norm_rope(q, None, None, None, *tables, rotary_dim=16)
     assert got[0, 0, 0].isnan().all()
     assert got[0, 2].isfinite().all()
+    # Squares far below the normal numbers count where eps does not hide them.
+    small = 1e-21 * normal(1, 3, 2, 64).to(device, torch.bfloat16)
+    got, _ = mmfast.qk_norm_rope(small, None, eps=0.0)
+    close(got, (small.double() / small.double().square().mean(-1, keepdim=True).sqrt()).float())
     zero = torch.zeros(1, 2, 2, 20, device=device)
     assert_same_bits(mmfast.qk_norm_rope(zero, zero)[1], zero)
 

@@ -50,7 +50,7 @@ struct Kernels {
   bool (*soft_assignment_statistics_bwd)(const SoftAssignmentBwdArgs&, const Parallel&);
   void (*sampler_step)(const SamplerStepArgs&, const Parallel&);
   void (*guidance_factors)(const GuidanceFactorsArgs&, const Parallel&);
-  bool (*qk_norm_rope)(const QkNormRopeArgs&, const Parallel&);
+  bool (*qk_norm_rope)(const QkNormRopeArgs&, const QkNormRopeArgs*, const Parallel&);
   void (*timestep_embedding)(const TimestepEmbeddingArgs&, const Parallel&);
   void (*gated_activation)(const GatedActivationArgs&, const Parallel&);
   bool (*attention_backward)(const AttentionArgs&, const Parallel&);

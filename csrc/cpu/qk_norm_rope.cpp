@@ -61,23 +61,24 @@ class Call {
     args_.table_stride = cos_->dim() == 3 ? cos_->stride(0) : 0;
   }
 
-  // Gradients of rows are asked for by tensors that are not empty.
-  void run(const Tensor& given, const Tensor& out, const Optional& weight, const Optional& bias,
+  // Queries or keys, or their gradients. Gradients of rows are asked for by tensors that are not empty.
+  void add(const Tensor& given, const Tensor& out, const Optional& weight, const Optional& bias,
            const Optional& grad = {}, const Optional& grad_weight = {},
-           const Optional& grad_bias = {}) const {
-    QkNormRopeArgs args = args_;
-    const Tensor x = with_heads(given);
-    const Optional w = dense(weight, wide_), b = dense(bias, wide_);
-    Optional g;
-    args.x = view(x);
+           const Optional& grad_bias = {}) {
+    Part& part = parts_[count_++];
+    QkNormRopeArgs& args = part.args = args_;
+    part.x = with_heads(given);
+    part.weight = dense(weight, wide_);
+    part.bias = dense(bias, wide_);
+    args.x = view(*part.x);
     args.out = view(out);
-    args.batch = x.size(0);
-    args.length = x.size(1);
-    args.heads = x.size(2);
-    args.num_dims = x.size(3);
-    args.weight = w ? w->data_ptr() : nullptr;
-    args.bias = b ? b->data_ptr() : nullptr;
-    if (grad) args.grad = view(*(g = with_heads(*grad)));
+    args.batch = given.size(0);
+    args.length = given.size(1);
+    args.heads = given.size(2);
+    args.num_dims = given.size(3);
+    args.weight = part.weight ? part.weight->data_ptr() : nullptr;
+    args.bias = part.bias ? part.bias->data_ptr() : nullptr;
+    if (grad) args.grad = view(*(part.grad = with_heads(*grad)));
     const auto row = [](const Optional& of, char*& at, Dtype& dtype) {
       if (!of || !of->numel()) return;
       at = (char*)of->data_ptr();
@@ -85,14 +86,33 @@ class Call {
     };
     row(grad_weight, args.grad_weight, args.weight_dtype);
     row(grad_bias, args.grad_bias, args.bias_dtype);
-    STD_TORCH_CHECK(kernels().qk_norm_rope(args, parallel()), "qk_norm_rope: out of memory for ",
-                    args.heads, " heads of dimension ", args.num_dims);
+    bytes_ += (grad ? 3 : 2) * given.numel() * size_of(args.dtype);
+  }
+
+  void run() {
+    if (!count_) return;
+    for (Part& part : parts_) part.args.past_cache = bytes_ >= past_cache_from;
+    const QkNormRopeArgs& args = parts_[0].args;
+    STD_TORCH_CHECK(
+        kernels().qk_norm_rope(args, count_ > 1 ? &parts_[1].args : nullptr, parallel()),
+        "qk_norm_rope: out of memory for ", args.heads, " heads of dimension ", args.num_dims);
   }
 
  private:
+  // Where more than this is read and written, little of it is found in the cache again.
+  static constexpr int64_t past_cache_from = int64_t(16) << 20;
+
+  struct Part {
+    QkNormRopeArgs args;
+    Optional x, weight, bias, grad;
+  };
+
   ScalarType wide_;
   Optional cos_, sin_;
   QkNormRopeArgs args_{};
+  Part parts_[2]{};
+  int count_ = 0;
+  int64_t bytes_ = 0;
 };
 
 std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Optional& k,
@@ -102,10 +122,11 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Optional& k,
                                         const std::string& norm, bool across_heads,
                                         const std::string& rotation, int64_t rotary_dim,
                                         double eps) {
-  const Call call(q, cos, sin, norm, across_heads, rotation, rotary_dim, eps);
+  Call call(q, cos, sin, norm, across_heads, rotation, rotary_dim, eps);
   Tensor out_q = new_like(q), out_k = k ? new_like(*k) : nothing(q);
-  call.run(q, out_q, weight_q, bias_q);
-  if (k) call.run(*k, out_k, weight_k, bias_k);
+  call.add(q, out_q, weight_q, bias_q);
+  if (k) call.add(*k, out_k, weight_k, bias_k);
+  call.run();
   return {out_q, out_k};
 }
 
@@ -115,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(
     const Optional& bias_k, const Optional& cos, const Optional& sin, const std::string& norm,
     bool across_heads, const std::string& rotation, int64_t rotary_dim, double eps,
     bool want_rows) {
-  const Call call(q, cos, sin, norm, across_heads, rotation, rotary_dim, eps);
+  Call call(q, cos, sin, norm, across_heads, rotation, rotary_dim, eps);
   const auto row = [&](const Optional& grad, const Optional& of) {
     return grad && of && want_rows ? torch::stable::new_empty(*of, sizes_of(*of, 1)) : nothing(q);
   };
@@ -123,8 +144,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(
   Tensor to_k = grad_k && k ? new_like(*k) : nothing(q);
   Tensor to_weight_q = row(grad_q, weight_q), to_bias_q = row(grad_q, bias_q);
   Tensor to_weight_k = row(grad_k, weight_k), to_bias_k = row(grad_k, bias_k);
-  if (grad_q) call.run(q, to_q, weight_q, {}, grad_q, to_weight_q, to_bias_q);
-  if (grad_k && k) call.run(*k, to_k, weight_k, {}, grad_k, to_weight_k, to_bias_k);
+  if (grad_q) call.add(q, to_q, weight_q, {}, grad_q, to_weight_q, to_bias_q);
+  if (grad_k && k) call.add(*k, to_k, weight_k, {}, grad_k, to_weight_k, to_bias_k);
+  call.run();
   return {to_q, to_k, to_weight_q, to_bias_q, to_weight_k, to_bias_k};
 }
 

@@ -21,6 +21,7 @@ struct QkNormRopeArgs {
   HeadsView grad;  // of what x becomes, if `out` is to be the gradient of x
   Dtype dtype;     // of these
   int64_t batch, length, heads, num_dims;
+  bool past_cache;  // out is too large to be found there
 
   Norm norm;
   bool across_heads;

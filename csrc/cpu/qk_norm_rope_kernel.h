@@ -7,7 +7,9 @@
 #include <atomic>
 
 #include "cpu/numbers.h"
+#include "cpu/past_cache.h"
 #include "cpu/qk_norm_rope.h"
+#include "cpu/qk_norm_rope_paired.h"
 #include "cpu/workspace.h"
 
 namespace mmfast::MMFAST_ISA {
@@ -28,21 +30,24 @@ struct QkNormRope {
   const int64_t blocks_per_sample, blocks, group;  // group: heads of a norm
   const bool layer;
   const bool folded;  // weights are in the tables
+  const bool streams;  // what is written goes past the cache
   int64_t part_blocks = 1, parts = 0;
   double* sums = nullptr;  // [parts][2][rows_width]
   std::atomic<bool> failed{false};
+  QkNormRope* other = nullptr;  // keys beside these queries
 
   explicit QkNormRope(const QkNormRopeArgs& a)
       : args(a),
         E(a.num_dims),
         R(a.cos ? a.rotary_dim : 0),
-        stride((a.num_dims + 15) / 16 * 16),
+        stride((a.num_dims + 31) / 32 * 32),
         tail(a.num_dims - (a.num_dims - 1) / W * W),
         blocks_per_sample((a.length + block - 1) / block),
         blocks(a.batch * blocks_per_sample),
         group(a.across_heads ? a.heads : 1),
         layer(a.norm == Norm::layer),
-        folded(R == E && a.weight && !a.bias && !a.across_heads && !a.grad.data) {}
+        folded(R == E && a.weight && !a.bias && !a.across_heads && !a.grad.data),
+        streams(a.past_cache && whole_lines(a)) {}
   QkNormRope(const QkNormRope&) = delete;
   ~QkNormRope() { std::free(sums); }
 
@@ -50,9 +55,9 @@ struct QkNormRope {
     return COUNT ? COUNT : (E + W - 1) / W;
   }
 
-  // A head of a token.
+  // A head of a token. next: of one that comes soon.
   struct Row {
-    const char *x, *grad;
+    const char *x, *grad, *next, *next_grad;
     char* out;
     const T *table, *weight, *bias;
     T *to_weight, *to_bias, *to_xhat;
@@ -66,6 +71,7 @@ struct QkNormRope {
     Row* rows;
     T* tables;               // [block][2][stride]
     T *weight, *bias;        // [group][stride]
+    T* swapped;              // [stride]: the weight of each number's partner
     T *to_weight, *to_bias;  // [group][stride], of a block
     T* to_xhat;              // [rows][stride]
     T* pairs;                // [2 stride]: a head and its beginning once more
@@ -77,7 +83,7 @@ struct QkNormRope {
   bool prepare(Work& work) const {
     const int64_t most = group > together ? group : together;
     const int64_t rows = (most * (int64_t)sizeof(Row) + 63) / 64 * 64 / (int64_t)sizeof(T);
-    const int64_t numbers = rows + (2 * block + 4 * group + most + 2) * stride;
+    const int64_t numbers = rows + (2 * block + 4 * group + most + 3) * stride;
     T* at = allocate<T>(numbers);
     if (!at) return false;
     // Padding is read, though nothing follows from it.
@@ -93,6 +99,7 @@ struct QkNormRope {
     work.tables = take(2 * block);
     work.weight = take(group);
     work.bias = take(group);
+    work.swapped = take(1);
     work.to_weight = take(group);
     work.to_bias = take(group);
     work.to_xhat = take(most);
@@ -102,7 +109,49 @@ struct QkNormRope {
         work.weight[i * stride + e] = args.weight ? ((const T*)args.weight)[i * E + e] : 1;
         if (args.bias) work.bias[i * stride + e] = ((const T*)args.bias)[i * E + e];
       }
+    for (int64_t e = 0; e < R; ++e)
+      work.swapped[e] = work.weight[args.half ? (e + R / 2) % R : e ^ 1];
+    if constexpr (can_pair)
+      if (paired())
+        for (int64_t i = 0; i <= group; ++i) {
+          T* row = i < group ? work.weight + i * stride : work.swapped;
+          std::memcpy(work.pairs, row, (size_t)E * sizeof(T));
+          this->pair_blocks().arrange(row, work.pairs);
+        }
     return true;
+  }
+
+  enum class Way { none, neighbours, halves, memory };  // in which partners are found
+
+  Way way() const {
+    if (R == 0) return Way::none;
+    if (!args.half) return E % 2 == 0 || E < W ? Way::neighbours : Way::memory;
+    return R == E && E % (2 * W) == 0 ? Way::halves : Way::memory;
+  }
+
+#if defined(__AVX512BF16__)
+  static constexpr bool can_pair = DTYPE == Dtype::bfloat16 && COUNT;
+
+  __attribute__((always_inline)) PairBlocks pair_blocks() const {
+    return {E, COUNT ? (COUNT + 1) / 2 : 0};
+  }
+#else
+  static constexpr bool can_pair = false;
+#endif
+
+  // Whether heads are taken as pairs of vectors. Their squares lose what is far below eps.
+  bool paired() const {
+    if (!can_pair || layer || args.bias || args.grad_bias || E % 2) return false;
+    if (args.norm == Norm::rms && !(args.eps >= 1e-30)) return false;
+    const Way found = way();
+    return found == Way::none || (R == E && (found == Way::neighbours || E % 64 == 0));
+  }
+
+  static bool whole_lines(const QkNormRopeArgs& a) {
+    if (!COUNT || a.num_dims * size % 64) return false;
+    for (const int64_t stride : a.out.strides)
+      if (stride % 64) return false;
+    return (uintptr_t)a.out.data % 64 == 0;
   }
 
   // Where vector v of a head begins.
@@ -122,7 +171,12 @@ struct QkNormRope {
     return v;
   }
 
-  __attribute__((always_inline)) void put(char* at, int64_t e, V v) const {
+  __attribute__((always_inline)) void put(char* at, int64_t e, V v, bool past_cache) const {
+    if constexpr (DTYPE == Dtype::float32 && COUNT)
+      if (past_cache) {
+        store_past_cache(at + e * size, v);
+        return;
+      }
 #if defined(__AVX512BF16__)
     // One instruction for ten; it takes denormals for zeros.
     if constexpr (DTYPE == Dtype::bfloat16 && COUNT) {
@@ -154,59 +208,56 @@ struct QkNormRope {
   }
 
   // cos and sin of a token as factors of a number and of its partner, for each number of a head.
-  void expand(T* to, const T* weight, int64_t b, int64_t l) const {
+  void expand(T* to, const T* weight, const T* swapped, int64_t b, int64_t l) const {
     const int64_t row = b * args.table_stride + l * args.table_width, h = R / 2;
     const T *cos = (const T*)args.cos + row, *sin = (const T*)args.sin + row;
-    T *c = to, *s = to + stride;
+    T *__restrict c = to, *__restrict s = to + stride;
     const bool pairs = args.table_width != R;
     // Gradients take the partner's sine.
     const bool backward = args.grad.data != nullptr;
+    const T sign = backward ? 1 : -1;
     if (args.half) {
       const int64_t second = pairs ? 0 : h;
       const T *first_sin = backward ? sin + second : sin, *second_sin = backward ? sin : sin + second;
-      const T sign = backward ? 1 : -1;
       for (int64_t i = 0; i < h; ++i) {
         c[i] = cos[i];
         c[i + h] = cos[i + second];
         s[i] = sign * first_sin[i];
         s[i + h] = -sign * second_sin[i];
       }
-    } else {
+    } else if (pairs) {
       for (int64_t i = 0; i < h; ++i) {
-        const int64_t a = pairs ? i : 2 * i, z = pairs ? i : 2 * i + 1;
-        c[2 * i] = cos[a];
-        c[2 * i + 1] = cos[z];
-        s[2 * i] = backward ? sin[z] : -sin[a];
-        s[2 * i + 1] = backward ? -sin[a] : sin[z];
+        c[2 * i] = cos[i];
+        c[2 * i + 1] = cos[i];
+        s[2 * i] = sign * sin[i];
+        s[2 * i + 1] = -sign * sin[i];
+      }
+    } else {
+      const int64_t other = backward ? 1 : 0;  // whose sine a number's partner has
+      for (int64_t i = 0; i < h; ++i) {
+        c[2 * i] = cos[2 * i];
+        c[2 * i + 1] = cos[2 * i + 1];
+        s[2 * i] = sign * sin[2 * i + other];
+        s[2 * i + 1] = -sign * sin[2 * i + 1 - other];
       }
     }
     if (!folded) return;
-    for (int64_t i = 0; i < h; ++i) {
-      const int64_t a = args.half ? i : 2 * i, z = args.half ? i + h : 2 * i + 1;
-      c[a] *= weight[a];
-      c[z] *= weight[z];
-      s[a] *= weight[z];
-      s[z] *= weight[a];
+    for (int64_t e = 0; e < R; ++e) {
+      c[e] *= weight[e];
+      s[e] *= swapped[e];
     }
-  }
-
-  enum class Way { none, neighbours, halves, memory };  // in which partners are found
-
-  Way way() const {
-    if (R == 0) return Way::none;
-    if (!args.half) return E % 2 == 0 || E < W ? Way::neighbours : Way::memory;
-    return R == E && E % (2 * W) == 0 ? Way::halves : Way::memory;
   }
 
   // Calls give(v, e, rotated) for the vectors of a head, whose numbers are at(v, e).
   template <Way WAY, class At, class Give>
   __attribute__((always_inline)) void rotate(const T* table, T* pairs, const At& at,
                                              const Give& give) const {
-    const int64_t h = R / 2;
+    const int64_t R = this->R, h = R / 2;
+    const bool partly = R < E;
     const T *c = table, *s = table + stride;
-    const auto turned = [&](int64_t e, V n, V partner) __attribute__((always_inline)) {
+    const auto turned = [=](int64_t e, V n, V partner) __attribute__((always_inline)) {
       const V r = fma(n, load<V>(c + e), partner * load<V>(s + e));
-      return R < E ? first(R - e, r, n) : r;
+      return partly ? first(R - e, r, n) : r;
     };
     if constexpr (WAY == Way::none) {
       for (int64_t v = 0; v < vectors(); ++v) give(v, place(v), at(v, place(v)));
@@ -247,59 +298,94 @@ struct QkNormRope {
     }
   }
 
+  // of[i]: what the vectors partial(i) of a head add up to, or those of all heads of a norm.
+  template <class Partial>
+  __attribute__((always_inline)) void add_up(Row* rows, int64_t count, T Row::*of,
+                                             const Partial& partial) const {
+    if (args.across_heads) {
+      V total{};
+      for (int64_t i = 0; i < count; ++i) total += partial(i);
+      const T sum = sum_lanes(total);
+      for (int64_t i = 0; i < count; ++i) rows[i].*of = sum;
+      return;
+    }
+    V found[together];
+    T sums[together];
+    for (int64_t i = 0; i < count; ++i) found[i] = partial(i);
+    for (int64_t i = count; i < together; ++i) found[i] = V{};
+    if constexpr (sizeof(T) == 4)
+      sum_lanes_of(found, sums);
+    else
+      for (int64_t i = 0; i < count; ++i) sums[i] = sum_lanes(found[i]);
+    for (int64_t i = 0; i < count; ++i) rows[i].*of = sums[i];
+  }
+
   // Means and inverses of the rows.
+  template <bool PAIRED = false>
   void measure(Row* rows, int64_t count) const {
     if (args.norm == Norm::none) return;
     const T numbers = (T)(E * group);
+    const bool layer = this->layer;
     if (layer) {
-      for (int64_t i = 0; i < count; ++i) {
+      add_up(rows, count, &Row::mean, [&](int64_t i) __attribute__((always_inline)) {
         V total{};
         for (int64_t v = 0; v < vectors(); ++v) total += own(take(rows[i].x, place(v)), v);
-        rows[i].mean = sum_lanes(total);
-      }
-      share(rows, count, &Row::mean);
+        return total;
+      });
       for (int64_t i = 0; i < count; ++i) rows[i].mean /= numbers;
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const V mean = V{} + rows[i].mean;
+    add_up(rows, count, &Row::inverse, [&](int64_t i) __attribute__((always_inline)) {
       V squares[2]{};
-      for (int64_t v = 0; v < vectors(); ++v) {
-        const V x = take(rows[i].x, place(v)), mine = own(layer ? x - mean : x, v);
-        squares[v & 1] = fma(mine, mine, squares[v & 1]);
+      if constexpr (PAIRED) {
+        const auto blocks = this->pair_blocks();
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < blocks.count; ++j)
+          squares[j & 1] =
+              add_squares(squares[j & 1], rows[i].x + blocks.place(j) * size, blocks.own(j));
+      } else {
+        const V mean = V{} + rows[i].mean;
+        for (int64_t v = 0; v < vectors(); ++v) {
+          const V x = take(rows[i].x, place(v)), mine = own(layer ? x - mean : x, v);
+          squares[v & 1] = fma(mine, mine, squares[v & 1]);
+        }
       }
-      rows[i].inverse = sum_lanes(squares[0] + squares[1]);
-    }
-    share(rows, count, &Row::inverse);
-    for (int64_t i = 0; i < count; ++i) {
-      const T mean = rows[i].inverse / numbers + (T)args.eps;
-      rows[i].inverse =
+      return squares[0] + squares[1];
+    });
+    const int64_t different = args.across_heads ? 1 : count;
+    T inverses[together];
+    for (int64_t i = 0; i < different; ++i) inverses[i] = rows[i].inverse;
+    for (int64_t i = different; i < together; ++i) inverses[i] = 1;
+    for (int64_t i = 0; i < together; ++i) {
+      const T mean = inverses[i] / numbers + (T)args.eps;
+      inverses[i] =
           1 / (sizeof(T) == 4 ? (T)__builtin_sqrtf((float)mean) : (T)__builtin_sqrt((double)mean));
     }
+    for (int64_t i = 0; i < count; ++i) rows[i].inverse = inverses[args.across_heads ? 0 : i];
   }
 
-  // What heads that are normalised together have is summed over them.
-  void share(Row* rows, int64_t count, T Row::*of) const {
-    if (!args.across_heads) return;
-    T total = 0;
-    for (int64_t i = 0; i < count; ++i) total += rows[i].*of;
-    for (int64_t i = 0; i < count; ++i) rows[i].*of = total;
+  // Asks for a part of the row that comes soon, where vector v of this one is.
+  __attribute__((always_inline)) void ask(const char* next, int64_t v) const {
+    if (COUNT && v * W * size % 64 == 0) __builtin_prefetch(next + v * W * size);
   }
 
   template <Way WAY>
   void forward(Row* rows, int64_t count, T* pairs) const {
     measure(rows, count);
-    const bool biased = args.bias != nullptr;
+    // Copies stay in registers; members would be read again after every store.
+    const bool biased = args.bias != nullptr, layer = this->layer, folded = this->folded;
+    const bool streams = this->streams;
     for (int64_t i = 0; i < count; ++i) {
       const Row row = rows[i];
       const V mean = V{} + row.mean, inverse = V{} + row.inverse;
-      const auto normed = [&](int64_t, int64_t e) __attribute__((always_inline)) {
+      const auto normed = [=, this](int64_t, int64_t e) __attribute__((always_inline)) {
         const V x = layer ? take(row.x, e) - mean : take(row.x, e);
         if (folded) return x;
         const V n = x * inverse * load<V>(row.weight + e);
         return biased ? n + load<V>(row.bias + e) : n;
       };
-      const auto write = [&](int64_t, int64_t e, V v) __attribute__((always_inline)) {
-        put(row.out, e, folded ? v * inverse : v);
+      const auto write = [=, this](int64_t i, int64_t e, V v) __attribute__((always_inline)) {
+        put(row.out, e, folded ? v * inverse : v, streams);
+        ask(row.next, i);
       };
       rotate<WAY>(row.table, pairs, normed, write);
     }
@@ -309,7 +395,8 @@ struct QkNormRope {
   void backward(Row* rows, int64_t count, T* pairs) const {
     measure(rows, count);
     const bool plain = args.norm == Norm::none, of_weight = args.grad_weight, of_bias = args.grad_bias;
-    for (int64_t i = 0; i < count; ++i) {
+    const bool layer = this->layer, streams = this->streams;
+    add_up(rows, count, &Row::along, [&](int64_t i) __attribute__((always_inline)) {
       const Row row = rows[i];
       const V mean = V{} + row.mean, inverse = V{} + row.inverse;
       V products[2]{}, total{};
@@ -318,7 +405,7 @@ struct QkNormRope {
       };
       const auto use = [&](int64_t v, int64_t e, V g) __attribute__((always_inline)) {
         if (plain) {
-          put(row.out, e, g);
+          put(row.out, e, g, streams);
           return;
         }
         const V x = take(row.x, e), xhat = (layer ? x - mean : x) * inverse, mine = own(g, v);
@@ -330,12 +417,15 @@ struct QkNormRope {
         if (layer) total += mine_w;
       };
       rotate<WAY>(row.table, pairs, read, use);
-      rows[i].along = sum_lanes(products[0] + products[1]);
       rows[i].average = layer ? sum_lanes(total) : 0;
-    }
+      return products[0] + products[1];
+    });
     if (plain) return;
-    share(rows, count, &Row::along);
-    share(rows, count, &Row::average);
+    if (args.across_heads) {
+      T total = 0;
+      for (int64_t i = 0; i < count; ++i) total += rows[i].average;
+      for (int64_t i = 0; i < count; ++i) rows[i].average = total;
+    }
     const T per_number = 1 / (T)(E * group);
     for (int64_t i = 0; i < count; ++i) {
       const Row row = rows[i];
@@ -347,7 +437,9 @@ struct QkNormRope {
         const V x = take(row.x, e);
         V to_x = fma(layer ? x - mean : x, -along, load<V>(row.to_xhat + e));
         if (layer) to_x -= average;
-        put(row.out, e, to_x * inverse);
+        put(row.out, e, to_x * inverse, streams);
+        ask(row.next, v);
+        ask(row.next_grad, v);
       }
     }
   }
@@ -356,22 +448,51 @@ struct QkNormRope {
   void run_block(const Work& work, int64_t index) const {
     const int64_t b = index / blocks_per_sample, first = index % blocks_per_sample * block;
     const int64_t last = first + block < args.length ? first + block : args.length;
-    if (R)
-      for (int64_t l = first; l < last; ++l)
-        expand(work.tables + (l - first) * 2 * stride, work.weight, b, l);
+    const bool in_pairs = paired();
+    // Sums have one order, whatever the strides.
+    const bool by_head = args.x.strides[1] < args.x.strides[2] && !args.across_heads && !work.sums;
+    // Tables of as many tokens as heads at once can be of.
+    const int64_t spanned = args.across_heads ? 1 : together / args.heads + 2;
+    const int64_t slots = by_head || spanned > block ? block : spanned;
+    const auto make_table = [&](int64_t l) {
+      T* table = work.tables + l % slots * 2 * stride;
+      if constexpr (can_pair) {
+        if (in_pairs) {
+          PairedHeads<QkNormRope>{*this}.expand(table, work, b, l);
+          return;
+        }
+      }
+      expand(table, work.weight, work.swapped, b, l);
+    };
     int64_t count = 0;
     const auto finish = [&] {
-      args.grad.data ? backward<WAY>(work.rows, count, work.pairs)
-                     : forward<WAY>(work.rows, count, work.pairs);
+      if (in_pairs) {
+        if constexpr (can_pair)
+          args.grad.data ? PairedHeads<QkNormRope>{*this}.template backward<WAY>(work.rows, count)
+                         : PairedHeads<QkNormRope>{*this}.template forward<WAY>(work.rows, count);
+      } else {
+        args.grad.data ? backward<WAY>(work.rows, count, work.pairs)
+                       : forward<WAY>(work.rows, count, work.pairs);
+      }
       count = 0;
     };
+    const int64_t tokens = args.across_heads ? 1 : by_head ? 0 : together / args.heads;
+    const int64_t others = args.across_heads ? 0 : by_head ? 1 : together % args.heads;
     const auto add = [&](int64_t l, int64_t h) {
       const int64_t offset = args.across_heads ? h * stride : 0;
       Row& row = work.rows[count];
       row.x = args.x.head(b, l, h);
       row.grad = args.grad.data ? args.grad.head(b, l, h) : nullptr;
+      int64_t next_l = l + tokens, next_h = h + others;
+      if (next_h >= args.heads && !by_head) {
+        next_h -= args.heads;
+        ++next_l;
+      }
+      const bool there = next_l < args.length && next_h < args.heads;
+      row.next = there ? args.x.head(b, next_l, next_h) : row.x;
+      row.next_grad = there && args.grad.data ? args.grad.head(b, next_l, next_h) : row.x;
       row.out = args.out.head(b, l, h);
-      row.table = work.tables + (l - first) * 2 * stride;
+      row.table = work.tables + l % slots * 2 * stride;
       row.weight = work.weight + offset;
       row.bias = work.bias + offset;
       row.to_weight = work.to_weight + offset;
@@ -382,17 +503,27 @@ struct QkNormRope {
       ++count;
       if (args.across_heads ? h + 1 == args.heads : count == together) finish();
     };
-    // Sums have one order, whatever the strides.
-    if (args.x.strides[1] < args.x.strides[2] && !args.across_heads && !work.sums) {
+    if (by_head) {
+      if (R)
+        for (int64_t l = first; l < last; ++l) make_table(l);
       for (int64_t h = 0; h < args.heads; ++h)
         for (int64_t l = first; l < last; ++l) add(l, h);
     } else {
-      for (int64_t l = first; l < last; ++l)
+      for (int64_t l = first; l < last; ++l) {
+        if (R) make_table(l);
         for (int64_t h = 0; h < args.heads; ++h) add(l, h);
+      }
     }
     if (count) finish();
     if (!work.sums) return;
     const int64_t width = args.rows_width();
+    if constexpr (can_pair)
+      if (in_pairs)
+        for (int64_t i = 0; i < group; ++i) {
+          std::memset(work.pairs, 0, (size_t)E * sizeof(T));
+          this->pair_blocks().add_back(work.pairs, work.to_weight + i * stride);
+          std::memcpy(work.to_weight + i * stride, work.pairs, (size_t)E * sizeof(T));
+        }
     for (int64_t i = 0; i < group; ++i)
       for (int64_t e = 0; e < E; ++e) {
         work.sums[i * E + e] += work.to_weight[i * stride + e];
@@ -403,24 +534,30 @@ struct QkNormRope {
     std::memset(work.to_bias, 0, bytes);
   }
 
+  void run_any(const Work& work, int64_t index) const {
+    switch (way()) {
+      case Way::none: run_block<Way::none>(work, index); return;
+      case Way::neighbours: run_block<Way::neighbours>(work, index); return;
+      case Way::halves: run_block<Way::halves>(work, index); return;
+      case Way::memory: run_block<Way::memory>(work, index); return;
+    }
+  }
+
   void run(int64_t begin, int64_t end) {
-    Work work{};
-    if (!prepare(work)) {
-      failed = true;
-      return;
-    }
-    const Way found = way();
-    for (int64_t part = begin; part < end; ++part) {
-      if (sums) work.sums = sums + part * 2 * args.rows_width();
+    QkNormRope* const both[] = {this, other};
+    Work works[2]{};
+    const int count = other ? 2 : 1;
+    for (int i = 0; i < count; ++i)
+      if (!both[i]->prepare(works[i])) failed = true;
+    for (int64_t part = begin; part < end && !failed; ++part) {
+      for (int i = 0; i < count; ++i)
+        if (sums) works[i].sums = both[i]->sums + part * 2 * both[i]->args.rows_width();
       const int64_t last = (part + 1) * part_blocks;
-      for (int64_t i = part * part_blocks; i < last && i < blocks; ++i) {
-        if (found == Way::none) run_block<Way::none>(work, i);
-        if (found == Way::neighbours) run_block<Way::neighbours>(work, i);
-        if (found == Way::halves) run_block<Way::halves>(work, i);
-        if (found == Way::memory) run_block<Way::memory>(work, i);
-      }
+      for (int64_t index = part * part_blocks; index < last && index < blocks; ++index)
+        for (int i = 0; i < count; ++i) both[i]->run_any(works[i], index);
     }
-    std::free(work.memory);
+    if (streams || (other && other->streams)) _mm_sfence();
+    for (Work& work : works) std::free(work.memory);
   }
 
   static void write_sum(char* to, Dtype dtype, const double* sums, int64_t parts, int64_t width) {
@@ -434,18 +571,32 @@ struct QkNormRope {
     }
   }
 
-  bool run(const Parallel& parallel) {
-    const int64_t width = args.rows_width();
-    if (sums_rows()) {
-      part_blocks = (blocks + most_parts - 1) / most_parts;
-      if (part_blocks < least_part / block) part_blocks = least_part / block;
-      parts = (blocks + part_blocks - 1) / part_blocks;
-      sums = allocate<double>(parts * 2 * width);
-      if (!sums) return false;
-      std::memset(sums, 0, (size_t)(parts * 2 * width) * sizeof(double));
-    } else {
+  // Memory for the sums over tokens; false when there is none.
+  bool plan() {
+    if (!sums_rows()) {
       parts = blocks;
+      return true;
     }
+    const int64_t width = args.rows_width();
+    part_blocks = (blocks + most_parts - 1) / most_parts;
+    if (part_blocks < least_part / block) part_blocks = least_part / block;
+    parts = (blocks + part_blocks - 1) / part_blocks;
+    sums = allocate<double>(parts * 2 * width);
+    if (!sums) return false;
+    std::memset(sums, 0, (size_t)(parts * 2 * width) * sizeof(double));
+    return true;
+  }
+
+  void write_sums() const {
+    if (!sums_rows()) return;
+    const int64_t width = args.rows_width();
+    write_sum(args.grad_weight, args.weight_dtype, sums, parts, width);
+    write_sum(args.grad_bias, args.bias_dtype, sums + width, parts, width);
+  }
+
+  // with: has as many tokens and parts, and is computed in turns.
+  bool run(const Parallel& parallel, QkNormRope* with = nullptr) {
+    other = with;
     if (parts == 1)
       run(0, 1);
     else if (parts)
@@ -456,32 +607,45 @@ struct QkNormRope {
           },
           this);
     if (failed) return false;
-    if (!sums_rows()) return true;
-    write_sum(args.grad_weight, args.weight_dtype, sums, parts, width);
-    write_sum(args.grad_bias, args.bias_dtype, sums + width, parts, width);
+    write_sums();
+    if (with) with->write_sums();
     return true;
+  }
+
+  // Queries, and keys if there are any: they may lie beside each other in memory.
+  static bool run(const QkNormRopeArgs& q, const QkNormRopeArgs* k, const Parallel& parallel) {
+    QkNormRope first(q);
+    if (!first.plan()) return false;
+    if (!k) return first.run(parallel);
+    QkNormRope second(*k);
+    if (!second.plan()) return false;
+    if (first.sums_rows() == second.sums_rows() && first.blocks == second.blocks)
+      return first.run(parallel, &second);
+    return first.run(parallel) && second.run(parallel);
   }
 };
 
 template <class T, Dtype DTYPE>
-static bool run_qk_norm_rope(const QkNormRopeArgs& args, const Parallel& parallel) {
+static bool run_qk_norm_rope(const QkNormRopeArgs& q, const QkNormRopeArgs* k,
+                             const Parallel& parallel) {
   // E = 64, 65 to 80, 96 and 128 with the widest vectors.
-  switch ((args.num_dims + native_width<T> - 1) / native_width<T>) {
-    case 4: return QkNormRope<T, DTYPE, 4>(args).run(parallel);
-    case 5: return QkNormRope<T, DTYPE, 5>(args).run(parallel);
-    case 6: return QkNormRope<T, DTYPE, 6>(args).run(parallel);
-    case 8: return QkNormRope<T, DTYPE, 8>(args).run(parallel);
-    default: return QkNormRope<T, DTYPE, 0>(args).run(parallel);
+  switch ((q.num_dims + native_width<T> - 1) / native_width<T>) {
+    case 4: return QkNormRope<T, DTYPE, 4>::run(q, k, parallel);
+    case 5: return QkNormRope<T, DTYPE, 5>::run(q, k, parallel);
+    case 6: return QkNormRope<T, DTYPE, 6>::run(q, k, parallel);
+    case 8: return QkNormRope<T, DTYPE, 8>::run(q, k, parallel);
+    default: return QkNormRope<T, DTYPE, 0>::run(q, k, parallel);
   }
 }
 
-// The gradients, if args have any; else the op.
-static bool qk_norm_rope(const QkNormRopeArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case Dtype::float32: return run_qk_norm_rope<float, Dtype::float32>(args, parallel);
-    case Dtype::float16: return run_qk_norm_rope<float, Dtype::float16>(args, parallel);
-    case Dtype::bfloat16: return run_qk_norm_rope<float, Dtype::bfloat16>(args, parallel);
-    case Dtype::float64: return QkNormRope<double, Dtype::float64, 0>(args).run(parallel);
+// The gradients, if args have any; else the op. k, of as many tokens and dimensions, may be null.
+static bool qk_norm_rope(const QkNormRopeArgs& q, const QkNormRopeArgs* k,
+                         const Parallel& parallel) {
+  switch (q.dtype) {
+    case Dtype::float32: return run_qk_norm_rope<float, Dtype::float32>(q, k, parallel);
+    case Dtype::float16: return run_qk_norm_rope<float, Dtype::float16>(q, k, parallel);
+    case Dtype::bfloat16: return run_qk_norm_rope<float, Dtype::bfloat16>(q, k, parallel);
+    case Dtype::float64: return QkNormRope<double, Dtype::float64, 0>::run(q, k, parallel);
   }
   return false;
 }
