@@ -58,6 +58,7 @@ class Case:
         full: only part of ``--full``.
         share: of the time that a case gets.
         overhead: it is so small that a call is all overhead.
+        compiled: what is compiled takes part, whatever the op.
     """
 
     op: str
@@ -70,6 +71,7 @@ class Case:
     full: bool = False
     share: float = 1.0
     overhead: bool = False
+    compiled: bool = False
 
     @property
     def judged(self) -> int:

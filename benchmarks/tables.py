@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import rich.table
 from rich.text import Text
 
+from benchmarks import gpu_goals
 from benchmarks.goals import fastest, goals
 from benchmarks.results import Curve, Results, Row, letters_of
 
@@ -92,8 +93,8 @@ def all_tables(results: Results) -> list[Table]:
         tables.append(_level_table(levels))
     if results.curves:
         tables.append(_training_table(results.curves))
-    reached = goals(results)
-    if reached and results.facts["device_type"] == "cpu":
+    reached = (goals if results.facts["device_type"] == "cpu" else gpu_goals.goals)(results)
+    if reached:
         table = Table("Goals", ("goal", "threads", "wanted", "reached", "met"))
         rows_ = [[g.what, str(g.threads), g.wanted, g.reached, _tick(g.met)] for g in reached]
         table.sections.append(("", rows_))
