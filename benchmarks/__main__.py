@@ -26,6 +26,7 @@ from benchmarks import (
     gpu_cases,
     levels,
     machine,
+    ratios,
     report,
     tables,
     timing,
@@ -39,7 +40,7 @@ from mmfast.files import check_writable
 _HERE = Path(__file__).parent
 _CURVE_SHARE = 0.1  # of a table's case's time
 _LEVEL_CASES = 2  # of lower instruction sets, without --full
-_LEVELS = 2  # lower instruction sets, likewise
+_LEVELS = 1  # lower instruction sets, likewise
 _SAVE_EVERY = 5.0  # seconds, which are lost at most
 
 
@@ -150,6 +151,9 @@ def _parse() -> argparse.Namespace:
         action="store_true",
         help="all cases, torch.compile of everything, and slow contenders on all vectors",
     )
+    parser.add_argument(
+        "--scale", action="store_true", help="everything that has a goal, and with one thread too"
+    )
     parser.add_argument("--only", metavar="REGEX", help="cases, as op/name")
     parser.add_argument("--subjects", metavar="REGEX", help="contenders, by their names")
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all")
@@ -202,8 +206,11 @@ def _all_cases(device: str) -> list[Case]:
 
 
 def _choose(options: argparse.Namespace) -> list[Case]:
-    found = _all_cases(options.device)
-    found = [c for c in found if options.full or (c.quick if options.quick else not c.full)]
+    def takes_part(case: Case) -> bool:
+        scaled = options.scale and (case.op, case.name) in ratios.RATIOS
+        return options.full or scaled or (case.quick if options.quick else not case.full)
+
+    found = [c for c in _all_cases(options.device) if takes_part(c)]
     return [c for c in found if re.search(options.only or "", c.key)]
 
 
@@ -250,7 +257,7 @@ def _run(
     return contest.run(
         case,
         device,
-        counts if case.scales else counts[-1:],
+        counts if case.scales(options.scale or options.full) else counts[-1:],
         effort,
         lambda name: bool(re.search(options.subjects or "", name)),
         lambda what: tell(f"{case.key} {what}", 0),
@@ -276,5 +283,7 @@ if __name__ == "__main__":
     # Libraries of contenders warn about each other; nothing of it concerns the results.
     warnings.filterwarnings("ignore")
     os.environ.setdefault("KEOPS_VERBOSE", "0")
+    # The processor's flags say what it has; torch.compile would build programs to find out.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's
     sys.exit(main())

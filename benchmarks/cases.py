@@ -12,13 +12,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import patches, schedulers, training, transformers, vqvae
+from benchmarks import patches, ratios, schedulers, training, transformers, vqvae
 from benchmarks.results import title_of
 from mmfast.registry import OPS, Sample
 
+SHIFTED = "Gaussian + 100"
+
 Make = Callable[[torch.device], tuple[Any, ...]]
 
-_SCALED = ("nearest_code", "kmeans", "vector_quantize_step")
+# With goals for one thread and for all.
+_SCALED = (
+    "nearest_code",
+    "kmeans",
+    "vector_quantize_step",
+    "vector_quantize_eval",
+    "residual_vq_step",
+)
+# Likewise, with --scale.
+_SCALED_TOO = (
+    "residual_vq_eval",
+    "fsq_step",
+    "lfq_step",
+    "lfq_signs_step",
+    "sampler_step",
+    "add_noise",
+    "randn",
+    "scaled_dot_product_attention",
+    "scaled_dot_product_attention_bwd",
+    "gated_residual_modulate",
+    "gated_residual_modulate_bwd",
+    "qk_norm_rope",
+    "qk_norm_rope_bwd",
+    "dit_step",
+)
 # Parts of modules that are measured: the larger of their samples are for --full.
 _INSIDE = (
     "vector_quantize",
@@ -59,6 +85,7 @@ class Case:
         share: of the time that a case gets.
         overhead: it is so small that a call is all overhead.
         compiled: what is compiled takes part, whatever the op.
+        whole: slow contenders have all vectors too, so that the memory can be compared.
     """
 
     op: str
@@ -72,17 +99,21 @@ class Case:
     share: float = 1.0
     overhead: bool = False
     compiled: bool = False
+    whole: bool = False
 
     @property
     def judged(self) -> int:
         """How many of its vectors are held to the truth."""
         return self.shape["N"] if self.sweep is None else min(self.shape["N"], _JUDGED)
 
-    @property
-    def scales(self) -> bool:
-        """Whether it is timed with one thread too; for the others, all of them say enough."""
+    def scales(self, everything: bool) -> bool:
+        """Whether it is timed with one thread too.
+
+        Args:
+            everything: that has a goal.
+        """
         scaled = self.op in _SCALED or (self.op, self.name) in schedulers.RATIOS
-        return self.sweep is None and scaled
+        return self.sweep is None and (scaled or (everything and self.op in _SCALED_TOO))
 
     @property
     def key(self) -> str:
@@ -107,11 +138,12 @@ def _tables() -> Iterator[Case]:
                 op.name,
                 sample.name,
                 sample.shape,
-                "Gaussian + 100" if "offset" in sample.name else "Gaussian",
-                functools.partial(_sample, sample),
+                SHIFTED if "offset" in sample.name else "Gaussian",
+                functools.partial(_sample, sample, torch.float32),
                 quick=sample is smallest or sample.name == "n65536_k1024_d64",
-                full=sample is not smallest and op.name in _INSIDE,
+                full=(sample is not smallest and op.name in _INSIDE) or sample.name in ratios.LONG,
             )
+        yield from _halves(op.name, bench)
         if op.name == "nearest_code":
             for num_codes in (1024, 8192):
                 yield _patches(num_codes)
@@ -148,7 +180,8 @@ def _tables() -> Iterator[Case]:
 def _modules() -> Iterator[Case]:
     for n, k, d in _SHAPES:
         for op, sizes in (("step", (n, k, n)), ("eval", (n, k))):
-            yield _module(f"vector_quantize_{op}", {"N": n, "K": k, "D": d}, sizes)
+            case = _module(f"vector_quantize_{op}", {"N": n, "K": k, "D": d}, sizes)
+            yield dataclasses.replace(case, whole=k == 1024)
     shape = {"N": 16384, "K": 1024, "D": 128, "Q": 8}
     for op in ("step", "eval"):
         yield _module(f"residual_vq_{op}", shape, (16384, 8 * 1024, 16384)[: 3 - (op == "eval")])
@@ -212,21 +245,31 @@ def _vqvae(setting: vqvae.Setting) -> Case:
     )
 
 
-def _sample(sample: Sample, device: torch.device) -> tuple[Any, ...]:
-    return sample.make(device, torch.float32, 0)
+def _sample(sample: Sample, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    return sample.make(device, dtype, 0)
+
+
+def _halves(op: str, samples: list[Sample]) -> Iterator[Case]:
+    """Those in bfloat16 that have goals."""
+    for sample in samples:
+        name = sample.name + ratios.HALF
+        if (op, name) in ratios.RATIOS:
+            make = functools.partial(_sample, sample, torch.bfloat16)
+            full = sample.name in ratios.LONG
+            yield Case(op, name, sample.shape, "Gaussian, bfloat16", make, full=full)
 
 
 def _sweeps() -> Iterator[Case]:
-    # Every second point is for --full.
-    for i, n in enumerate((16, 64, 256, 1024, 4096, 16384, 65536)):
-        yield _gaussian(n, 1024, 64, f"sweep_n{n}", "N", full=i % 2 == 1)
-    for i, k in enumerate((4, 16, 64, 256, 1024, 4096, 16384)):
-        yield _gaussian(16384, k, 64, f"sweep_k{k}", "K", full=i % 2 == 1)
+    # Others are for --full. The tables have N = 65536, and patches with 1024 and 8192 codes.
+    for n in (16, 64, 256, 1024, 4096, 16384):
+        yield _gaussian(n, 1024, 64, f"sweep_n{n}", "N", full=n not in (16, 256, 4096))
+    for k in (4, 16, 64, 256, 1024, 4096, 16384):
+        yield _gaussian(16384, k, 64, f"sweep_k{k}", "K", full=k not in (4, 64, 1024, 4096))
     for d in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
-        yield _gaussian(16384, 1024, d, f"sweep_d{d}", "D", full=d in (2, 8, 32, 128))
-    # The tables have those with 1024 and 8192 codes.
+        yield _gaussian(16384, 1024, d, f"sweep_d{d}", "D", full=d not in (1, 4, 16, 64, 512))
     for k in (64, 256, 4096):
-        yield _patches(k, f"sweep_patches_k{k}", "K, image patches")
+        case = _patches(k, f"sweep_patches_k{k}", "K, image patches")
+        yield dataclasses.replace(case, full=k == 4096)
 
 
 def _normal(rows: int, dims: int, seed: int) -> Tensor:

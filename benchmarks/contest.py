@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import memory, peers, timing
-from benchmarks.cases import Case
+from benchmarks.cases import SHIFTED, Case
 from benchmarks.modules import Step
 from benchmarks.results import Row
 from benchmarks.spent import FIRST, ROUNDS, TRUTH, Spent
@@ -22,7 +22,7 @@ _CUT_LEAST = 1024  # vectors
 # Bytes of an N x K matrix that is new pages in every call, as that of the whole problem is: below,
 # glibc may have it from the call before.
 _NEW_PAGES = 70 << 20
-# On the curves only these are of interest, besides mmfast.
+# On the curves, and with shifted data, only these are of interest, besides mmfast.
 CURVES = ("addmm+argmin", "faiss flat")
 _CLOSE = 3.0  # times mmfast's time, below which a contender has more than one sample in any case
 _NEAR = 10.0  # the same for shorter calls, of which new pages can be half where there is one sample
@@ -43,7 +43,7 @@ class Effort:
 
     seconds: float
     call: float = 0.03
-    slow: float = 0.3
+    slow: float = 0.12
     full: bool = False
 
 
@@ -58,6 +58,7 @@ COMPILED = (
 # Cases with everybody; in the others of these ops those that may be the fastest take part.
 HEADLINES = {
     "nearest_code": ("n65536_k1024_d64", "n256_k512_d64"),
+    "vector_quantize_step": ("n65536_k1024_d64",),
     "lfq_signs_step": ("n65536_k16384_d14",),
 }
 ABSENT = "only with --full"
@@ -81,10 +82,9 @@ class Entry:
         far = self.subject.kind != "mmfast" and self.seconds / self.rows > close
         return self.seconds > (_QUICK if aside else effort.slow) and (far or aside)
 
-    def scales(self, case: Case, effort: Effort, fastest: float) -> bool:
-        """Whether it is timed with fewer threads than all."""
-        quick = not (self.subject.peer.aside or self.once(effort, fastest))
-        return (effort.full or quick) and self.rows == case.shape["N"]
+    def scales(self, effort: Effort) -> bool:
+        """Whether it is timed with fewer threads than all, for which code is compiled again."""
+        return effort.full or not (self.subject.peer.aside or self.subject.compiled)
 
 
 def run(
@@ -127,8 +127,7 @@ def run(
     fastest = min((e.seconds / e.rows for e in entries if e.subject.kind == "mmfast"), default=0.0)
     for count in threads:
         tell(f"{count} threads" if device.type == "cpu" else "timing")
-        # Who is too slow for all rows, or slow, is not worth a second look with fewer threads.
-        here = [e for e in entries if count == most or e.scales(case, effort, fastest)]
+        here = [e for e in entries if count == most or e.scales(effort)]
         with timing.threads(count), spent.on(case.key, ROUNDS):
             times = _times(case, here, device, most / count, effort, fastest)
             for entry in here:
@@ -147,20 +146,26 @@ def _times(
     fastest: float,
 ) -> dict[str, timing.Timing]:
     """By contender; with fewer threads a call takes about ``longer`` times as long."""
-    turns = {e.subject.name: e for e in entries if longer > 1 or not e.once(effort, fastest)}
+    turns = {e.subject.name: e for e in entries if not e.once(effort, fastest)}
     calls = {name: e.call for name, e in turns.items()}
+    for name, entry in turns.items():
+        if longer > 1 and entry.subject.compiled:
+            calls[name]()
     if case.overhead:
         times = timing.overhead(calls, device)
     else:
         known = {name: e.seconds * longer for name, e in turns.items()}
         times = timing.interleave(calls, device, effort.seconds, known)
-    alone = {e.subject.name: e.seconds for e in entries if e.subject.name not in turns}
-    return times | {name: timing.Timing.of([seconds]) for name, seconds in alone.items()}
+    for entry in (e for e in entries if e.subject.name not in turns):
+        # With all threads, its first call was that one.
+        again = timing.once(entry.call, device)[0] if longer > 1 else entry.seconds
+        times[entry.subject.name] = timing.Timing.of([again])
+    return times
 
 
 def _contenders(case: Case) -> list[Subject]:
     found = subjects(case.op)
-    if case.sweep is None:
+    if case.sweep is None and case.data != SHIFTED:
         return found
     return [s for s in found if s.kind == "mmfast" or s.name in CURVES]
 
@@ -203,10 +208,9 @@ def enter(
     effort: Effort,
 ) -> Entry | str:
     """The contender, warm and judged, or why it does not run."""
-    compiled = subject.kind == "compile" or subject.name == "torch.compile"
     headline = case.name in HEADLINES.get(case.op, (case.name,))
     if not effort.full and (
-        (compiled and not (case.compiled or (case.op in COMPILED and headline)))
+        (subject.compiled and not (case.compiled or (case.op in COMPILED and headline)))
         or (subject.peer.rarely and not headline)
     ):
         return ABSENT
@@ -235,7 +239,7 @@ def enter(
     long = effort.slow if subject.kind == "floor" else _SURE
     sure = warm or (taken.seconds > long and not effort.full)
     taken = taken._replace(result=None)
-    if compiled or not sure:
+    if subject.compiled or not sure:
         taken = memory.watch(call, device)
     return Entry(subject, call, rows, match, taken.memory, taken.seconds)
 
@@ -276,7 +280,8 @@ def _cut(
     needed = subject.peer.workspace(*arguments)
     if needed > _free_memory(device):
         fitting = max(_CUT_LEAST, rows * _free_memory(device) // needed // 64 * 64)
-    if subject.peer.cut:
+    cut = subject.peer.cut and not case.whole
+    if cut:
         # The cost of a vector grows when a product of N x K no longer fits the caches.
         of_new_pages = _NEW_PAGES // (4 * case.shape["K"]) if needed else 0
         least = min(fitting, max(_CUT_LEAST, of_new_pages))
@@ -289,7 +294,7 @@ def _cut(
                 fitting = min(fitting, max(least, allowed))
                 break
             probed = min(allowed, 8 * probed, fitting)
-    return shorten(arguments, fitting), fitting, subject.peer.cut
+    return shorten(arguments, fitting), fitting, cut
 
 
 def _free_memory(device: torch.device) -> int:

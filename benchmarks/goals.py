@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks import schedulers, transformers, vqvae
+from benchmarks import ratios, schedulers, transformers, vqvae
 from benchmarks.results import Results, Row
 
 # Of nearest_code: times faster than torch.mm of that shape, and than the fastest peer with indices.
@@ -22,7 +22,6 @@ RATIOS: dict[str, tuple[float | None, float]] = {
 }
 # Of the modules, by the first letters of a case: times faster than vector-quantize-pytorch.
 LIBRARY = "vector-quantize-pytorch"
-_RESULTS_ALONE = "as many bytes"  # a floor that needs memory for the results and no more
 MODULE_RATIOS = {
     "vector_quantize_step": {"n65536_k1024": 15.0, "n65536_k8192": 60.0, "n16384_k16384": 8.0},
     "vector_quantize_eval": {"n65536_k1024": 25.0, "n65536_k8192": 100.0, "n16384_k16384": 10.0},
@@ -35,7 +34,7 @@ MODULE_RATIOS = {
 SAMPLER_OF_FLOOR = 1.3  # times moving the bytes, and drawing the noise where it is drawn
 _ONE_PASS = ("sampler_step", "add_noise", "gated_residual_modulate")
 STEP_OF_FLOOR = 1.5  # times the lookup alone, or moving the bytes
-PART_OF_MEMORY = 20  # times less than vector-quantize-pytorch
+PART_OF_MEMORY = 20  # times less than vector-quantize-pytorch's VectorQuantize, and less elsewhere
 KMEANS_RATIO = 3.0  # than scikit-learn
 OVERHEAD = 10e-6  # seconds of a tiny call
 MEMORY = 16 << 20  # bytes that nearest_code needs at most
@@ -55,11 +54,15 @@ class Goal:
 def goals(results: Results) -> list[Goal]:
     """Every goal whose cases were measured."""
     rows = [r for r in results.rows if r.seconds is not None]
+    most = max((r.threads for r in rows), default=1)
+    # Memory is measured with all threads.
+    rows = [r if r.threads == most else dataclasses.replace(r, memory=None) for r in rows]
     return [
         *_ratios(rows),
         *_modules(rows),
         *_kmeans(rows),
         *_samplers(rows),
+        *_ops(rows),
         *_schedulers(rows),
         *_vqvae(rows),
         *_transformers(rows),
@@ -113,8 +116,7 @@ def _modules(rows: list[Row]) -> Iterator[Goal]:
             elif other.kind == "floor" and op != "vector_quantize_eval":
                 yield _near_floor(own, other)
             if other.subject == LIBRARY and other.measured == other.shape["N"]:
-                results = (r for r in same if r.subject == _RESULTS_ALONE)
-                yield from _memory(own, other, next(results, None))
+                yield from _memory(own, other)
 
 
 def _faster(own: Row, other: Row, wanted: float) -> Goal:
@@ -123,7 +125,7 @@ def _faster(own: Row, other: Row, wanted: float) -> Goal:
         f"{own.op}, {own.title}: against {other.subject}",
         own.threads,
         f"{wanted:g}x",
-        f"{ratio:.1f}x",
+        f"{ratio:.{1 if wanted >= 2 else 2}f}x",
         ratio >= wanted,
     )
 
@@ -139,18 +141,21 @@ def _near_floor(own: Row, floor: Row) -> Goal:
     )
 
 
-def _memory(own: Row, other: Row, alone: Row | None) -> Iterator[Goal]:
-    """Of what is needed beside the results, where their size is known."""
-    if own.memory is not None and other.memory:
-        results = 0 if alone is None else alone.memory or 0
-        extra, others = max(own.memory - results, 0), max(other.memory - results, 0)
-        yield Goal(
-            f"{own.op}, {own.title}: memory beside its results, of {other.subject}'s at most",
-            own.threads,
-            f"1/{PART_OF_MEMORY}",
-            f"{extra / 2**20:.1f} of {others / 2**20:.1f} MiB",
-            PART_OF_MEMORY * extra <= others,
-        )
+def _memory(own: Row, other: Row) -> Iterator[Goal]:
+    """Of what is needed beside the results: vectors, their indices, and the gradient of a step."""
+    if own.memory is None or not other.memory:
+        return
+    tensors = 2 if own.op.endswith("_step") else 1
+    rows = 4 * tensors * own.shape["D"] + 8 * own.shape.get("Q", 1)
+    extra, others = ((r.memory or 0) - own.shape["N"] * rows for r in (own, other))
+    times = PART_OF_MEMORY if own.op.startswith("vector_quantize") else 1
+    yield Goal(
+        f"{own.op}, {own.title}: memory beside its results, of {other.subject}'s at most",
+        own.threads,
+        f"1/{times}" if times > 1 else "less",
+        f"{max(extra, 0) / 2**20:.1f} of {others / 2**20:.1f} MiB",
+        times * extra <= others,
+    )
 
 
 def _kmeans(rows: list[Row]) -> Iterator[Goal]:
@@ -250,7 +255,8 @@ def _samplers(rows: list[Row]) -> Iterator[Goal]:
         noise = drawn.get(own.threads, 0.0) if "seed" in own.case else 0.0
         for floor in rows:
             same = (floor.op, floor.case, floor.threads) == (own.op, own.case, own.threads)
-            if same and floor.subject == "torch.compile":
+            stricter = "torch.compile" in ratios.RATIOS.get((own.op, own.case), {})
+            if same and floor.subject == "torch.compile" and not stricter:
                 goal = _faster(own, floor, 1.0)
                 what = f"{own.op}, {own.case}: against torch.compile"
                 yield dataclasses.replace(goal, what=what)
@@ -266,6 +272,18 @@ def _samplers(rows: list[Row]) -> Iterator[Goal]:
                 f"{ratio:.2f}x",
                 ratio <= SAMPLER_OF_FLOOR,
             )
+
+
+def _ops(rows: list[Row]) -> Iterator[Goal]:
+    """Of those in ``ratios``."""
+    for own in (r for r in rows if r.kind == "mmfast"):
+        wanted = ratios.RATIOS.get((own.op, own.case), {})
+        for other in rows:
+            same = (other.op, other.case, other.threads) == (own.op, own.case, own.threads)
+            if same and other.subject in wanted:
+                goal = _faster(own, other, wanted[other.subject])
+                what = f"{own.op}, {own.case}: against {other.subject}"
+                yield dataclasses.replace(goal, what=what)
 
 
 def _limits(rows: list[Row]) -> Iterator[Goal]:

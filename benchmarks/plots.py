@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +56,17 @@ def _of_rows(rows: list[Row], facts: dict[str, Any]) -> dict[str, Any]:
     return {
         "speedup": _bars(tables, subtitle, _speedups, "time of each / time of mmfast", "speed"),
         "memory": _bars(tables, subtitle, _memories, "MiB, outputs included", "memory"),
-        "scaling": _curves([r for r in rows if r.sweep in ("N", "K", "D")], subtitle),
+        "scaling": _curves(list(_curve_points(rows)), subtitle),
         "patches": _patches([r for r in rows if _of_patches(r)], subtitle),
     }
+
+
+def _curve_points(rows: list[Row]) -> Iterator[Row]:
+    """The last of the curve over N is in the tables."""
+    shown = [r for r in rows if r.kind == "mmfast" or r.subject in CURVES]
+    yield from (r for r in shown if r.sweep in ("N", "K", "D"))
+    if any(r.sweep == "N" for r in shown):
+        yield from (replace(r, sweep="N") for r in shown if r.case == "n65536_k1024_d64")
 
 
 def _of_patches(row: Row) -> bool:

@@ -36,6 +36,11 @@ class Subject:
     kind: str
     peer: Peer
 
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile makes it."""
+        return self.kind == "compile" or self.name == "torch.compile"
+
     def reasons(self, arguments: Arguments) -> list[str]:
         """Why it cannot take part."""
         return self.peer.missing() or self.peer.unsupported(*arguments)

@@ -17,7 +17,7 @@ from benchmarks.modules import Step
 
 _SAMPLE = 5e-4  # seconds; shorter calls are repeated for so long, and divided
 _SHORT = 0.02  # seconds; up to here shows what a call takes longer after those of others
-_SETTLE = 0.01  # seconds
+_SETTLE = 0.006  # seconds; libgomp's threads spin about as long
 _MIN_ROUNDS = 3
 _TINY = 1e-3  # seconds; rounds of such calls cost little, and there are more
 _MIN_TINY_ROUNDS = 7
@@ -123,20 +123,27 @@ def overhead(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> di
     with _no_garbage_collection():
         for _ in range(_TURNS):
             for name, call in calls.items():
-                time.sleep(_SETTLE)
+                _settle()
                 taken = min(once(call, device)[0] for _ in range(3))
                 count = min(_BLOCK_CALLS, max(1, round(_BLOCK / max(taken, 1e-7))))
-                for _ in range(_BLOCKS):
+                for block in range(1 + _BLOCKS):
                     run = ready(call)
                     _mean(run, math.ceil(_WARM * count))
-                    samples[name].append(_mean(run, count))
+                    mean = _mean(run, count)
+                    if block:  # before the first, the processor has slept
+                        samples[name].append(mean)
                     synchronize(device)
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
+def _settle() -> None:
+    """The threads of the contender before spin for a while, and would take this one's cores."""
+    if torch.get_num_threads() > 1:
+        time.sleep(_SETTLE)
+
+
 def _cpu_sample(call: Callable[[], Any], repeats: int) -> float:
-    # The threads of the contender before spin for a while, and would take this one's cores.
-    time.sleep(_SETTLE)
+    _settle()
     taken = _mean(ready(call), 1)
     # Shorter ones wait for threads to wake up, and for what the contender before had in the caches:
     # whoever is repeated within a sample would have it easier than who is not.

@@ -111,7 +111,7 @@ def limited(
         if MASK < BOOL_OF_KEYS:
             inside = inside & (rows < num_rows)
             p_mask += rows.to(tl.int64) * stride_ml
-        if MASK == BOOL_MASK or MASK == BOOL_OF_KEYS:
+        if MASK % 2 == 1:  # bool
             b_s = tl.where(tl.load(p_mask, mask=inside, other=0) != 0, b_s, float("-inf"))
         else:
             b_s += tl.load(p_mask, mask=inside, other=0.0).to(b_s.dtype) * LOG2_E

@@ -219,7 +219,8 @@ def dynamic_threshold_kernel(
     between = (high != low) & (part != 0)
     quantile = tl.where(between, b_low + (b_high - b_low) * part, b_low)
     maximum = tl.full([], maximum, tl.float64)
-    quantile = tl.where(quantile < 1.0, 1.0, tl.where(quantile > maximum, maximum, quantile))
+    quantile = tl.where(quantile < 1.0, 1.0, quantile)
+    quantile = tl.where(quantile > maximum, maximum, quantile)
     quantile = tl.where(largest == largest, quantile, float("nan"))
     tl.store(out_ptr + b, quantile.to(DTYPE))
 
@@ -240,7 +241,7 @@ def dynamic_threshold(
     wide = x.dtype == torch.float64
     result = x.new_empty(batch, dtype=torch.float64 if wide else torch.float32)
     if x.numel() == 0:
-        return result.fill_(1)
+        return result.fill_(min(1.0, maximum))
     bits, digits = (64, 8) if wide else (32, 4)
     key = torch.int64 if wide else torch.int32
     keys = x.new_empty((batch, numbers), dtype=key)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -63,9 +64,9 @@ def loop(
     made._step_index = None
     if begin:
         made.set_begin_index(begin)
-    with double():
+    with double(), pytest.MonkeyPatch.context() as patched:
         for i, t in enumerate(made.timesteps[begin:]):
-            loaded.__dict__["randn_tensor"] = lambda *a, _i=i, **k: noises[_i]
+            patched.setitem(loaded.__dict__, "randn_tensor", lambda *a, _i=i, **k: noises[_i])
             scaled = made.scale_model_input(x, t) if hasattr(made, "scale_model_input") else x
             x = made.step(model(scaled, float(t)), t, x, return_dict=False, **options)[0]
             samples.append(x)

@@ -69,7 +69,7 @@ def steps() -> list[Row]:
 
 def test_goals_of_steps():
     reached = [(g.reached, g.met) for g in goals.goals(Results(FACTS, {}, steps()))]
-    assert reached == [("1.5x", True), ("2.0x", False), ("2.0 MiB", True)]
+    assert reached == [("1.50x", True), ("2.0x", False), ("2.0 MiB", True)]
 
 
 def test_parts_are_in_the_report(tmp_path):

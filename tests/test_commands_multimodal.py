@@ -14,7 +14,7 @@ pytest.importorskip("PIL")
 pytest.importorskip("soundfile")
 pytest.importorskip("tokenizers")
 
-from command_models import names, read, refused, run, save_vqvae, vqvae
+from command_models import D, names, read, refused, run, save_vqvae, vqvae
 
 from mmfast.commands.multimodal import maker_of
 from mmfast.commands.ranges import Ranges
@@ -115,6 +115,59 @@ def test_going_on_with_other_data(multimodal, folder, tmp_path, capsys):
     capsys.readouterr()
     assert train("multimodal", run_, "--resume", "--steps", 5, "--data", data) == 1
     assert "prepares its data otherwise" in capsys.readouterr().err
+
+
+def test_in_the_latents_of_a_vqvae(folder, tmp_path, capsys):
+    """Pictures are latents for the model, and pictures for everybody else."""
+    file, out = save_vqvae(tmp_path / "vqvae.safetensors"), tmp_path / "run"
+    words = "--data", folder, "--modalities", "image", "text", "--size", 8
+    assert train("multimodal", out, *words, "--vqvaes", f"image={file}") == 0
+    made = maker(out)
+    assert made.about["latents"] == {"image": {"part": "vqvae_image"}}
+    image = made.model.config["modalities"]["image"]
+    assert (image["channels"], image["size"], image["patch_size"]) == (D, [4, 4], [1, 1])
+    pictures = torch.stack([ImageReader(8).read(p) for p in sorted(folder.glob("*/*.png"))])
+    latents = vqvae().latents(pictures).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(torch.tensor(image["mean"]), latents.mean(1), atol=0.1, rtol=0.1)
+    torch.testing.assert_close(torch.tensor(image["std"]), latents.std(1), atol=0.1, rtol=0.3)
+    assert read(out / "samples" / "step-00000003.png").shape[1] > 8
+    common = out, "--steps", 2
+    assert run(capsys, "sample", *common, "--text", "dark", "--out", tmp_path / "a.png")[0] == 0
+    assert read(tmp_path / "a.png").shape == (8, 8, 3)
+    text = made.readers["text"]
+    drawn = made.diffusion.generate(
+        made.model,
+        ["image"],
+        {"text": text.filled(text.prepare("dark"))[None]},
+        guidance=2.0,
+        steps=2,
+        seed=torch.zeros(1, dtype=torch.int64),
+        progress=False,
+    )["image"]
+    assert drawn.shape == (1, D, 4, 4)
+    wanted = vqvae().decoder(vqvae().quantize(drawn)[0]).clamp(-1, 1)
+    shown = torch.tensor(read(tmp_path / "a.png")).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(shown, wanted[0], atol=0.02, rtol=0)
+    words = "--given", f"image={folder / 'dark' / '0.png'}", "--want", "text"
+    assert run(capsys, "sample", *common, *words, "--out", tmp_path / "a.txt")[0] == 0
+    assert run(capsys, "evaluate", *common, "--data", folder, "--limit", 4, "--json")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["text=there"], "each for another one of image, mel, got text=there"),
+        (["image"], "NAME=FILE"),
+        (["image=nowhere.safetensors"], "nowhere.safetensors"),
+        (["mel=vqvae"], "takes 3 channels of 2 dimensions"),
+    ],
+)
+def test_no_such_latents(folder, tmp_path, capsys, words, message):
+    file = save_vqvae(tmp_path / "vqvae.safetensors")
+    words = [word.replace("=vqvae", f"={file}") for word in words]
+    common = "--data", folder, "--modalities", "image", "mel", "text", "--size", 8, "--frames", 8
+    assert train("multimodal", tmp_path / "run", *common, "--vqvaes", *words) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_files_made_of_files(multimodal, folder, tmp_path, capsys):

@@ -75,6 +75,128 @@ def test_published_sums(name, config, steps, total, tolerance):
     assert float(x.abs().sum()) == pytest.approx(total, abs=tolerance)
 
 
+SIGMAS = LINEAR | {"num_train_timesteps": 1100}
+LATE = {"lower_order_final": False} | SOLVER
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "config", "steps", "start", "total", "tolerance"),
+    [
+        ("DDPM", LINEAR, None, 998, 387.9466, 1e-2),
+        ("DDIM", LINEAR, 10, 8, 354.5418, 1e-2),
+        ("EulerDiscrete", SIGMAS, 10, 8, 57062.9297, 0.1),
+        ("EulerAncestralDiscrete", SIGMAS, 10, 8, 56163.0508, 0.1),
+        ("HeunDiscrete", SIGMAS, 10, 8, 75074.8906, 0.1),
+        ("LMSDiscrete", SIGMAS, 10, 8, 27663.6895, 0.1),
+        ("KDPM2Discrete", SIGMAS, 10, 8, 70408.4062, 0.1),
+        ("DEISMultistep", LINEAR | {"solver_order": 2}, 10, 8, 315.3016, 1e-2),
+        ("DPMSolverMultistep", LINEAR | LATE, 10, 5, 318.4111, 1e-2),
+        ("DPMSolverSinglestep", LINEAR | SOLVER, 10, 5, 269.2187, 1e-2),
+        ("UniPCMultistep", LINEAR | SOLVER, 10, 8, 315.5757, 1e-2),
+        ("EDMDPMSolverMultistep", EDM | LATE | {"sigma_data": 0.5}, 10, 5, 8.1661, 1e-2),
+    ],
+)
+def test_published_sums_from_an_image(name, config, steps, start, total, tolerance):
+    """The image is the ramp, in the models' scale, and the noise the ramp upside down."""
+    scheduler = getattr(drop_in, f"{name}Scheduler")(**config)
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    options = {}
+    if "generator" in inspect.signature(scheduler.step).parameters and "Solver" not in name:
+        options["generator"] = torch.manual_seed(0)
+    times = scheduler.timesteps[start * scheduler.order :]
+    noise = (torch.arange(768).flip(-1) / 768).reshape(3, 8, 8, 4).permute(3, 0, 1, 2)
+    x = _ramp() if "Solver" in name else _ramp() * float(scheduler.init_noise_sigma)
+    x = scheduler.add_noise(x, noise, times[:1])
+    for t in times:
+        # Those whose input is scaled go on with it, in the library's tests.
+        x = x if "Solver" in name else scheduler.scale_model_input(x, t)
+        x = scheduler.step(_model(x, t), t, x, **options).prev_sample
+    assert float(x.abs().sum()) == pytest.approx(total, abs=tolerance)
+
+
+def _both(name, config, times, **options):
+    """What steps of ours and of the library's give at some timesteps, each from the same sample."""
+    x = 10 * torch.rand(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    made = []
+    for library in (drop_in, diffusers):
+        scheduler = getattr(library, f"{name}Scheduler")(**config)
+        if name != "DDPM":
+            scheduler.set_timesteps(10)
+        outputs = []
+        for t in times(scheduler.timesteps):
+            if "generator" in inspect.signature(scheduler.step).parameters:
+                options["generator"] = torch.manual_seed(0)
+            outputs += scheduler.step(0.1 * x + 1, t, x, return_dict=False, **options)
+        made.append(torch.stack(outputs))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DDPM", {"beta_start": 0.1, "beta_end": 2.0}),
+        ("DDPM", {"rescale_betas_zero_snr": True}),
+        ("DDIM", {"beta_start": 0.1, "beta_end": 2.0}),
+        ("LCM", {"beta_start": 0.1, "beta_end": 2.0}),
+        ("TCD", {"beta_start": 0.1, "beta_end": 2.0}),
+    ],
+)
+def test_steps_of_schedules_that_others_spoil(name, config):
+    """Betas above 1 leave no schedule, and no signal no sample: steps elsewhere do not care."""
+    torch.testing.assert_close(*_both(name, config, lambda t: [t[-1]]), rtol=2e-5, atol=1e-5)
+    config = config | {"clip_sample": False}
+    with pytest.raises(ValueError, match="no step from timestep"):
+        _both(name, config, lambda t: [t[0]])
+
+
+@pytest.mark.parametrize("name", ["DDPM", "DDIM"])
+def test_noise_that_says_nothing_of_a_clipped_sample(name):
+    """Divided by 0 and clipped, it is the sign of the difference."""
+    config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    made = _both(name, config, lambda t: [t[0]])
+    torch.testing.assert_close(*made, rtol=2e-5, atol=1e-5)
+    assert bool((made[0][1].abs() == 1).all())
+
+
+def test_variances_of_unknown_kinds():
+    made = _both("DDPM", {"variance_type": "other"}, lambda t: [t[0], t[-1]])
+    torch.testing.assert_close(*made, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DDPM", "DDIM", "DEISMultistep", "DPMSolverMultistep", "UniPCMultistep", "SASolver", "LCM"],
+)
+@pytest.mark.parametrize("most", [0.5, 2.0])
+def test_thresholds(name, most):
+    config = {"thresholding": True, "sample_max_value": most}
+    made = _both(name, config, lambda t: t[:4])
+    torch.testing.assert_close(*made, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "LMSDiscrete"],
+)
+def test_equal_timesteps(name):
+    """Of 25 steps for 25 trained timesteps two are the same. The library is lost after them."""
+    x, runs = _ramp(), []
+    for library in (drop_in, diffusers):
+        scheduler = getattr(library, f"{name}Scheduler")(num_train_timesteps=25)
+        scheduler.set_timesteps(25)
+        y, outputs = x, []
+        for t in scheduler.timesteps:
+            scheduler.scale_model_input(y, t)
+            y = scheduler.step(0.1 * y, t, y).prev_sample
+            outputs.append(y)
+        runs.append(outputs)
+    same = next((i for i, y in enumerate(runs[1]) if not bool(y.isfinite().all())), 25)
+    torch.testing.assert_close(runs[0][:same], runs[1][:same], rtol=2e-5, atol=1e-5)
+    assert all(bool(y.isfinite().all()) for y in runs[0])
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -40,6 +40,7 @@ PEERS = {
         lambda x, codebook: lambda: mmfast.nearest_code(x, codebook),
         cut=False,
         floor=True,
+        aside=True,
         note="mmfast.nearest_code, which it contains",
     ),
     "plain torch": Peer(

@@ -86,7 +86,7 @@ Tensor dynamic_threshold(const Tensor& x, const Tensor& model_output,
       const double q = elements == 0 ? 1
                        : wide ? quantile((double*)numbers + b * elements, elements, ratio)
                               : quantile((float*)numbers + b * elements, elements, ratio);
-      const double t = q < 1 ? 1 : q > maximum ? maximum : q;
+      const double t = q > maximum ? maximum : q < 1 ? std::min(1.0, maximum) : q;
       if (wide)
         ((double*)thresholds)[b] = t;
       else

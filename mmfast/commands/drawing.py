@@ -15,6 +15,7 @@ from mmfast.commands import CommandError
 from mmfast.models import VQVAE, ConditionalDiT, Configured, Diffusion, DiT, load_model
 from mmfast.train.context import Context, context_from
 from mmfast.train.dit import dropout_of
+from mmfast.train.latents import decoded
 
 _GUIDANCE = 2.0  # by default, of models that know no class too
 _COUNTED = 16  # bits of a seed for the number of a sample in its class
@@ -142,12 +143,9 @@ class Drawer(NamedTuple):
                 seed=theirs,
                 progress=sys.stderr.isatty(),
             )
-            drawn.append(self._decoded(x).clamp(-1, 1).cpu())
+            x = x if self.vqvae is None else decoded(self.vqvae, x)
+            drawn.append(x.clamp(-1, 1).cpu())
         return torch.cat(drawn)
-
-    @torch.no_grad()
-    def _decoded(self, x: Tensor) -> Tensor:
-        return x if self.vqvae is None else self.vqvae.decoder(self.vqvae.quantize(x)[0])
 
 
 def drawer_of(file: Path, model: Configured, about: dict[str, Any]) -> Drawer:
@@ -167,14 +165,14 @@ def drawer_of(file: Path, model: Configured, about: dict[str, Any]) -> Drawer:
     device = next(model.parameters()).device
     vqvae = context = None
     if about.get("latents"):
-        vqvae = _part(file, about["latents"]["part"], device)
+        vqvae = vqvae_of(file, about["latents"]["part"], device)
     if isinstance(model, ConditionalDiT):
         told = about.get("context")
         if not told:
             raise CommandError(f"{file}: does not say what the model is conditioned on (context)")
         part = told.get("part")
         try:
-            context = context_from(told, None if part is None else _part(file, part, device))
+            context = context_from(told, None if part is None else vqvae_of(file, part, device))
         except (ImportError, ValueError) as error:
             raise CommandError(f"{file}: its context: {error}") from None
     classes = (about.get("data") or {}).get("classes") or []
@@ -199,7 +197,8 @@ def check_objective(file: Path, about: Mapping[str, Any]) -> None:
         )
 
 
-def _part(file: Path, part: str, device: torch.device) -> VQVAE:
+def vqvae_of(file: Path, part: str, device: torch.device) -> VQVAE:
+    """A VQ-VAE that is part of a model's file, else CommandError."""
     try:
         return load_model(file, VQVAE, part=part, device=device)
     except (KeyError, TypeError, ValueError) as error:

@@ -43,7 +43,7 @@ def measure_multimodal(
     count = 0
     for batch in batches:
         moved = {name: value.to(maker.device) for name, value in batch.items()}
-        data, there = modalities_of(model, moved)
+        data, there = modalities_of(model, moved, maker.latents)
         clean = {name: model.modality(name).numbers(values) for name, values in data.items()}
         size = len(next(iter(clean.values())))
         seeds = torch.arange(count, count + size, device=maker.device)

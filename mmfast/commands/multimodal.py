@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfast.commands import CommandError
-from mmfast.commands.drawing import check_objective
+from mmfast.commands.drawing import check_objective, vqvae_of
 from mmfast.commands.media import SUFFIXES, check_format, check_out, told
 from mmfast.data import Reader, TextReader, readers_from, write_image
 from mmfast.data.images import format_of
@@ -19,6 +19,7 @@ from mmfast.files import write_whole
 from mmfast.models import MultimodalDiffusion, MultimodalDiT
 from mmfast.models.modalities import Tokens
 from mmfast.train.grids import as_images, grid
+from mmfast.train.latents import Latents
 from mmfast.train.multimodal import LABEL, modalities_of
 
 _GUIDANCE = 2.0  # by default, of arrays that are made from something
@@ -33,6 +34,7 @@ class Maker(NamedTuple):
         readers: of its modalities, by name; labels have none.
         classes: names of the labels, if they are a modality.
         about: what the file says.
+        latents: in which some of the modalities are.
     """
 
     model: MultimodalDiT
@@ -40,6 +42,7 @@ class Maker(NamedTuple):
     readers: dict[str, Reader]
     classes: list[str]
     about: dict[str, Any]
+    latents: Latents
 
     @property
     def device(self) -> torch.device:
@@ -114,8 +117,8 @@ class Maker(NamedTuple):
         for first in range(0, len(seeds), batch):
             few = slice(first, first + batch)
             moved = {name: value[few].to(self.device) for name, value in given.items()}
-            data, there = modalities_of(self.model, moved)
-            made = self.diffusion.generate(
+            data, there = modalities_of(self.model, moved, self.latents)
+            drawn = self.diffusion.generate(
                 self.model,
                 want,
                 data,
@@ -127,7 +130,7 @@ class Maker(NamedTuple):
                 seed=seeds[few],
                 progress=progress and sys.stderr.isatty(),
             )
-            for name, value in made.items():
+            for name, value in self.latents.decoded(drawn).items():
                 parts[name].append(
                     (value.clamp(-1, 1) if value.is_floating_point() else value).cpu()
                 )
@@ -207,7 +210,10 @@ def maker_of(file: Path, model: MultimodalDiT, about: dict[str, Any]) -> Maker:
             f"{file}: its data is of {', '.join(sorted(known))}, the model of "
             f"{', '.join(model.modalities)}"
         )
-    return Maker(model, diffusion, readers, classes, about)
+    device = next(model.parameters()).device
+    told_latents = (about.get("latents") or {}).items()
+    latents = Latents({name: vqvae_of(file, of["part"], device) for name, of in told_latents})
+    return Maker(model, diffusion, readers, classes, about, latents)
 
 
 def _is_picture(path: Path) -> bool:

@@ -6,7 +6,6 @@ Its instance gets an attribute ``forward`` (or another method), which deleting u
 
 from __future__ import annotations
 
-import copy
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -181,13 +180,26 @@ def bound_names(module: nn.Module) -> list[str]:
     return [name for name in vars(module) if is_bound(module, name)]
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Its class, or the one that ``fully_shard`` has derived its class from."""
+    theirs = type(module)
+    sharded = loaded_class("torch.distributed.fsdp", "FSDPModule")
+    if not issubclass(theirs, sharded):
+        return theirs
+    return next(
+        c for c in theirs.__mro__ if issubclass(c, nn.Module) and not issubclass(c, sharded)
+    )
+
+
 def on_own_code(module: nn.Module) -> nn.Module:
     """A view of ``module``, the same tensors and hooks, without the methods that were bound.
 
     Submodules included; for calls that need the library's own code after all. The patched module
     is not touched, so that other threads can go on using it.
     """
-    view = copy.copy(module)
+    theirs = own_class(module)
+    view = theirs.__new__(theirs)
+    vars(view).update(vars(module))
     for name in bound_names(view):
         delattr(view, name)
     view._modules = {

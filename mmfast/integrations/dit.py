@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import mmfast
 from mmfast.integrations.attention import scaled_dot_product_attention
-from mmfast.integrations.binding import Library, Method, Swap
+from mmfast.integrations.binding import Library, Method, Swap, is_bound, own_class
 from mmfast.integrations.rehearsal import block_difference
 from mmfast.integrations.residuals import add, add_and_modulate
-from mmfast.nn.layers import is_plain, linear
+from mmfast.nn.layers import is_bare, is_plain, linear
 
 
 class DiTBlock:
@@ -46,7 +46,10 @@ class FinalLayer:
 
 
 def _attended(attn: Any, x: Tensor) -> Tensor:
-    """timm's ``Attention``."""
+    """timm's ``Attention``, or a call of it where that is more than its class's forward."""
+    own = "forward" not in vars(attn) or is_bound(attn, "forward")
+    if not own or not is_bare(attn) or "qkv" not in attn._modules:
+        return attn(x)
     q, k, v = linear(attn.qkv, x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     for name in ("q_norm", "k_norm"):
         norm = getattr(attn, name, None)
@@ -96,7 +99,7 @@ _OURS: tuple[Any, ...] = (DiTBlock, FinalLayer)
 
 def _match(module: nn.Module) -> Any:
     for ours in _OURS:
-        if type(module).__name__ == ours.__name__ and all(
+        if own_class(module).__name__ == ours.__name__ and all(
             hasattr(module, n) for n in ours.attributes
         ):
             return ours

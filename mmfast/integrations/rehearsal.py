@@ -6,6 +6,7 @@ For modules that are known only by their class's name, behind which may be anyth
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from mmfast.integrations.binding import on_own_code
+from mmfast.nn.layers import HOOKS
 
 _NUM_CODES = 8
 
@@ -79,14 +81,23 @@ def _differences(
 
 
 def _randomised(module: nn.Module) -> nn.Module:
-    """A copy on its own code, in float32 on the CPU, with small random parameters."""
-    view: Any = copy.deepcopy(on_own_code(module)).to("cpu", torch.float32)
+    """A copy on its own code, in float32 on the CPU, with small random parameters and no hooks.
+
+    Nothing is read of the parameters, which may be sharded.
+    """
+    view = on_own_code(module)
     generator = torch.Generator().manual_seed(0)
+    drawn: dict[int, Any] = {}
     for parameter in view.parameters():
         width = parameter.shape[-1] if parameter.dim() > 1 else 4
         values = torch.randn(parameter.shape, generator=generator) / width**0.5
-        parameter.data = values
-    return view
+        drawn[id(parameter)] = nn.Parameter(values)
+    for part in view.modules():
+        # What fully_shard keeps with a module is under keys that no attribute can have.
+        for key in [key for key in vars(part) if not key.isidentifier()]:
+            del vars(part)[key]
+        vars(part).update({hooks: OrderedDict() for hooks in HOOKS})
+    return copy.deepcopy(view, drawn).to("cpu", torch.float32)
 
 
 def _block_results(block: Any, forward: Callable[..., Any], training: bool) -> list[Any]:

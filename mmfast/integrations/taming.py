@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.integrations import vqgan
-from mmfast.integrations.binding import Library, Method, Swap
+from mmfast.integrations.binding import Library, Method, Swap, own_class
 from mmfast.integrations.rehearsal import difference
 
 _COMMON = ("n_e", "e_dim", "beta")
@@ -100,7 +100,7 @@ def _kind_of(module: nn.Module) -> type[LlamaGen] | type[Taming2] | type[Taming]
     if not isinstance(getattr(module, "embedding", None), nn.Embedding):
         return None
     for kind in _KINDS:
-        if type(module).__name__ == kind.class_name and all(
+        if own_class(module).__name__ == kind.class_name and all(
             hasattr(module, name) for name in kind.attributes
         ):
             return kind

@@ -8,17 +8,20 @@ from torch.nn.modules import module as _module
 from mmfast.ops.gated_activation import gated_activation
 from mmfast.ops.linear import linear as _linear
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a call of the module runs nothing but the ``forward`` of one of these classes.
 
-    Hooks, adapters, shards and quantised weights are some of what else there may be.
+    Adapters are some of what else there may be, and what :func:`is_bare` excludes.
     """
-    if type(module) not in kinds or "forward" in vars(module):
-        return False
-    if any(getattr(module, hooks) for hooks in _HOOKS) or _module._has_any_global_hook():
+    return type(module) in kinds and "forward" not in vars(module) and is_bare(module)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a module has neither hooks nor parameters that are sharded or quantised."""
+    if any(getattr(module, hooks) for hooks in HOOKS) or _module._has_any_global_hook():
         return False
     return all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
 

@@ -30,16 +30,16 @@ def dynamic_threshold(
 ) -> Tensor:
     """Thresholds for ``sampler_step(threshold=...)``: dynamic thresholding.
 
-    Of each sample's denoised prediction p, before any clamp, the quantile ``ratio`` of the |p|,
-    clamped to [1, ``maximum``]. ``sampler_step`` then clamps p to it and divides by it. The
-    quantile is exact: of the numbers in ascending order, that at ``ratio (E - 1)``, linear between
-    two.
+    Of each sample's denoised prediction p, before any clamp, the quantile ``ratio`` of the |p|, at
+    least 1 and then at most ``maximum``. ``sampler_step`` then clamps p to it and divides by it.
+    The quantile is exact: of the numbers in ascending order, that at ``ratio (E - 1)``, linear
+    between two.
 
     Args:
         x, model_output, table, step, unconditional, guidance_scale, guidance: as
             :func:`sampler_step` gets them.
         ratio: from 0 to 1.
-        maximum: at least 1.
+        maximum: above 0; below 1 it is the threshold.
 
     Returns:
         ``(B,)``, float32 (float64 if x is). NaN where p has one. Needs 4 bytes per number of x for
@@ -90,8 +90,8 @@ def dynamic_threshold(
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {got}")
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be from 0 to 1, got {ratio}")
-    if not maximum >= 1:
-        raise ValueError(f"maximum must be at least 1, got {maximum}")
+    if not maximum > 0:
+        raise ValueError(f"maximum must be above 0, got {maximum}")
     return backends.call(
         OP, x, model_output, unconditional, float(guidance_scale), guidance, coefficients, step,
         float(ratio), float(maximum),
@@ -148,7 +148,7 @@ def reference(
     result = fake(x)
     p = _predictions(x, model_output, unconditional, guidance_scale, guidance, table, step).abs()
     if p.shape[1] == 0:
-        return result.fill_(1)
+        return result.fill_(min(1, maximum))
     rank = ratio * (p.shape[1] - 1)
     order = p.sort(1).values  # NaN last
     low, high = order[:, int(rank)], order[:, min(int(rank) + 1, p.shape[1] - 1)]
@@ -207,6 +207,7 @@ def samples() -> Iterable[Sample]:
     yield _sample((3, 67), True, 0.75, 10.0)
     yield _sample((2, 3, 5), False, 1.0, 10.0)
     yield _sample((2, 3, 43), False, 0.995, 1.5)
+    yield _sample((2, 3, 43), False, 0.995, 0.5)
     yield _sample((2, 1), False, 0.5, 100.0)
     yield _sample((0, 3), False, 0.5, 2.0)
     yield _sample((3, 0), False, 0.5, 2.0)

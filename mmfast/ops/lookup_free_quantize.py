@@ -470,7 +470,7 @@ def _sample(
 
 def samples() -> Iterable[Sample]:
     """Shapes of the field (``bench``) and odd ones."""
-    yield _sample(65536, 10)
+    yield _sample(16384, 10)
     yield _sample(16384, 14)
     yield _sample(65536, 18, spherical=True, group=9)
     for n, bits in ((0, 3), (1, 1), (33, 7), (65, 2)):

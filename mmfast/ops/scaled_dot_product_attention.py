@@ -417,9 +417,10 @@ def _sample(
 
 
 def samples() -> Iterable[Sample]:
-    """Of DiT-XL/2 and SD3 (``bench``); odd ones."""
+    """Of DiT-XL/2, SD3 and videos (``bench``); odd ones."""
     yield _sample(2, 16, 256, 72)
     yield _sample(1, 24, 1024, 64)
+    yield _sample(1, 8, 4096, 128)
     yield _sample(2, 3, 17, 24)
     yield _sample(1, 2, 40, 72, packed=True, name="packed")
     yield _sample(1, 1, 1, 1)

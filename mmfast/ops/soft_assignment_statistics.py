@@ -559,7 +559,7 @@ def _sample(
 
 def samples() -> Iterable[Sample]:
     """Shapes of the field (``bench``) and odd ones."""
-    yield _sample(65536, 1024, 64, temperature=20.0)
+    yield _sample(16384, 1024, 64, temperature=20.0)
     yield _sample(16384, 8192, 32, temperature=10.0)
     yield _sample(0, 5, 3)
     yield _sample(1, 1, 1, "distance")

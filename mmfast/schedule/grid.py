@@ -74,6 +74,11 @@ class Grid:
         """alpha and sigma at point i."""
         return float(self.alpha[i]), float(self.sigma[i])
 
+    def forward_variance(self, i: int) -> float:
+        """Of the noise that the way back from point i + 1 to i adds."""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.point(i), self.point(i + 1)
+        return sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
+
     def timestep(self, i: int) -> float:
         """What the model is told at point i."""
         return float(self.timesteps[i])

@@ -128,9 +128,9 @@ class SampleLoop:
             raise ValueError(f"cuda_graph needs x on a CUDA device, got {x.device}")
         if dynamic_threshold is not None:
             ratio, maximum = dynamic_threshold
-            if not (0 <= ratio <= 1 and maximum >= 1):
+            if not (0 <= ratio <= 1 and maximum > 0):
                 raise ValueError(
-                    "dynamic_threshold must be a quantile from 0 to 1 and a maximum of at least 1, "
+                    "dynamic_threshold must be a quantile from 0 to 1 and a maximum above 0, "
                     f"got {dynamic_threshold}"
                 )
             _check_no_churn(table)

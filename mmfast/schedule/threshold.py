@@ -20,8 +20,8 @@ def dynamic_threshold(
 ) -> Tensor:
     """The threshold of each sample, for :func:`mmfast.sampler_step`.
 
-    The quantile ``ratio`` of the absolute values of the predicted clean sample, from 1 to
-    ``maximum`` (Saharia et al. 2022, arXiv 2205.11487, section 2.3).
+    The quantile ``ratio`` of the absolute values of the predicted clean sample, at least 1
+    and then at most ``maximum`` (Saharia et al. 2022, arXiv 2205.11487, section 2.3).
 
     Args:
         x: (B, ...).
@@ -30,7 +30,7 @@ def dynamic_threshold(
         unconditional: (B, ...), as of the step.
         guidance: (1 or B, 2), as of the step.
         ratio: quantile, from 0 to 1.
-        maximum: at least 1.
+        maximum: above 0; below 1 it is the threshold.
 
     Returns:
         (B,) float32, or float64 if x is.

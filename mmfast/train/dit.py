@@ -13,7 +13,7 @@ from mmfast.models import VQVAE, ConditionalDiT, Diffusion, DiT
 from mmfast.nn.ranks import add_up, several
 from mmfast.train.about import modality_of
 from mmfast.train.grids import as_images, grid
-from mmfast.train.latents import LATENT, latent_shape, latents_of
+from mmfast.train.latents import LATENT, decoded, latent_shape, latents_of
 from mmfast.train.task import Step, Task
 
 _SAMPLES_FOR_STD = 1024
@@ -148,7 +148,7 @@ class DiTTask(Task):
             steps=self._sampler_steps,
             progress=False,
         )
-        return drawn if self._vqvae is None else self._vqvae.decoder(self._vqvae.quantize(drawn)[0])
+        return drawn if self._vqvae is None else decoded(self._vqvae, drawn)
 
     def state(self) -> dict[str, Any]:
         """The objective, as latents have been measured."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmfast.models import MultimodalDiffusion, MultimodalDiT
 from mmfast.train.grids import as_images, grid
+from mmfast.train.latents import NO_LATENTS, Latents
 from mmfast.train.task import Step, Task
 
 LABEL = "label"  # name of the labels, as a modality
@@ -17,13 +18,14 @@ DRAWN = ("image", "video", "mel", "waveform")  # what pictures can show, the fir
 
 
 def modalities_of(
-    model: MultimodalDiT, batch: Mapping[str, Tensor]
+    model: MultimodalDiT, batch: Mapping[str, Tensor], latents: Latents = NO_LATENTS
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the model takes of a batch, and which of it is there.
 
     Args:
         model: whose modalities are meant.
         batch: as a :class:`mmfast.data.Dataset` has it.
+        latents: in which some of its modalities are.
 
     Returns:
         The data by modality, and for those that may be missing ``(B,)``, bool.
@@ -34,7 +36,7 @@ def modalities_of(
         labels = data[LABEL]
         data[LABEL] = labels.clamp(min=0)[:, None]
         there[LABEL] = labels >= 0
-    return data, there
+    return latents.encoded(data), there
 
 
 class MultimodalTask(Task):
@@ -44,6 +46,7 @@ class MultimodalTask(Task):
         model: to be trained. The modality ``"label"`` are the labels; samples may lack any.
         diffusion: what it learns.
         data: what the samples are, for the model's file.
+        latents: in which some of the modalities are.
         shown: samples, of which pictures have the image (or video, spectrogram, waveform), and
             below each one that is drawn from all that it has else. None without.
         guidance: of the samples that are shown.
@@ -60,6 +63,7 @@ class MultimodalTask(Task):
         diffusion: MultimodalDiffusion,
         data: Mapping[str, Any],
         *,
+        latents: Latents = NO_LATENTS,
         shown: Mapping[str, Tensor] | None = None,
         guidance: float = 2.0,
         sampler: str | None = None,
@@ -67,14 +71,19 @@ class MultimodalTask(Task):
     ) -> None:
         self.model: MultimodalDiT = model
         self.diffusion = diffusion
-        self.about = {"data": dict(data), "objective": diffusion.config, "latents": None}
+        self.about = {
+            "data": dict(data),
+            "objective": diffusion.config,
+            "latents": latents.about,
+        }
+        self.parts, self._latents = latents.parts, latents
         self._shown = shown
         diffusion.diffusion.table(sampler, sampler_steps)  # refuses what does not fit
         self._guidance, self._sampler, self._steps = guidance, sampler, sampler_steps
 
     def loss(self, batch: Mapping[str, Tensor], step: Step) -> dict[str, Tensor]:
         """``loss``, and by its name that of each modality."""
-        data, there = modalities_of(self.model, batch)
+        data, there = modalities_of(self.model, batch, self._latents)
         return self.diffusion.losses(self.model, data, lengths=there, seed=batch["seed"])
 
     def sample(self, model: nn.Module, step: int) -> Tensor | None:
@@ -84,9 +93,9 @@ class MultimodalTask(Task):
         if self._shown is None or name is None:
             return None
         device = next(model.parameters()).device
-        given, there = modalities_of(model, {n: v.to(device) for n, v in self._shown.items()})
-        real = given.pop(name)
-        there.pop(name, None)
+        batch = {n: v.to(device) for n, v in self._shown.items()}
+        real = batch.pop(name)
+        given, there = modalities_of(model, batch, self._latents)
         drawn = self.diffusion.generate(
             model,
             [name],
@@ -97,8 +106,9 @@ class MultimodalTask(Task):
             sampler=self._sampler,
             steps=self._steps,
             progress=False,
-        )[name]
-        pictures = torch.cat([as_images(real).cpu(), as_images(drawn.clamp(-1, 1)).cpu()])
+        )
+        made = self._latents.decoded(drawn)[name].clamp(-1, 1)
+        pictures = torch.cat([as_images(real).cpu(), as_images(made).cpu()])
         return grid(pictures, columns=len(real))
 
     def state(self) -> dict[str, Any]:

@@ -10,15 +10,19 @@ from typing import Any, NamedTuple
 import torch
 
 from mmfast.data import Dataset, InMemory, Reader, TextReader
-from mmfast.models import MultimodalDiffusion, MultimodalDiT
+from mmfast.models import VQVAE, MultimodalDiffusion, MultimodalDiT, load_model
 from mmfast.train.batches import collated
 from mmfast.train.config import TrainConfig
+from mmfast.train.latents import Latents, latent_shape
 from mmfast.train.multimodal import LABEL, MultimodalTask
+from mmfast.train.run_folder import model_file
 from mmfast.train.settings import PICTURES, ObjectiveConfig, Prepared
 from mmfast.train.sources import FilesConfig, TextConfig, open_samples
 from mmfast.train.typed import setting
 
 _FILES = ("image", "video", "waveform", "mel")
+Measured = tuple[float, float] | tuple[list[float], list[float]]  # a number, or of each channel
+
 _MEASURED = 256  # samples whose mean and deviation the model is given
 
 
@@ -67,18 +71,46 @@ class MultimodalConfig:
     num_heads: int = setting(6, "of the attention")
     patch_size: int = setting(4, "of images' and videos' sides, and of a spectrogram's frames")
     waveform_patch: int = setting(64, "samples of a waveform that are a token")
+    vqvaes: tuple[str, ...] = setting(
+        (), "NAME=FILE: modalities that are made in the latents of a VQ-VAE, its file or run"
+    )
+    latent_patch: int = setting(1, "side of what is a token of those")
     guidance: float = setting(2.0, "of the samples that are shown")
     sampler: str | None = setting(None, "of those; docs/samplers.md has them")
     sampler_steps: int = setting(25, "of those")
 
+    def latents(self, data: MultimodalData, device: torch.device) -> Latents:
+        """Those of ``vqvaes``.
+
+        Raises:
+            FileNotFoundError: there is no such VQ-VAE.
+            ValueError: it is of no such modality, or for other data.
+        """
+        found: dict[str, VQVAE] = {}
+        arrays = [n for n, reader in data.readers.items() if not isinstance(reader, TextReader)]
+        for word in self.vqvaes:
+            name, _, path = word.partition("=")
+            if name not in arrays or name in found or not path:
+                raise ValueError(
+                    "vqvaes must be NAME=FILE, each for another one of "
+                    f"{', '.join(arrays) or 'no modality'}, got {', '.join(self.vqvaes)}"
+                )
+            found[name] = load_model(model_file(path), VQVAE, device=device)
+            latent_shape(found[name], {"shape": data.readers[name].shape})
+        return Latents(found)
+
     def described(
-        self, data: MultimodalData, measured: dict[str, tuple[float, float]]
+        self, data: MultimodalData, measured: dict[str, Measured], latents: Latents
     ) -> dict[str, dict[str, Any]]:
         """The modalities as :class:`mmfast.models.MultimodalDiT` takes them.
 
         Args:
             data: of the modalities.
             measured: mean and deviation of those of floating numbers.
+            latents: in which some are.
+
+        Raises:
+            ValueError: a VQ-VAE is for other data.
         """
         made: dict[str, dict[str, Any]] = {}
         for name, reader in data.readers.items():
@@ -89,9 +121,11 @@ class MultimodalConfig:
                     "length": reader.length,
                 }
                 continue
-            channels, *size = reader.shape
+            channels, *size = latent_shape(latents.vqvaes.get(name), {"shape": reader.shape})
             side = self.waveform_patch if name == "waveform" else self.patch_size
             patch = [1, side, side] if name == "video" else [side] * len(size)
+            if name in latents.vqvaes:
+                patch = [self.latent_patch] * len(size)
             mean, std = measured[name]
             made[name] = {"type": "patches", "size": size, "channels": channels}
             made[name] |= {"patch_size": patch, "mean": mean, "std": std}
@@ -186,18 +220,24 @@ class MultimodalRun:
         """The task.
 
         Raises:
+            FileNotFoundError: there is no such VQ-VAE.
             ValueError: settings do not fit each other or the data.
         """
         config = self.model
-        measured = _measured(data)
+        latents = config.latents(data, device)
+        measured = _measured(data, latents, device)
         torch.manual_seed(self.train.seed)
         model = MultimodalDiT(
-            config.described(data, measured), config.hidden_size, config.depth, config.num_heads
+            config.described(data, measured, latents),
+            config.hidden_size,
+            config.depth,
+            config.num_heads,
         )
         task = MultimodalTask(
             model,
             self.objective.made_for(list(model.modalities)),
             data.about,
+            latents=latents,
             shown=collated(data.test, range(min(PICTURES, len(data.test)))),
             guidance=config.guidance,
             sampler=config.sampler,
@@ -206,10 +246,10 @@ class MultimodalRun:
         return Prepared(task, data.train)
 
 
-def _measured(data: MultimodalData) -> dict[str, tuple[float, float]]:
+def _measured(data: MultimodalData, latents: Latents, device: torch.device) -> dict[str, Measured]:
     """Mean and deviation of what is floating numbers, in some of the training samples that have
-    it."""
-    made = {}
+    it: of latents in each channel."""
+    made: dict[str, Measured] = {}
     for name, reader in data.readers.items():
         if isinstance(reader, TextReader):
             continue
@@ -219,6 +259,13 @@ def _measured(data: MultimodalData) -> dict[str, tuple[float, float]]:
         else:
             has = list(range(len(whole)))
         chosen = torch.linspace(0, len(has) - 1, min(_MEASURED, len(has))).round().long()
-        values = collated(whole, [has[i] for i in chosen.tolist()])[name].double()
-        made[name] = values.mean().item(), values.std(unbiased=False).item() or 1.0
+        values = collated(whole, [has[i] for i in chosen.tolist()])[name]
+        if name in latents.vqvaes:
+            values = latents.encoded({name: values.to(device)})[name]
+            channels = values.double().transpose(0, 1).flatten(1)
+            std = channels.std(1, unbiased=False)
+            made[name] = channels.mean(1).tolist(), torch.where(std > 0, std, 1.0).tolist()
+        else:
+            values = values.double()
+            made[name] = values.mean().item(), values.std(unbiased=False).item() or 1.0
     return made

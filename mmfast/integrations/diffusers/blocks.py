@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmfast.integrations.binding import Library, Method, Swap, loaded_class
 from mmfast.integrations.diffusers.norms import kind_of, modulated, options
 from mmfast.integrations.residuals import add, add_and_modulate
+from mmfast.nn.layers import is_plain
 
 _HALF = 65504.0  # the largest number of float16
 
@@ -24,6 +25,9 @@ def _join(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``r = x + gate y`` and ``norm(r) (1 + scale) + shift``."""
+    if not is_plain(norm, type(norm)):
+        x = add(x, gate, y)
+        return x, modulated(norm, x, shift, scale)
     return add_and_modulate(x, gate, y, shift, scale, **options(norm))
 
 

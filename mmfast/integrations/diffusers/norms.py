@@ -10,11 +10,24 @@ from torch import Tensor, nn
 
 import mmfast
 from mmfast.integrations.binding import Library, Method, Swap, loaded_class, method_of
+from mmfast.nn.layers import is_plain
 
 
 def modulated(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
     """``norm(x) (1 + scale) + shift`` with a norm that :func:`kind_of` knows."""
-    return mmfast.layer_norm_modulate(x, shift, scale, **options(norm))
+    if is_plain(norm, type(norm)):
+        return mmfast.layer_norm_modulate(x, shift, scale, **options(norm))
+    y: Tensor = norm(x)
+    if scale is not None:
+        y = y * (1 + _over_tokens(scale))
+    if shift is not None:
+        y = y + _over_tokens(shift)
+    return y.to(x.dtype)
+
+
+def _over_tokens(modulation: Tensor) -> Tensor:
+    """One for each sample (B, C), as (B, 1, C); what has tokens already, as it is."""
+    return modulation[:, None] if modulation.dim() == 2 else modulation
 
 
 def kind_of(norm: Any) -> str | None:

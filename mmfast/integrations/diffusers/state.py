@@ -125,7 +125,7 @@ class Ready:
 
     Attributes:
         rows: the number of each row on the device, whether the step draws noise, whether its second
-            output is a tensor of its own.
+            output is a tensor of its own. None for those that are refused.
     """
 
     def __init__(
@@ -140,7 +140,9 @@ class Ready:
         two = self.outputs > 1 and program.output is None
         last = len(steps) - 1
         self.rows = [
-            (step, draws, two and not (i == last and program.final))
+            None
+            if i in program.refused
+            else (step, draws, two and not (i == last and program.final))
             for i, (step, draws) in enumerate(zip(steps, program.draws, strict=True))
         ]
         self.two = two

@@ -119,7 +119,11 @@ class Tabled(Noised):
                     f"step {index} of {len(ready.rows) + state.begin}: the schedule is at its end; "
                     "call set_timesteps to start again"
                 )
-            step, draws, two = ready.rows[row]
+            entry = ready.rows[row]
+            if entry is None:
+                reason = program.refused[row]  # type: ignore[index]
+                raise ValueError(f"no step from timestep {timestep}: {reason}")
+            step, draws, two = entry
         else:
             step, draws, two = index.to(ready.device), ready.draws, ready.two  # type: ignore[union-attr]
         seed = None

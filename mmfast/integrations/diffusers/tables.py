@@ -7,9 +7,10 @@ that the scheduler itself has set, so that what differs from it is only its roun
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 from mmfast import schedule
 from mmfast.ops.add_noise import ALPHA, SIGMA, WEIGHT
 from mmfast.schedule import Grid, SamplerTable
-from mmfast.schedule.layout import Layout
-from mmfast.schedule.samplers.multistep import adams, transfer
-from mmfast.schedule.samplers.steps import Clip, Steps
+from mmfast.schedule.layout import Layout, slots_of
+from mmfast.schedule.samplers.ddpm import VARIANCES
+from mmfast.schedule.samplers.multistep import adams, integral, transfer
+from mmfast.schedule.samplers.steps import Clip, Steps, check_order
 from mmfast.schedule.table import Linear, TableBuilder, denoised, model_output, noise, x
 
 Options = tuple[Any, ...]
@@ -36,6 +38,7 @@ class Program:
         ring: how many of the slots hold what the last steps pushed.
         output: the slot that is an output of the step, not a memory of it; None for none.
         final: whether the last row's second output is its first.
+        refused: why there is no step from a row, whose coefficients are NaN.
         threshold: quantile and maximum of dynamic thresholding; None for none.
     """
 
@@ -44,6 +47,7 @@ class Program:
     ring: int = 0
     output: int | None = None
     final: bool = False
+    refused: Mapping[int, str] = field(default_factory=dict)
     threshold: tuple[float, float] | None = None
 
 
@@ -66,6 +70,22 @@ class Points:
     def input_scale(self, ratio: float) -> float:
         """Of x / alpha, when the model gets it."""
         return 1 / math.hypot(1.0 if self.sigma_data is None else self.sigma_data, ratio)
+
+
+@dataclass(frozen=True)
+class Cumulative(Grid):
+    """One step between two of alphas_cumprod.
+
+    Attributes:
+        forward: 1 less their quotient, in the library's precision: at small timesteps it is mostly
+            rounding.
+    """
+
+    forward: float = 0.0
+
+    def forward_variance(self, i: int) -> float:
+        """Of the noise that the way back from point i + 1 to i adds."""
+        return self.forward
 
 
 @dataclass(frozen=True)
@@ -108,7 +128,9 @@ class Converted(Grid):
 
 
 def point(alpha_cumprod: float) -> tuple[float, float]:
-    """alpha and sigma."""
+    """alpha and sigma; NaN where betas above 1 leave none."""
+    if not 0 <= alpha_cumprod <= 1:
+        return math.nan, math.nan
     return math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod)
 
 
@@ -210,43 +232,94 @@ def _program(table: SamplerTable, draws: bool = False, **more: Any) -> Program:
     return Program(table, (draws,) * len(table), **more)
 
 
+def _apart(
+    s: Any,
+    visited: Sequence[int],
+    ends: Sequence[int],
+    final: Tensor,
+    clip: Clip,
+    make: Callable[[Grid], SamplerTable],
+) -> tuple[SamplerTable, dict[int, str]]:
+    """Steps that know of nothing but the timesteps they are between, each made by ``make``.
+
+    ``ends`` below 0 are after the last timestep, where alphas_cumprod is ``final``. A step that can
+    not be made is left out, with the reason: a run need not get there.
+    """
+    alphas = s.alphas_cumprod.detach().cpu()
+    here = alphas[list(visited)]
+    known = torch.tensor(ends)
+    after = torch.where(known >= 0, alphas[known.clamp(min=0)], final.detach().cpu().to(alphas))
+    rows: list[Tensor | None] = []
+    refused = {}
+    unseen = _prediction(s) == "epsilon" and clip not in (None, math.inf)
+    pairs = zip(visited, host(here), host(after), host(1 - here / after), strict=True)
+    for i, (t, a, b, forward) in enumerate(pairs):
+        begin, end = point(a), point(b)
+        if a == 0 and unseen:
+            # Divided by 0 and clipped, what is left of the difference is its sign.
+            begin = _LEAST_ALPHA, 1.0
+        try:
+            if math.isnan(begin[0] + end[0]):
+                raise ValueError(f"alphas_cumprod must be from 0 to 1, got {a:.4g} and {b:.4g}")
+            alpha, sigma = torch.tensor([begin, end], dtype=torch.float64).unbind(1)
+            grid = Cumulative(
+                torch.tensor([t], dtype=torch.float64),
+                alpha,
+                sigma,
+                torch.ones_like(alpha),
+                Points(),
+                forward=forward,
+            )
+            rows.append(make(grid).coefficients)
+        except ZeroDivisionError:
+            refused[i] = f"alphas_cumprod goes from {a:.4g} to {b:.4g}"
+        except ValueError as error:
+            refused[i] = str(error)
+        if i in refused:
+            rows.append(None)
+    made = next((row for row in rows if row is not None), None)
+    if made is None:
+        raise ValueError(refused[0])
+    unknown = torch.full_like(made, math.nan)
+    coefficients = torch.cat([unknown if row is None else row for row in rows])
+    times = torch.tensor(visited, dtype=torch.float64)
+    return SamplerTable(coefficients, slots_of(made.shape[1]), times), refused
+
+
+_LEAST_ALPHA = 1e-12
+
+
 def ddpm(s: Any, begin: int, options: Options) -> Program:
     visited = [int(t) for t in host(s.timesteps)]
-    values = host(s.alphas_cumprod)
-    points = [point(values[t]) for t in visited] + [(1.0, 0.0)]
-    table = schedule.ddpm(
-        _grid(visited, points, 0),
-        prediction=_prediction(s),
-        clip=_clip(s),
-        variance=s.variance_type,
-        noise_at_end=True,
-    )
-    return Program(table, tuple(t > 0 for t in visited))
+    clip = _clip(s)
+    # The library takes what it does not know for this one.
+    variance = s.variance_type if s.variance_type in VARIANCES else "fixed_small"
+
+    def make(grid: Grid) -> SamplerTable:
+        return schedule.ddpm(
+            grid, prediction=_prediction(s), clip=clip, variance=variance, noise_at_end=True
+        )
+
+    table, refused = _apart(s, visited, [*visited[1:], -1], torch.ones(()), clip, make)
+    return Program(table, tuple(t > 0 for t in visited), refused=refused)
 
 
 def ddim(s: Any, begin: int, options: Options) -> Program:
     """options: eta, use_clipped_model_output, and the timesteps if not the scheduler's."""
     eta, clip_noise, *given = options
     stride = s.config.num_train_timesteps // s.num_inference_steps
-    values, final = host(s.alphas_cumprod), float(s.final_alpha_cumprod)
-    rows = []
-    # Each step goes to the timestep a stride below its own, which need not be the next one.
-    for t in given or [int(t) for t in host(s.timesteps)]:
-        after = t - stride
-        points = [point(values[t]), point(values[after] if after >= 0 else final)]
-        rows.append(
-            schedule.ddim(
-                _grid([t], points, 0),
-                prediction=_prediction(s),
-                clip=_clip(s),
-                clip_noise=clip_noise,
-                eta=eta,
-            )
+    visited = given or [int(t) for t in host(s.timesteps)]
+    clip = _clip(s)
+
+    def make(grid: Grid) -> SamplerTable:
+        return schedule.ddim(
+            grid, prediction=_prediction(s), clip=clip, clip_noise=clip_noise, eta=eta
         )
-    table = SamplerTable(
-        torch.cat([row.coefficients for row in rows]), 0, torch.cat([row.timesteps for row in rows])
-    )
-    return _program(table, draws=eta > 0)
+
+    # Each step goes to the timestep a stride below its own, which need not be the next one.
+    ends = [t - stride for t in visited]
+    table, refused = _apart(s, visited, ends, s.final_alpha_cumprod, clip, make)
+    return _program(table, draws=eta > 0, refused=refused)
 
 
 def _churn(options: Options) -> dict[str, float]:
@@ -287,30 +360,24 @@ def kdpm2_ancestral(s: Any, begin: int, options: Options) -> Program:
     return Program(table, tuple(row % 2 == 1 for row in range(len(table))))
 
 
-def _check_distinct(s: Any, sigmas: Sequence[float], order: int) -> None:
-    """A polynomial through the last ``order`` noises needs as many sigmas."""
-    for i, after in enumerate(sigmas[1:]):
-        nodes = sigmas[max(0, i + 1 - order) : i + 1]
-        if after != sigmas[i] and len(set(nodes)) < len(nodes):
-            betas, trained = s.config.trained_betas, s.config.num_train_timesteps
-            few = betas is not None and len(betas) < trained
-            why, what = "", "set timesteps whose sigmas differ"
-            if few:
-                why = f": trained_betas has {len(betas)} values for num_train_timesteps={trained}"
-                what = f"give num_train_timesteps={len(betas)}, or {trained} values"
-            raise ValueError(
-                f"{type(s).__name__}: steps of order {order} need {len(nodes)} sigmas that differ, "
-                f"got {', '.join(f'{sigma:.4g}' for sigma in nodes)}{why}; {what}, or call step "
-                "with order=1"
-            )
-
-
 def lms(s: Any, begin: int, options: Options) -> Program:
+    """options: the order."""
     (order,) = options
+    if not isinstance(order, int):
+        raise TypeError(f"order must be an int, got {order!r}")
     sigmas = host(s.sigmas)
-    _check_distinct(s, sigmas[begin:], order)
-    grid = exploding(host(s.timesteps), sigmas, begin)
-    return _program(schedule.lms(grid, prediction=_prediction(s), order=order), ring=order - 1)
+    grid = exploding(host(s.timesteps), sigmas, 0)
+    order = min(order, max(len(grid), 1))
+    check_order(order, 12)
+    steps = Steps(grid, _prediction(s), ring=order - 1)
+    for i in range(begin, len(grid)):
+        noises = [steps.noise(i), *(steps.last(k) for k in range(1, steps.pushed + 1))]
+        # The library asks the index for the order: what is from before the begin counts as 0.
+        nodes = [sigmas[i - k] for k in range(min(order, i + 1))]
+        noises += [Linear({})] * (len(nodes) - len(noises))
+        following = x + integral(nodes, sigmas[i + 1], noises)
+        steps.step(i, following, push=noises[0] if order > 1 else None)
+    return _program(steps.table(), ring=order - 1)
 
 
 def pndm(s: Any, begin: int, options: Options) -> Program:
@@ -478,57 +545,63 @@ def sa_solver(s: Any, begin: int, options: Options) -> Program:
 
 
 def lcm(s: Any, begin: int, options: Options) -> Program:
-    steps, points = _consistency(s, _clip(s), point(float(s.final_alpha_cumprod)))
-    count, grid = len(steps.grid), steps.grid
-    for i in range(count):
-        c_skip, c_out = s.get_scalings_for_boundary_condition_discrete(grid.timestep(i))
-        alpha, sigma = points[i + 1] if i + 1 < count else (1.0, 0.0)
-        clean = grid.denoised(i, steps.prediction)
-        if steps.clip is None:
-            steps.step(i, alpha * denoised + sigma * noise, clean=c_out * clean + c_skip * x)
+    visited = [int(t) for t in host(s.timesteps)]
+    clip = _clip(s)
+
+    def make(grid: Grid) -> SamplerTable:
+        t = grid.timestep(0)
+        c_skip, c_out = s.get_scalings_for_boundary_condition_discrete(t)
+        steps = Steps(grid, _prediction(s), clip, keep=[] if clip is None else ["consistent"])
+        alpha, sigma = (1.0, 0.0) if t == visited[-1] else grid.point(1)
+        clean = grid.denoised(0, steps.prediction)
+        if clip is None:
+            steps.step(0, alpha * denoised + sigma * noise, clean=c_out * clean + c_skip * x)
         else:
             value = c_out * denoised + c_skip * x
-            steps.step(i, alpha * value + sigma * noise, keep={"consistent": value})
-    return _noised(steps, count)
+            steps.step(0, alpha * value + sigma * noise, keep={"consistent": value})
+        return steps.table()
+
+    return _consistency(s, visited, s.final_alpha_cumprod, clip, make)
 
 
 def tcd(s: Any, begin: int, options: Options) -> Program:
     """options: eta."""
     (eta,) = options
-    values = host(s.alphas_cumprod)
-    steps, _ = _consistency(s, None, point(values[0]))
-    count, grid = len(steps.grid), steps.grid
-    for i in range(count):
-        after = int(grid.timestep(i + 1)) if i + 1 < count else 0
-        to = values[after] if i + 1 < count else values[0]
-        between = values[math.floor((1 - eta) * after)]
+    values, visited = host(s.alphas_cumprod), [int(t) for t in host(s.timesteps)]
+    following = dict(itertools.pairwise(visited))
+
+    def make(grid: Grid) -> SamplerTable:
+        t = int(grid.timestep(0))
+        steps = Steps(grid, _prediction(s))
+        between = values[math.floor((1 - eta) * following.get(t, 0))]
         alpha, sigma = point(between)
-        clean = grid.denoised(i, steps.prediction)
-        value = alpha * clean + sigma * grid.noise(i, steps.prediction)
-        following = denoised
-        if eta > 0 and i + 1 < count:
-            ratio = to / between
-            following = math.sqrt(ratio) * denoised + math.sqrt(max(1 - ratio, 0.0)) * noise
-        steps.step(i, following, clean=value)
-    return _noised(steps, count, draws=eta > 0)
+        value = alpha * grid.denoised(0, steps.prediction) + sigma * steps.noise(0)
+        after = denoised
+        if eta > 0 and t in following:
+            ratio = values[following[t]] / between
+            after = math.sqrt(ratio) * denoised + math.sqrt(max(1 - ratio, 0.0)) * noise
+        steps.step(0, after, clean=value)
+        return steps.table()
+
+    return _consistency(s, visited, s.alphas_cumprod[0], None, make, draws=eta > 0)
 
 
 def _consistency(
-    s: Any, clip: Clip, final: tuple[float, float]
-) -> tuple[Steps, list[tuple[float, float]]]:
-    values, visited = host(s.alphas_cumprod), [int(t) for t in host(s.timesteps)]
-    points = [point(values[t]) for t in visited] + [final]
-    keep = [] if clip is None else ["consistent"]
-    return Steps(_grid(visited, points, 0), _prediction(s), clip, keep=keep), points
-
-
-def _noised(steps: Steps, count: int, draws: bool = True) -> Program:
-    table = steps.table()
+    s: Any,
+    visited: Sequence[int],
+    final: Tensor,
+    clip: Clip,
+    make: Callable[[Grid], SamplerTable],
+    draws: bool = True,
+) -> Program:
+    table, refused = _apart(s, visited, [*visited[1:], -1], final, clip, make)
+    last = len(visited) - 1
     return Program(
         table,
-        tuple(draws and i + 1 < count for i in range(count)),
+        tuple(draws and i < last for i in range(len(visited))),
         output=0 if table.slots else None,
         final=True,
+        refused=refused,
     )
 
 

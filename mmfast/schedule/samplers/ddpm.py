@@ -26,7 +26,7 @@ def posterior(grid: Grid, i: int) -> tuple[float, float, float, float]:
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = grid.point(i), grid.point(i + 1)
     ratio = alpha_t / alpha_s
-    forward = sigma_t**2 - (ratio * sigma_s) ** 2
+    forward = grid.forward_variance(i)
     kept = (sigma_s / sigma_t) ** 2
     return alpha_s * forward / sigma_t**2, ratio * kept, forward * kept, forward
 

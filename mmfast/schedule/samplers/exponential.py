@@ -53,9 +53,14 @@ def moments(k: float, count: int) -> list[float]:
 def polynomial(nodes: Sequence[float], values: Sequence[Linear]) -> list[Linear]:
     """Coefficients of 1, u, u^2, ... of the polynomial through values at nodes.
 
-    Nodes at infinity, whose values tell nothing of the slope, are left out.
+    Nodes at infinity, whose values tell nothing of the slope, are left out, and of equal ones all
+    but the first.
     """
-    finite = [(u, v) for u, v in zip(nodes, values, strict=True) if math.isfinite(u)]
+    first: dict[float, Linear] = {}
+    for node, value in zip(nodes, values, strict=True):
+        if math.isfinite(node):
+            first.setdefault(node, value)
+    finite = list(first.items())
     total = [Linear({})] * len(finite)
     for i, (u, value) in enumerate(finite):
         basis = [1.0]  # Lagrange's: 1 at this node, 0 at the others

@@ -39,16 +39,20 @@ def lms(
     grid = grid.variance_exploding()
     steps = Steps(grid, prediction, clip, ring=order - 1)
     for i in range(len(grid)):
-        sigma, after = grid.point(i)[1], grid.point(i + 1)[1]
         noises = [steps.noise(i), *(steps.last(k) for k in range(1, steps.pushed + 1))]
-        change = after - sigma
-        nodes = [
-            (grid.point(i - k)[1] - sigma) / change if change else 0.0 for k in range(len(noises))
-        ]
-        powers = polynomial(nodes, noises) if change else []
-        total = sum((c / (j + 1) for j, c in enumerate(powers)), Linear({}))
-        steps.step(i, x + change * total, push=noises[0] if order > 1 else None)
+        sigmas = [grid.point(i - k)[1] for k in range(len(noises))]
+        following = x + integral(sigmas, grid.point(i + 1)[1], noises)
+        steps.step(i, following, push=noises[0] if order > 1 else None)
     return steps.table()
+
+
+def integral(sigmas: Sequence[float], after: float, noises: Sequence[Linear]) -> Linear:
+    """From sigmas[0] to ``after``, of the polynomial through the noises at these sigmas."""
+    change = after - sigmas[0]
+    if not change:
+        return Linear({})
+    powers = polynomial([(sigma - sigmas[0]) / change for sigma in sigmas], noises)
+    return change * sum((c / (j + 1) for j, c in enumerate(powers)), Linear({}))
 
 
 def ipndm(
