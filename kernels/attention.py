@@ -282,12 +282,12 @@ def _masked_tiles(
         if kernel == "query_gradient":
             return 64, 32, 4 if width <= 64 else 8, 2
         return (16, 64, 4, 1) if split else (32, 32, 4 if width <= 64 else 8, 2)
+    if kernel == "forward" and width <= 64 and arch is not None and (pairs or arch >= 100):
+        return 128, 64, 8, 3
     if not pairs:
         return None
     if arch is None:
         return (64, 64, 4, 2) if kernel == "forward" and width > 96 else None
-    if kernel == "forward" and width <= 64:
-        return 128, 64, 8, 3
     if kernel == "forward" and width > 96:
         return (128, 32, 8, 3) if arch < 100 else (64, 64, 8, 2)
     # Keys are the rows of products, of which a group of warps wants 64.

@@ -16,7 +16,18 @@ from test_benchmarks import row
 from torch.overrides import TorchFunctionMode
 
 from benchmarks import __main__ as command
-from benchmarks import contest, gpu, gpu_cases, gpu_goals, gpu_peers, machine, peers, tables, timing
+from benchmarks import (
+    contest,
+    gpu,
+    gpu_cases,
+    gpu_goals,
+    gpu_peers,
+    machine,
+    peers,
+    report,
+    tables,
+    timing,
+)
 from benchmarks.modules import Step
 from benchmarks.results import Results, Row
 from benchmarks.subjects import expected, judge, own, subjects
@@ -281,6 +292,20 @@ def test_what_is_wrong_is_a_goal_missed():
     assert failed.match == "RuntimeError: out of memory"
     titles = [t.title for t in tables.all_tables(Results(FACTS, {}, [right]))]
     assert "Goals" in titles
+
+
+def test_report_of_a_gpu(tmp_path):
+    rows = [
+        measured("mmfast (triton)", "mmfast", 2e-4, "add_noise", "a", gbps=3000.0, graph=1e-4),
+        measured("plain torch", "peer", 5e-4, "add_noise", "a"),
+    ]
+    results = Results(FACTS, {1: {"copy GB/s": 4000.0}}, rows, checks={"tests": "done in 3 s: 5"})
+    text = report.write(results, tmp_path).read_text()
+    assert "| time | as a graph |" in text
+    assert "| mmfast (triton) | 200 us | 100 us |" in text
+    assert "| plain torch | 500 us | - |" in text
+    assert "- tests: done in 3 s: 5" in text
+    assert "of the copy's bandwidth" in text
 
 
 class Clock:
