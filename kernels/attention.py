@@ -248,7 +248,9 @@ def _tiles(
     if kernel == "forward":
         if width > 128:
             return 64, 32, 8, 2
-        return 128, 64, 4 if arch is None and width > 96 else warps, 3
+        # On AMD a thread of fewer has more registers, which columns that are masked need.
+        few = arch is None and width > 96 and max(sizes["E"], sizes["EV"]) < width
+        return 128, 64, 4 if few else warps, 3
     if width > 128:
         return 32, 32, 8, 1
     if arch is None and (is_keys or width > 96):
@@ -284,10 +286,10 @@ def _masked_tiles(
         return (16, 64, 4, 1) if split else (32, 32, 4 if width <= 64 else 8, 2)
     if kernel == "forward" and width <= 64 and arch is not None and (pairs or arch >= 100):
         return 128, 64, 8, 3
-    if not pairs:
+    if arch is None and kernel == "forward" and width > 96:
+        return 64 if pairs else 128, 64, 4, 2
+    if arch is None or not pairs:
         return None
-    if arch is None:
-        return (64, 64, 4, 2) if kernel == "forward" and width > 96 else None
     if kernel == "forward" and width > 96:
         return (128, 32, 8, 3) if arch < 100 else (64, 64, 8, 2)
     # Keys are the rows of products, of which a group of warps wants 64.

@@ -1,10 +1,10 @@
 """What compiled kernels may need, and must use: ``budgets.json``, committed beside the kernels.
 
-Held to it are registers, spills, shared memory, matrix instructions and loads of 128 bits of all
-that ``python -m mmfast.kernels.offline`` compiles. Variants that multiply matrices, and those of
-the test suite, have budgets of their own, others that of their kernel. Where a kernel has several
-configurations, the worst counts: most of what is needed, least of what is used. The numbers are
-those of one version of Triton, which the file names.
+Held to it are registers, spills, shared memory, matrix instructions and loads of 128 bits of the
+variants that it names, of all that ``python -m mmfast.kernels.offline`` compiles: at least those of
+the test suite, and attention at every head size. Where a kernel has several configurations, the
+worst counts: most of what is needed, least of what is used. The numbers are those of one version of
+Triton, which the file names.
 
 ``python -m mmfast.kernels.budgets`` prints them as tables for documents.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,12 +80,10 @@ class Budgets:
 
     Attributes:
         triton: the version that the numbers are of.
-        kernels: of any variant.
-        variants: of those that have their own, by name.
+        variants: by name.
     """
 
     triton: str = triton.__version__
-    kernels: Table = field(default_factory=dict)
     variants: dict[str, Table] = field(default_factory=dict)
 
     @classmethod
@@ -100,22 +98,20 @@ class Budgets:
             if content["columns"] != [f.name for f in fields(Needs)]:
                 raise ValueError(f"columns {content['columns']}")
             variants = {name: _table(rows) for name, rows in content["variants"].items()}
-            return cls(content["triton"], _table(content["kernels"]), variants)
+            return cls(content["triton"], variants)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} does not hold budgets: {error!r}") from error
 
     def save(self, path: Path = FILE) -> None:
         """Write the file, a line for each kernel."""
-        lines = [f'"{name}": {_line(table)}' for name, table in sorted(self.kernels.items())]
-        own = []
+        lines = []
         for name, rows in sorted(self.variants.items()):
             inner = (f'"{kernel}": {_line(table)}' for kernel, table in sorted(rows.items()))
-            own.append(f"{json.dumps(name)}: {{\n    " + ",\n    ".join(inner) + "}")
+            lines.append(f"{json.dumps(name)}: {{\n    " + ",\n    ".join(inner) + "}")
         columns = json.dumps([f.name for f in fields(Needs)])
         text = (
             f'{{"triton": "{self.triton}",\n "columns": {columns},\n'
-            ' "kernels": {\n   ' + ",\n   ".join(lines) + "},\n"
-            ' "variants": {\n   ' + ",\n   ".join(own) + "}}\n"
+            ' "variants": {\n   ' + ",\n   ".join(lines) + "}}\n"
         )
         with replacing(path) as file:
             file.write_text(text)
@@ -126,8 +122,11 @@ class Budgets:
         return self.triton == triton.__version__
 
     def exceeded(self, variant: Variant, compiled: Iterable[Compiled]) -> list[str]:
-        """What is beyond its budget, or has none, of all configurations of a variant."""
-        rows = self.variants.get(variant.name, self.kernels)
+        """What is beyond its budget, or has none, of all configurations of a variant; nothing of
+        one that the file does not name."""
+        rows = self.variants.get(variant.name)
+        if rows is None:
+            return []
         found = []
         for (kernel, target), needs in _worst(compiled).items():
             budget = rows.get(kernel, {}).get(target)
@@ -137,17 +136,12 @@ class Budgets:
                 found += [f"{kernel}, {target}: {what}" for what in needs.beyond(budget)]
         return found
 
-    def refresh(self, variant: Variant, compiled: Sequence[Compiled]) -> None:
-        """Take over what was compiled. Budgets of kernels, which not all their variants may have
-        been compiled for, only become wider."""
+    def refresh(self, variant: Variant, compiled: Iterable[Compiled]) -> None:
+        """Take over what was compiled."""
         if not self.applies:
-            self.triton, self.kernels, self.variants = triton.__version__, {}, {}
+            self.triton, self.variants = triton.__version__, {}
         for (kernel, target), needs in _worst(compiled).items():
-            row = self.kernels.setdefault(kernel, {})
-            row[target] = row.get(target, Needs()).worst(needs)
-            if variant.quick or variant.matrix:
-                own = self.variants.setdefault(variant.name, {})
-                own.setdefault(kernel, {})[target] = needs
+            self.variants.setdefault(variant.name, {}).setdefault(kernel, {})[target] = needs
 
 
 def _worst(compiled: Iterable[Compiled]) -> dict[tuple[str, str], Needs]:
@@ -170,8 +164,9 @@ def _line(row: Mapping[str, Needs]) -> str:
 
 
 def markdown(budgets: Budgets) -> str:
-    """A row for each variant and kernel with budgets of their own, a column for each target."""
-    targets = list(dict.fromkeys(t for row in budgets.kernels.values() for t in row))
+    """A row for each variant and kernel, a column for each target."""
+    tables = budgets.variants.values()
+    targets = list(dict.fromkeys(t for table in tables for row in table.values() for t in row))
     lines = [
         "| variant | kernel | " + " | ".join(targets) + " |",
         "|---|---|" + "---|" * len(targets),
