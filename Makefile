@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Further arguments for pip, pytest and the benchmarks, such as PIP_ARGS="--index-url ...",
-# TEST_ARGS="-k nearest_code", BENCH_ARGS=--quick.
+# TEST_ARGS="-k nearest_code", BENCH_ARGS=--quick, OFFLINE_ARGS="-k attention".
 PIP_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+OFFLINE_ARGS ?=
 
 # Tests of the C++ kernels that silently ran the reference would be worth nothing.
 export MMFAST_REQUIRE_EXTENSION ?= 1
@@ -22,12 +23,14 @@ sources := $(shell find csrc -name '*.cpp' -o -name '*.h')
 installed := $(VENV)/.mmfast-installed
 built := $(VENV)/.mmfast-built
 
-.PHONY: help setup test bench lint types abi clean
+.PHONY: help setup test bench memcheck offline lint types abi clean
 
 help:
 	@echo 'make setup   make $(VENV) and build mmfast there; the commands below do it by themselves'
 	@echo 'make test    the whole test suite             TEST_ARGS="-k nearest_code"'
 	@echo 'make bench   the benchmarks                   BENCH_ARGS="--quick"'
+	@echo 'make memcheck  every op under compute-sanitizer, on a GPU'
+	@echo 'make offline   what the Triton kernels compile to for GPUs, held to budgets; hours'
 	@echo 'make lint    ruff: rules and formatting'
 	@echo 'make types   mypy'
 	@echo 'make abi     does the extension keep to the stable ABI of torch 2.11?'
@@ -65,6 +68,14 @@ test: $(built)
 
 bench: $(built)
 	$(python) -m benchmarks $(BENCH_ARGS)
+
+# Memory of its own for every tensor: the allocator's blocks would hide what is beyond one.
+memcheck: $(built)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+	    $(python) tests/small_ops.py cuda
+
+offline: $(installed)
+	$(python) -m mmfast.kernels.offline $(OFFLINE_ARGS)
 
 lint: $(installed)
 	$(python) -m ruff check .

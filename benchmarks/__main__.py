@@ -13,13 +13,26 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import contest, levels, machine, ratios, report, tables, timing, training
-from benchmarks.cases import Case, all_cases
+from benchmarks import (
+    cases,
+    contest,
+    gpu,
+    gpu_cases,
+    levels,
+    machine,
+    ratios,
+    report,
+    tables,
+    timing,
+    training,
+)
+from benchmarks.cases import Case
 from benchmarks.results import FILE, Results, letters_of
 from benchmarks.spent import ROUNDS, Spent
 from mmfast.files import check_writable
@@ -48,9 +61,14 @@ def main() -> int:
         console.print(f"{written}: the report; {FILE} and plots beside it")
         if options.readme:
             report.update_readme(results, _HERE.parent / "README.md")
-    wrong = [r for r in results.rows if r.kind == "mmfast" and r.match]
-    for row in wrong:
-        console.print(f"WRONG: {row.op}/{row.case}, {row.subject}: {row.match}", style="bold red")
+    wrong = [
+        f"{r.op}/{r.case}, {r.subject}: {r.match}"
+        for r in results.rows
+        if r.kind == "mmfast" and r.match
+    ]
+    wrong += gpu.failures(results)
+    for what in wrong:
+        console.print(f"WRONG: {what}", style="bold red")
     return 1 if wrong else 0
 
 
@@ -74,11 +92,15 @@ def _measure(
 ) -> None:
     """Fill ``results``, which the folder keeps as they come."""
     chosen, counts = _choose(options), _thread_counts(device, options.threads)
-    saved = time.perf_counter()
+    saved = begun = time.perf_counter()
+    everything = not (options.bare or options.only or options.subjects)
     done = {f"{r.op}/{r.case}" for r in results.rows}
     if not options.bare:
         console.print(report.summary(results), highlight=False)
     with _progress(console, len(chosen) + 3) as tell:
+        if device.type == "cuda" and everything:
+            for _ in gpu.prepare(results, lambda what: tell(what, 0)):
+                results.save(folder)
         for count in counts if not options.bare else ():
             tell("ceilings", 0)
             with timing.threads(count), spent.on("ceilings", ROUNDS):
@@ -88,18 +110,21 @@ def _measure(
             if case.key in done:
                 tell("", 1)
                 continue
+            if options.minutes and time.perf_counter() - begun > 60 * options.minutes:
+                left = sum(c.key not in done for c in chosen[chosen.index(case) :])
+                console.print(f"{left} cases are left: the same with --resume goes on with them")
+                break
             # Libraries stay: looking through all of them again before each case's rounds would take
             # a fifth of a second.
             gc.collect()
             gc.freeze()
-            results.replace(_run(case, device, counts, options, tell, spent, truths))
+            results.replace(_measured(case, device, counts, options, tell, spent, truths))
             if time.perf_counter() - saved > _SAVE_EVERY:
                 results.save(folder)
                 saved = time.perf_counter()
             tell("", 1)
         if any(case.key not in done for case in chosen):
             results.save(folder)
-        everything = not (options.bare or options.only or options.subjects)
         if device.type == "cpu" and everything:
             with spent.on("lower instruction sets", ROUNDS):
                 of = 1 if options.quick else len(levels.CASES) if options.full else _LEVEL_CASES
@@ -108,7 +133,7 @@ def _measure(
             results.replace(rows)
             results.save(folder)
         tell("", 1)
-        if everything and not training.missing():
+        if device.type == "cpu" and everything and not training.missing():
             steps = training.QUICK_STEPS if options.quick else training.STEPS
             with spent.on("training", ROUNDS):
                 results.curves = training.run(steps, lambda what: tell(f"training {what}", 0))
@@ -133,6 +158,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--subjects", metavar="REGEX", help="contenders, by their names")
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and all")
     parser.add_argument("--seconds", type=float, help="per case and number of threads")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help=f"no case begins after so many; default: {gpu.MINUTES:g} on a GPU, else no limit",
+    )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
     parser.add_argument("--resume", action="store_true", help="keep what the folder has already")
     parser.add_argument("--readme", action="store_true", help="put the table into the README")
@@ -141,7 +171,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     options = parser.parse_args()
     if options.list:
-        for case in all_cases():
+        for case in _all_cases(options.device):
             of = letters_of(case.op)
             print(f"{case.key}: {f'{of} = ' if of else ''}{case.title}, {case.data}")
         parser.exit()
@@ -154,6 +184,10 @@ def _parse() -> argparse.Namespace:
         parser.error(f"--threads must be at least 1, got {min(options.threads)}")
     if options.seconds is None:
         options.seconds = 2.0 if options.full else 0.25
+    if options.minutes is None and options.device != "cpu" and not options.full:
+        options.minutes = gpu.MINUTES
+    if options.minutes is not None and options.minutes <= 0:
+        parser.error(f"--minutes must be more than 0, got {options.minutes:g}")
     if options.quick and options.full:
         parser.error("--quick and --full exclude each other")
     if options.out is not None:
@@ -166,13 +200,18 @@ def _parse() -> argparse.Namespace:
     return options
 
 
+def _all_cases(device: str) -> list[Case]:
+    on_gpu = torch.device(device).type == "cuda"
+    return gpu_cases.all_cases() if on_gpu else cases.all_cases()
+
+
 def _choose(options: argparse.Namespace) -> list[Case]:
     def takes_part(case: Case) -> bool:
         scaled = options.scale and (case.op, case.name) in ratios.RATIOS
         return options.full or scaled or (case.quick if options.quick else not case.full)
 
-    cases = [c for c in all_cases() if takes_part(c)]
-    return [c for c in cases if re.search(options.only or "", c.key)]
+    found = [c for c in _all_cases(options.device) if takes_part(c)]
+    return [c for c in found if re.search(options.only or "", c.key)]
 
 
 def _thread_counts(device: torch.device, wanted: list[int] | None) -> list[int]:
@@ -189,6 +228,17 @@ def _start(device: torch.device, folder: Path, resume: bool) -> Results:
             raise SystemExit(f"error: {folder / FILE} is of another machine or other versions")
         return found
     return Results(facts)
+
+
+def _measured(case: Case, device: torch.device, *others: Any) -> list[contest.Row]:
+    """On a GPU a case that fails is one that is wrong, and the others follow."""
+    if device.type != "cuda":
+        return _run(case, device, *others)
+    try:
+        return _run(case, device, *others)
+    except Exception as error:
+        torch.cuda.empty_cache()
+        return [contest.failed(case, error)]
 
 
 def _run(

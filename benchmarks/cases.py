@@ -84,6 +84,7 @@ class Case:
         full: only part of ``--full``.
         share: of the time that a case gets.
         overhead: it is so small that a call is all overhead.
+        compiled: what is compiled takes part, whatever the op.
         whole: slow contenders have all vectors too, so that the memory can be compared.
     """
 
@@ -97,6 +98,7 @@ class Case:
     full: bool = False
     share: float = 1.0
     overhead: bool = False
+    compiled: bool = False
     whole: bool = False
 
     @property

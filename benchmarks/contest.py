@@ -119,7 +119,7 @@ def run(
                 if subject.kind == "reference" and reference and not effort.full:
                     entry = Entry(subject, lambda: None, case.shape["N"], "", *reference)
                 else:
-                    entry = enter(case, subject, arguments, truth, device, effort)
+                    entry = _entered(case, subject, arguments, truth, device, effort)
             if isinstance(entry, Entry):
                 entries.append(entry)
             else:
@@ -131,7 +131,9 @@ def run(
         with timing.threads(count), spent.on(case.key, ROUNDS):
             times = _times(case, here, device, most / count, effort, fastest)
             for entry in here:
-                rows.append(_measured(case, entry, count, times[entry.subject.name], arguments))
+                taken = times[entry.subject.name]
+                graph = timing.without_host(entry.call, device)
+                rows.append(_measured(case, entry, count, taken, graph, arguments))
     return rows
 
 
@@ -149,7 +151,7 @@ def _times(
     for name, entry in turns.items():
         if longer > 1 and entry.subject.compiled:
             calls[name]()
-    if case.overhead and device.type == "cpu":
+    if case.overhead:
         times = timing.overhead(calls, device)
     else:
         known = {name: e.seconds * longer for name, e in turns.items()}
@@ -186,6 +188,17 @@ def _truth(
     return truth, (most, seconds) if same else None
 
 
+def _entered(case: Case, subject: Subject, *others: Any) -> Entry | str:
+    """On a GPU others may refuse what they find unsuitable only when they are called."""
+    if subject.kind == "mmfast" or not torch.cuda.is_available():
+        return enter(case, subject, *others)
+    try:
+        return enter(case, subject, *others)
+    except Exception as error:
+        torch.cuda.empty_cache()
+        return _reason(error)
+
+
 def enter(
     case: Case,
     subject: Subject,
@@ -197,7 +210,7 @@ def enter(
     """The contender, warm and judged, or why it does not run."""
     headline = case.name in HEADLINES.get(case.op, (case.name,))
     if not effort.full and (
-        (subject.compiled and not (case.op in COMPILED and headline))
+        (subject.compiled and not (case.compiled or (case.op in COMPILED and headline)))
         or (subject.peer.rarely and not headline)
     ):
         return ABSENT
@@ -300,6 +313,17 @@ def truth_of(case: Case, truth: Any, given: Arguments, rows: int) -> Any:
     return shorten(truth, rows) if shorten else expected(case.op, given)
 
 
+def failed(case: Case, error: Exception) -> Row:
+    """mmfast's row of a case that could not be measured."""
+    peer = peers.Peer(lambda: lambda: None)
+    reason = _reason(error)
+    return _row(case, Subject("mmfast", "mmfast", peer), 1, match=reason, note=reason)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def _row(case: Case, subject: Subject, threads: int, **more: Any) -> Row:
     return Row(
         case.op,
@@ -315,7 +339,12 @@ def _row(case: Case, subject: Subject, threads: int, **more: Any) -> Row:
 
 
 def _measured(
-    case: Case, entry: Entry, threads: int, times: timing.Timing, arguments: Arguments
+    case: Case,
+    entry: Entry,
+    threads: int,
+    times: timing.Timing,
+    graph: float | None,
+    arguments: Arguments,
 ) -> Row:
     scale = case.shape["N"] / entry.rows
     seconds = times.median * scale
@@ -335,6 +364,7 @@ def _measured(
         high=times.high * scale,
         rounds=times.rounds,
         measured=entry.rows,
+        graph=graph and graph * scale,
         memory=entry.memory,
         match=entry.match,
         note=note,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from benchmarks.timing import once
+from benchmarks.timing import best
 from mmfast import backends, info
 
 _ROUNDS = 5
@@ -22,6 +23,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     """Versions, processor, instruction set: what ``python -m mmfast info --json`` gives, and the
     device's name."""
     found = info.collect()
+    gpu = {"gpu": _gpu(device)} if device.type == "cuda" else {}
     return {
         "device": device_name(device),
         "device_type": device.type,
@@ -29,6 +31,19 @@ def facts(device: torch.device) -> dict[str, Any]:
         "platform": found["platform"],
         "extension": found["extension"],
         "environment": found["environment"],
+        **gpu,
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """What tells a GPU from another one of its name."""
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "architecture": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory": found.total_memory,
+        "cache": found.L2_cache_size,
+        "cuda": torch.version.cuda,
     }
 
 
@@ -77,6 +92,9 @@ def ceilings(device: torch.device, threads: int) -> dict[str, float]:
         "bfloat16 GFLOP/s": _matmul(device, torch.bfloat16),
         "copy GB/s": _copy(device),
     }
+    if device.type == "cuda":
+        with _tf32():
+            found["TF32 GFLOP/s"] = _matmul(device, torch.float32)
     if device.type == "cpu" and not backends.extension_missing():
         module = backends.extension()
         instructions = {
@@ -91,21 +109,28 @@ def ceilings(device: torch.device, threads: int) -> dict[str, float]:
     return found
 
 
-def _best(device: torch.device, call: Any) -> float:
-    call()
-    return min(once(call, device)[0] for _ in range(_ROUNDS))
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    """Products of float32 by way of TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _matmul(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _best(device, lambda: torch.mm(a, b)) / 1e9
+    return 2 * size**3 / best(lambda: torch.mm(a, b), device, _ROUNDS) / 1e9
 
 
 def _copy(device: torch.device) -> float:
-    source = torch.ones(1 << 30 if device.type == "cuda" else 1 << 27, device=device).byte()
+    size = 1 << 30 if device.type == "cuda" else 1 << 27
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _best(device, lambda: target.copy_(source)) / 1e9
+    return 2 * size / best(lambda: target.copy_(source), device, _ROUNDS) / 1e9
 
 
 def _rate(threads: int, products: Callable[[], int]) -> float:

@@ -28,6 +28,12 @@ least number of operations per second over the rate of bfloat16 dot products (be
 pruning may exceed. "Match" compares with the float64 reference: ✓, or what differs; - where there
 is nothing to compare, and for others than mmfast where a smaller shape of the op says it.
 """
+_ON_A_GPU = (
+    "A time is the device's, of calls that queue up behind what makes its L2 cache cold, and the "
+    "host's where that is slower. As a CUDA graph, where a call can be captured, it is that of the "
+    "device alone.",
+    "",
+)
 _STEPS = (
     "Parts of steps of a VQ-VAE are medians of the steps, its quantiser with its backward and its "
     "moving averages. Those of transformers are the ops of three profiled steps by their names, "
@@ -52,6 +58,8 @@ def write(results: Results, folder: Path, more: Sequence[tables.Table] = ()) -> 
     pictures = plots.draw(results, folder)
     lines = [f"# Benchmarks on {results.facts['device']}", "", summary(results), "", _LEGEND]
     lines += [f"![{p.stem}]({p.name})" for p in pictures]
+    if results.facts["device_type"] != "cpu":
+        lines += ["", *_ON_A_GPU, *(f"- {name}: {came}" for name, came in results.checks.items())]
     lines += ["", *(table.markdown() for table in tables.all_tables(results))]
     lines += _STEPS if any(r.parts for r in results.rows) else ()
     lines += [*(_TRAINING if results.curves else ()), "## Ceilings", "", *_ceilings(results), ""]

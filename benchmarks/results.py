@@ -47,6 +47,7 @@ class Row:
         seconds: median of a call on all of the case's vectors; None if it did not run. ``low``
             and ``high`` are its quartiles, over ``rounds`` rounds.
         measured: vectors it was measured on; where fewer than N, times are scaled up from it.
+        graph: seconds of a call as a CUDA graph, without the host; None where there is none.
         gflops, gbps: the op's least operations and bytes over ``seconds``.
         memory: bytes it needs at its peak, outputs included, for ``measured`` vectors.
         match: "" if every result is right; else what is wrong. None where there is nothing to
@@ -68,6 +69,7 @@ class Row:
     high: float | None = None
     rounds: int = 0
     measured: int = 0
+    graph: float | None = None
     gflops: float | None = None
     gbps: float | None = None
     memory: int | None = None
@@ -107,12 +109,17 @@ class Curve:
 
 @dataclass
 class Results:
-    """The rows of a device, with the facts about it and its ceilings by number of threads."""
+    """The rows of a device, with the facts about it and its ceilings by number of threads.
+
+    Attributes:
+        checks: what was done before anything was timed, and what came of it.
+    """
 
     facts: dict[str, Any]
     ceilings: dict[int, dict[str, float]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
+    checks: dict[str, str] = field(default_factory=dict)
 
     def replace(self, rows: list[Row]) -> None:
         """Add ``rows``; those they measure again go."""
@@ -128,6 +135,7 @@ class Results:
             "ceilings": self.ceilings,
             "rows": [asdict(row) for row in self.rows],
             "curves": [asdict(curve) for curve in self.curves],
+            "checks": self.checks,
         }
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
             json.dump(content, file, indent=1)
@@ -148,7 +156,8 @@ class Results:
             ceilings = {int(k): v for k, v in content["ceilings"].items()}
             rows = [Row(**row) for row in content["rows"]]
             curves = [Curve(**curve) for curve in content.get("curves", [])]
-            return cls(content["facts"], ceilings, rows, curves)
+            checks = dict(content.get("checks", {}))
+            return cls(content["facts"], ceilings, rows, curves, checks)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} does not hold results of this version ({error!r}); remove it, or give "

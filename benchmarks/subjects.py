@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mmfast
-from benchmarks import peers
+from benchmarks import gpu_peers, peers
 from benchmarks.composites import COMPOSITES
 from benchmarks.peers import Peer
 from mmfast.backends import automatic, interpreting, select
@@ -63,7 +63,8 @@ def subjects(op: str) -> list[Subject]:
             note="torch.compile of the peers' plain formulation; compiling is not timed",
         )
         found.append(Subject("torch.compile", "compile", compiled))
-    for name, peer in others.PEERS.items():
+    more = gpu_peers.of(op) if torch.cuda.is_available() else {}
+    for name, peer in {**others.PEERS, **more}.items():
         found.append(Subject(name, "floor" if peer.floor else "peer", peer))
     return found
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import rich.table
 from rich.text import Text
 
+from benchmarks import gpu_goals
 from benchmarks.goals import fastest, goals
 from benchmarks.results import Curve, Results, Row, letters_of
 
@@ -92,8 +93,8 @@ def all_tables(results: Results) -> list[Table]:
         tables.append(_level_table(levels))
     if results.curves:
         tables.append(_training_table(results.curves))
-    reached = goals(results)
-    if reached and results.facts["device_type"] == "cpu":
+    reached = (goals if results.facts["device_type"] == "cpu" else gpu_goals.goals)(results)
+    if reached:
         table = Table("Goals", ("goal", "threads", "wanted", "reached", "met"))
         rows_ = [[g.what, str(g.threads), g.wanted, g.reached, _tick(g.met)] for g in reached]
         table.sections.append(("", rows_))
@@ -130,7 +131,7 @@ def _op_table(op: str, rows: list[Row], results: Results) -> Table:
                 absent = ["-"] * (len(columns) - 2)
                 section.append([subject, *absent, by_threads[most].note])
             elif by_threads[most].seconds is not None:
-                section.append(_line(by_threads, counts, own, peak(results, most)))
+                section.append(_line(by_threads, counts, own, results))
         if section:
             table.sections.append((f"{here[0].title}, {here[0].data}", section))
     return table
@@ -138,18 +139,20 @@ def _op_table(op: str, rows: list[Row], results: Results) -> Table:
 
 def _thread_columns(results: Results, counts: list[int]) -> list[str]:
     if results.facts["device_type"] != "cpu":
-        return ["time"]
+        return ["time", "as a graph"]
     return [f"{n} thread{'s' if n > 1 else ''}" for n in counts]
 
 
 def _line(
-    by_threads: dict[int, Row], counts: list[int], own: Row | None, limit: float | None
+    by_threads: dict[int, Row], counts: list[int], own: Row | None, results: Results
 ) -> list[str]:
-    row = by_threads[counts[-1]]
+    row, limit = by_threads[counts[-1]], peak(results, counts[-1])
     assert row.seconds is not None
     spread = (row.high or 0.0) - (row.low or 0.0)
     scaled = "~" if row.measured < row.shape["N"] else ""
     times = [scaled + duration(by_threads[n].seconds) if n in by_threads else "-" for n in counts]
+    if results.facts["device_type"] != "cpu":
+        times.append(duration(row.graph))
     ratio = "-" if row.kind == "mmfast" else _faster(own, row)
     return [
         row.subject,

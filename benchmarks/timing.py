@@ -29,6 +29,7 @@ _TURNS, _BLOCKS = 3, 3
 _BLOCK_CALLS, _BLOCK = 60, 2e-3
 _WARM = 0.2  # of a block's calls, before it
 _FLUSH = 1 << 28  # bytes; more than any GPU's L2 cache
+_QUEUED = 10  # calls of a sample, at most
 
 
 @dataclass(frozen=True)
@@ -158,16 +159,18 @@ def _mean(call: Callable[[], Any], repeats: int) -> float:
 
 
 def _cuda_sampler(device: torch.device) -> Callable[[Callable[[], Any], int], float]:
-    """Device time of a call with a cold L2 cache."""
-    flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
+    """Device time of a call with a cold L2 cache: what was in it makes way for a buffer that is
+    only read. Lines that were written would go back to memory while the call runs."""
+    flush = torch.zeros(_FLUSH // 4, dtype=torch.int32, device=device)
+    largest = flush.amax()
 
     def sample(call: Callable[[], Any], repeats: int) -> float:
         call = ready(call)
         # Calls queue up behind the flushes, so that the host's time does not show; where the
         # host is slower than the device, it does, as it does for the user.
         events = []
-        for _ in range(min(repeats, 10)):
-            flush.zero_()
+        for _ in range(min(repeats, _QUEUED)):
+            torch.amax(flush, (0,), out=largest)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             call()
@@ -177,6 +180,34 @@ def _cuda_sampler(device: torch.device) -> Callable[[Callable[[], Any], int], fl
         return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
 
     return sample
+
+
+def without_host(call: Callable[[], Any], device: torch.device) -> float | None:
+    """Device time of ``call``, already warm, as a CUDA graph. None where it cannot be captured,
+    because it waits for the device, say, or is a step with a reset."""
+    if device.type != "cuda" or isinstance(call, Step):
+        return None
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            # What it returns must stay, or its memory would be another call's.
+            result = call()
+    except RuntimeError:
+        torch.cuda.synchronize(device)
+        return None
+    sample = _cuda_sampler(device)
+    taken = statistics.median(sample(graph.replay, _QUEUED) for _ in range(_MIN_ROUNDS))
+    del result
+    return taken
+
+
+def best(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
+    """Seconds of a call at best, which is warm after the first."""
+    call()
+    if device.type == "cuda":
+        sample = _cuda_sampler(device)
+        return min(sample(call, 1) for _ in range(rounds))
+    return min(once(call, device)[0] for _ in range(rounds))
 
 
 @contextlib.contextmanager

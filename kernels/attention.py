@@ -6,7 +6,7 @@ base 2. Sequences are those of a dense tensor, or the first tokens of each sampl
 the other.
 
 Sizes of tiles decide the order of the sums, and with it the last bits: they depend on head sizes,
-dtype and kind of device alone, and nothing is tuned.
+dtype, kind of mask and of device alone, and nothing is tuned.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ BEGINS = tl.constexpr(2)  # one behind the other
 NO_MASK = tl.constexpr(0)
 BOOL_MASK = tl.constexpr(1)
 ADDED_MASK = tl.constexpr(2)
+BOOL_OF_KEYS, ADDED_OF_KEYS = tl.constexpr(3), tl.constexpr(4)  # the same for all queries
 
 NOT_CAUSAL = tl.constexpr(0)
 TOP_LEFT = tl.constexpr(1)
@@ -104,9 +105,13 @@ def limited(
 ):  # fmt: skip
     """Scores with the mask; -inf where a key takes no part. ``rows`` and ``columns`` broadcast."""
     if MASK != NO_MASK:
-        inside = (rows < num_rows) & (columns < num_columns)
-        p_mask = mask_ptr + rows.to(tl.int64) * stride_ml + columns.to(tl.int64) * stride_ms
-        if MASK == BOOL_MASK:
+        # A number for each key needs few registers, one for each pair many.
+        inside = columns < num_columns
+        p_mask = mask_ptr + columns.to(tl.int64) * stride_ms
+        if MASK < BOOL_OF_KEYS:
+            inside = inside & (rows < num_rows)
+            p_mask += rows.to(tl.int64) * stride_ml
+        if MASK % 2 == 1:  # bool
             b_s = tl.where(tl.load(p_mask, mask=inside, other=0) != 0, b_s, float("-inf"))
         else:
             b_s += tl.load(p_mask, mask=inside, other=0.0).to(b_s.dtype) * LOG2_E
@@ -195,17 +200,21 @@ def check_widths(*widths: int) -> None:
         raise ValueError(f"the Triton kernels take head sizes up to {MOST_DIMS}, got {got}")
 
 
-def options(dtype: torch.dtype, sizes: dict[str, int], kernel: str) -> dict[str, Any]:
+def options(dtype: torch.dtype, sizes: dict[str, int], kernel: str, mask: int) -> dict[str, Any]:
     """Rows of tiles, how products are made, and how the kernel is launched.
 
     Args:
         kernel: ``"forward"``, ``"query_gradient"`` or ``"key_gradient"``.
+        mask: its kind.
     """
     if interpreting():
         return {"BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}
     backend, arch, _ = device_limits(triton.runtime.driver.active.get_current_device())
     bits = torch.finfo(dtype).bits
-    rows, columns, warps, stages = _tiles(bits, sizes, kernel, arch if backend == "cuda" else None)
+    arch = arch if backend == "cuda" else None
+    rows, columns, warps, stages = (
+        mask and bits == 16 and _masked_tiles(sizes, kernel, arch, mask < BOOL_OF_KEYS.value)
+    ) or _tiles(bits, sizes, kernel, arch)
     made = {
         "BLOCK_M": rows,
         "BLOCK_N": columns,
@@ -234,19 +243,58 @@ def _tiles(
         if width > 128:
             return 16, 16, 4, 1
         if not grouped:
-            return 32, 32, 4, 1
-        return (32, 64, 8, 1) if is_keys else (64, 32, 4, 1)
+            return 32, 16 if split else 32, 4, 1
+        return (32, 64, 8, 1) if is_keys else (64, 32, 8 if split and arch >= 100 else 4, 1)
     if kernel == "forward":
-        return (64, 32, 8, 2) if width > 128 else (128, 64, warps, 3)
+        if width > 128:
+            return 64, 32, 8, 2
+        # On AMD a thread of fewer has more registers, which columns that are masked need.
+        few = arch is None and width > 96 and max(sizes["E"], sizes["EV"]) < width
+        return 128, 64, 4 if few else warps, 3
     if width > 128:
         return 32, 32, 8, 1
     if arch is None and (is_keys or width > 96):
         return 32, 64, 4, 2
     if is_keys and grouped and width > 64:
         return 32, 64, 8, 2
-    if is_keys and split and not grouped:
-        return 32, 32, 4, 2
+    if is_keys and not grouped:
+        return (32, 32, 4, 2) if split else (32, 64, warps, 2)
+    if is_keys and arch is not None and arch >= 100:
+        return 64, 64, 8, 2
     return 64, 64, warps, 2
+
+
+def _masked_tiles(
+    sizes: dict[str, int], kernel: str, arch: int | None, pairs: bool
+) -> tuple[int, int, int, int] | None:
+    """Likewise, of 16 bits, where a mask needs registers; None where they are as without.
+
+    Args:
+        pairs: it has a number for each pair of query and key, not only for each key.
+    """
+    width = max(sizes["BLOCK_E1"] + sizes["BLOCK_E2"], sizes["BLOCK_V1"] + sizes["BLOCK_V2"])
+    split = sizes["BLOCK_E2"] + sizes["BLOCK_V2"] > 0
+    if width > 128:
+        return None
+    if arch is not None and arch < 90:
+        if kernel == "forward":
+            if width > (64 if pairs else 96):
+                return 64, 32, 8, 2
+            return (128, 32, 8, 2) if pairs else None
+        if kernel == "query_gradient":
+            return 64, 32, 4 if width <= 64 else 8, 2
+        return (16, 64, 4, 1) if split else (32, 32, 4 if width <= 64 else 8, 2)
+    if kernel == "forward" and width <= 64 and arch is not None and (pairs or arch >= 100):
+        return 128, 64, 8, 3
+    if arch is None and kernel == "forward" and width > 96:
+        return 64 if pairs else 128, 64, 4, 2
+    if arch is None or not pairs:
+        return None
+    if kernel == "forward" and width > 96:
+        return (128, 32, 8, 3) if arch < 100 else (64, 64, 8, 2)
+    # Keys are the rows of products, of which a group of warps wants 64.
+    many = kernel == "key_gradient" and width > (96 if arch < 100 else 64)
+    return (16, 64, 8, 2) if many else None
 
 
 def mask_arguments(mask: Tensor | None, other: Tensor) -> tuple[tuple[Any, ...], int]:
@@ -254,10 +302,12 @@ def mask_arguments(mask: Tensor | None, other: Tensor) -> tuple[tuple[Any, ...],
     if mask is None:
         return (other, 0, 0, 0, 0), NO_MASK.value
     sizes = zip(mask.shape, mask.stride(), strict=True)
-    strides = (stride if size > 1 else 0 for size, stride in sizes)
+    strides = [stride if size > 1 else 0 for size, stride in sizes]
+    of_keys = strides[2] == 0
     if mask.dtype == torch.bool:
-        return (mask.view(torch.uint8), *strides), BOOL_MASK.value
-    return (mask, *strides), ADDED_MASK.value
+        kind = BOOL_OF_KEYS if of_keys else BOOL_MASK
+        return (mask.view(torch.uint8), *strides), kind.value
+    return (mask, *strides), (ADDED_OF_KEYS if of_keys else ADDED_MASK).value
 
 
 class Limits(NamedTuple):

@@ -524,8 +524,8 @@ def query_gradient(
     streams = [(heads_of(k), heads_of(v), t) for k, v, t in keys]
     (k, v, of_keys), (k2, v2, of_keys2) = streams[0], streams[-1]
     sizes = blocks(width, value_width)
-    chosen = options(query.dtype, sizes, "query_gradient")
     given, constants = limits.arguments(query)
+    chosen = options(query.dtype, sizes, "query_gradient", constants["MASK"])
     launch: dict[str, Any] = {**sizes, **chosen, **constants}
     strided = (query, grad_out, out, k, v, k2, v2, grad_query)
     num_programs = triton.cdiv(tokens.longest, chosen["BLOCK_M"]) * heads * batch
@@ -561,8 +561,8 @@ def key_gradient(
     streams = [(heads_of(q), heads_of(g), *others) for q, g, *others in queries]
     (q, g, lse, delta, of_queries), (q2, g2, lse2, delta2, of_queries2) = streams[0], streams[-1]
     sizes = blocks(width, value_width)
-    chosen = options(key.dtype, sizes, "key_gradient")
     given, constants = limits.arguments(key)
+    chosen = options(key.dtype, sizes, "key_gradient", constants["MASK"])
     launch: dict[str, Any] = {**sizes, **chosen, **constants}
     strided = (key, value, q, g, q2, g2, grad_key, grad_value)
     num_programs = triton.cdiv(tokens.longest, chosen["BLOCK_N"]) * kv_heads * batch

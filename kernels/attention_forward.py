@@ -284,8 +284,8 @@ def attention_forward(
     streams = [(heads_of(k), heads_of(v), t) for k, v, t in keys]
     (k, v, of_keys), (k2, v2, of_keys2) = streams[0], streams[-1]
     sizes = blocks(width, value_width)
-    chosen = options(query.dtype, sizes, "forward")
     given, constants = limits.arguments(query)
+    chosen = options(query.dtype, sizes, "forward", constants["MASK"])
     launch: dict[str, Any] = {**sizes, **chosen, **constants}
     strided = (query, k, v, k2, v2, out)
     num_programs = triton.cdiv(tokens.longest, chosen["BLOCK_M"]) * heads * batch

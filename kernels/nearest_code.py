@@ -21,6 +21,7 @@ back to the host.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from mmfast.kernels.common import (
     num_programs,
     strides,
 )
+from mmfast.kernels.tuned import Problem, Tuned
 
 METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
 _MOST_ROWS = 2**31 - 2**10
@@ -653,7 +655,7 @@ SCREEN_CONFIGS = [
 
 
 def _fitting(
-    configs: list[triton.Config], _: dict[str, Any], PADDED_D: int, STEP_D: int, **others: Any
+    configs: list[triton.Config], *, PADDED_D: int, STEP_D: int, **others: Any
 ) -> list[triton.Config]:
     """Of each size the configuration with most stages whose float16 tiles fit the device."""
     backend, arch, limit = device_limits(triton.runtime.driver.active.get_current_device())
@@ -670,13 +672,34 @@ def _fitting(
     return list(fitting.values()) or configs[-1:]
 
 
-# Interpreting, nothing is to be gained from a search.
-_screen = triton.autotune(
+_screen = Tuned(
+    nearest_code_screen_kernel,
     [triton.Config({"BLOCK_N": 32, "BLOCK_K": 128})] if interpreting() else SCREEN_CONFIGS,
-    key=["D", "EUCLIDEAN", "WIDE"],
-    prune_configs_by={} if interpreting() else {"early_config_prune": _fitting},
-    reset_to_zero=["count_ptr"],
-)(nearest_code_screen_kernel)
+    ["PADDED_D"],
+    _fitting,
+)
+
+
+def _padded(num_dims: int) -> dict[str, int]:
+    """Compile-time sizes of the screening: of a row, and of a step through it."""
+    if num_dims > _WHOLE_D:
+        return {"PADDED_D": triton.cdiv(num_dims, _STEP_D) * _STEP_D, "STEP_D": _STEP_D}
+    power = max(16, triton.next_power_of_2(num_dims))
+    return {"PADDED_D": power, "STEP_D": power}
+
+
+def _problems(device: torch.device) -> list[Problem]:
+    """Of every width that has tiles of its own."""
+    made = []
+    for num_dims in (16, 32, 64, 128, 256, 512):
+        x, codes = (torch.randn(n, num_dims, device=device) for n in (65536, 8192))
+        call = functools.partial(nearest_code, x, codes, "euclidean")
+        made.append(Problem(_padded(num_dims), call))
+    return made
+
+
+# What ``python -m mmfast.kernels.tuned`` searches.
+tuning = _screen, _problems
 
 
 def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
@@ -713,10 +736,9 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
             BLOCK_K=32, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
 
-    power = max(16, triton.next_power_of_2(num_dims))
-    padded = power if num_dims <= _WHOLE_D else triton.cdiv(num_dims, _STEP_D) * _STEP_D
+    sizes = _padded(num_dims)
+    padded = sizes["PADDED_D"]
     block_d = min(padded, _STEP_D)
-    step_d = padded if num_dims <= _WHOLE_D else _STEP_D
     padded_codes = triton.cdiv(num_codes, _TILE.value) * _TILE.value
     wide_codes = source.dtype == torch.float64
     mean = source.mean(1, dtype=torch.float64 if wide_codes else torch.float32).contiguous()
@@ -738,8 +760,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     _screen[lambda meta: (min(programs, triton.cdiv(num_rows, meta["BLOCK_N"])), num_heads)](
         rows, mean, half, terms, statistics, rounded, indices, listed, near, counts,
         num_rows, num_codes, num_dims, *x_strides, EUCLIDEAN=euclidean, WIDE=wide,
-        PACKED=packed_rows, PADDED_D=padded, BLOCK_D=block_d,
-        STEP_D=step_d, **at_most(255),
+        PACKED=packed_rows, BLOCK_D=block_d, **sizes, **at_most(255),
     )  # fmt: skip
     programs = triton.cdiv(num_programs(x.device, 4), num_heads)
     both = (num_rows, num_codes, num_dims, *x_strides, *code_strides)

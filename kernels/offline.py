@@ -2,7 +2,7 @@
 
 A kernel file declares in ``offline_variants()`` what is worth compiling. A variant is launched as
 always, on CPU tensors, under a driver that knows a target and has no device: Triton specialises
-and compiles as it would there, for every configuration that autotuning would try, and the launch
+and compiles as it would there, for every configuration that tuning would try, and the launch
 itself is left out.
 """
 
@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import functools
 import importlib
 import itertools
 import pkgutil
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,8 +32,9 @@ from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
-from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
+
+from mmfast.kernels.tuned import Tuned
 
 
 @dataclass(frozen=True)
@@ -150,16 +153,15 @@ def compiling(target: Target) -> Iterator[list[CompiledKernel]]:
         compiled.append(kernel)
         return kernel
 
-    def every_configuration(self: Autotuner, *args: Any, **kwargs: Any) -> None:
-        self.nargs = dict(zip(self.arg_names, args, strict=False))
-        for config in self.prune_configs(kwargs):
-            self.fn.run(*args, **kwargs, **config.all_kwargs())
+    def every_configuration(self: Tuned, *args: Any, grid: Any, **constants: Any) -> None:
+        for config in self.candidates(constants):
+            self.kernel[grid](*args, **constants, **config.all_kwargs())
 
     driver = triton.runtime.driver
     with (
         mock.patch.object(driver, "_active", _Driver(target)),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(Autotuner, "run", every_configuration),
+        mock.patch.object(Tuned, "run", every_configuration),
     ):
         yield compiled
 
@@ -335,7 +337,10 @@ def _print_markdown(found: list[tuple[Variant, Compiled]]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile and print the table; status 1 if there are complaints."""
+    """Compile and print the table; status 1 if there are complaints, or budgets are exceeded."""
+    from mmfast.kernels import budgets
+    from mmfast.kernels.budgets import Budgets
+
     parser = argparse.ArgumentParser(
         prog="python -m mmfast.kernels.offline",
         description="Compile the Triton kernels for GPUs that are not here.",
@@ -349,17 +354,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--markdown", action="store_true", help="registers and KiB of shared memory, for documents"
     )
+    parser.add_argument(
+        "--write-budgets",
+        action="store_true",
+        help=f"take over what comes into {budgets.FILE.name}",
+    )
     given = parser.parse_args(arguments)
-    found = [
-        (variant, compiled)
-        for variant in variants(given.quick)
-        if given.k in variant.name
-        for name in given.target or TARGETS
-        for compiled in compile_variant(variant, TARGETS[name])
-        if given.kernel in compiled.kernel
-    ]
+    some = given.quick or given.k or given.kernel or given.target
+    limits = Budgets() if given.write_budgets and not some else Budgets.load()
+    found: list[tuple[Variant, Compiled]] = []
+    wrong = []
+    for variant in (v for v in variants(given.quick) if given.k in v.name):
+        # Without the code, of which there is much.
+        compiled = [
+            dataclasses.replace(c, assembly="", binary=b"")
+            for name in given.target or TARGETS
+            for c in compile_variant(variant, TARGETS[name])
+            if given.kernel in c.kernel
+        ]
+        found += ((variant, c) for c in compiled)
+        if given.write_budgets:
+            limits.refresh(variant, compiled)
+            limits.save()
+        wrong += [f"{variant.name}: {what}" for what in limits.exceeded(variant, compiled)]
     (_print_markdown if given.markdown else _print_table)(found)
-    return int(any(complaints(variant, compiled) for variant, compiled in found))
+    if not limits.applies:
+        wrong = []
+        print(f"The budgets are those of Triton {limits.triton}: not compared.", file=sys.stderr)
+    print(*wrong, sep="\n", file=sys.stderr)
+    return int(bool(wrong) or any(complaints(variant, compiled) for variant, compiled in found))
 
 
 if __name__ == "__main__":

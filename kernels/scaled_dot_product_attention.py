@@ -12,6 +12,8 @@ from mmfast.kernels.attention_backward import key_gradient, query_gradient
 from mmfast.kernels.attention_forward import attention_forward
 from mmfast.ops.attention import new_like, new_lse
 
+HEAD_SIZES = (64, 72, 80, 88, 96, 112, 128)  # of today's models
+
 
 def _limits(
     mask: Tensor | None,
@@ -89,9 +91,10 @@ def offline_variants() -> list[Any]:
     def variant(width: int, dtype: torch.dtype, backward: bool, quick: bool, **more: Any) -> Any:
         def launch(n: int, k: int) -> None:
             q, key, value = (torch.ones(1, 2, m, width, dtype=dtype) for m in (n, k, k))
-            mask = more.get("mask")
-            if mask is not None:
-                mask = torch.ones(1, 1, 1, k, dtype=mask)
+            mask = None
+            if "mask" in more or "dense mask" in more:
+                rows = n if "dense mask" in more else 1
+                mask = torch.ones(1, 1, rows, k, dtype=torch.bool)
             seed = torch.ones((), dtype=torch.int64) if "dropout_p" in more else None
             others = mask, more.get("dropout_p", 0.0), "causal" in more, 0.1, seed, seed
             if not backward:
@@ -107,12 +110,14 @@ def offline_variants() -> list[Any]:
 
     bfloat16, float32 = torch.bfloat16, torch.float32
     return [
-        *(variant(e, bfloat16, b, e == 72) for e in (64, 72, 80, 96, 128) for b in (False, True)),
+        *(variant(e, bfloat16, b, e == 72) for e in HEAD_SIZES for b in (False, True)),
         *(variant(e, float32, False, False) for e in (64, 72)),
         *(
-            variant(72, bfloat16, b, False, **more)
+            variant(e, bfloat16, b, False, **{kind: True})
             for b in (False, True)
-            for more in ({"causal": True}, {"mask": torch.bool})
+            for kind in ("mask", "dense mask")
+            for e in (64, 72, 128)
         ),
+        *(variant(72, bfloat16, b, False, causal=True) for b in (False, True)),
         variant(72, bfloat16, False, False, dropout_p=0.1),
     ]

@@ -1,9 +1,13 @@
-"""What the Triton kernels compile to for GPUs that are not here.
+"""What the Triton kernels compile to for GPUs that are not here, held to ``budgets.json``.
 
 ``python -m mmfast.kernels.offline`` does the same for many more variants, on every target.
 """
 
 from __future__ import annotations
+
+import collections
+import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +17,11 @@ pytest.importorskip("triton")
 if backends.interpreting():
     pytest.skip("Triton interprets in this process", allow_module_level=True)
 
-from mmfast.kernels import offline
+from mmfast.kernels import budgets, offline
+from mmfast.kernels.budgets import Budgets, Needs
+from mmfast.kernels.scaled_dot_product_attention import HEAD_SIZES
 
+BUDGETS = Budgets.load()
 VARIANTS = {v.name: v for v in offline.variants(quick=True)}
 NVIDIA = [name for name, target in offline.TARGETS.items() if target.gpu.backend == "cuda"]
 OTHERS = [name for name in offline.TARGETS if name not in NVIDIA]
@@ -45,6 +52,8 @@ def test_compiles_without_complaints(variant, target):
         if (found := offline.complaints(VARIANTS[variant], k))
     }
     assert not complaints
+    if BUDGETS.applies:
+        assert not BUDGETS.exceeded(VARIANTS[variant], kernels)
     if any(k.spills is None for k in kernels):
         pytest.skip("no cuobjdump beside Triton: spills are not known, the rest is as it should")
 
@@ -66,3 +75,110 @@ def test_sizes_do_not_recompile(variant):
         for rows, codes in ((1, 1), (16, 16), (17, 33))
     }
     assert len(seen) == 1
+
+
+def made_up(**more) -> offline.Compiled:
+    fields = {
+        "kernel": "some_kernel",
+        "target": offline.TARGETS["sm_90"],
+        "constants": {"BLOCK": 64},
+        "num_warps": 4,
+        "num_stages": 2,
+        "shared": 1024,
+        "registers": 100,
+        "spills": 0,
+        "matrix_instructions": {"wgmma.mma_async": 8},
+        "loads": {("some.py", 1): collections.Counter({128: 3, 32: 1})},
+        "specialisation": "",
+        "assembly": "",
+        "binary": b"",
+    }
+    return offline.Compiled(**{**fields, **more})
+
+
+OWN = offline.Variant("some: quick", lambda n, k: None, quick=True)
+OTHER = offline.Variant("some: other", lambda n, k: None)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"registers": 101}, "101 registers, the budget is 100"),
+        ({"spills": 4}, "4 bytes spilled, the budget is 0"),
+        ({"shared": 2048}, "2048 bytes of shared memory, the budget is 1024"),
+        ({"matrix_instructions": {"wgmma.mma_async": 7}}, "7 matrix instructions, the budget is 8"),
+        ({"loads": {}}, "0 loads of 128 bits or more, the budget is 3"),
+    ],
+)
+def test_budgets_are_kept(more, message):
+    variant, limits = OWN, Budgets()
+    limits.refresh(variant, [made_up()])
+    assert limits.exceeded(variant, [made_up()]) == []
+    better = made_up(registers=90, matrix_instructions={"wgmma.mma_async": 9})
+    assert limits.exceeded(variant, [better]) == []
+    # In any of its configurations.
+    found = limits.exceeded(variant, [made_up(), made_up(**more)])
+    assert found == [f"some_kernel, sm_90: {message}"]
+
+
+def test_budgets_of_what_is_new():
+    limits = Budgets()
+    limits.refresh(OWN, [made_up()])
+    other = made_up(target=offline.TARGETS["gfx942"])
+    assert limits.exceeded(OWN, [other]) == ["some_kernel, gfx942: no budget"]
+    assert limits.exceeded(OWN, [made_up(kernel="new")]) == ["new, sm_90: no budget"]
+    assert limits.exceeded(OTHER, [made_up()]) == []
+
+
+def test_refreshed_budgets():
+    limits = Budgets()
+    for registers in (80, 100):
+        limits.refresh(OWN, [made_up(registers=registers)])
+    assert limits.variants[OWN.name]["some_kernel"]["sm_90"] == Needs(100, 0, 1024, 8, 3)
+    limits.triton = "another"
+    assert not limits.applies
+    limits.refresh(OTHER, [made_up()])
+    assert limits.applies
+    assert limits.variants.keys() == {OTHER.name}
+
+
+def test_budgets_survive_the_disk(tmp_path):
+    limits = Budgets()
+    for variant in (OWN, dataclasses.replace(OWN, name="some: else"), OTHER):
+        limits.refresh(variant, [made_up(), made_up(kernel="other_kernel", shared=0)])
+    limits.save(tmp_path / "budgets.json")
+    assert Budgets.load(tmp_path / "budgets.json") == limits
+    BUDGETS.save(tmp_path / "budgets.json")
+    assert (tmp_path / "budgets.json").read_text() == budgets.FILE.read_text()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"columns": ["registers"]}'])
+def test_foreign_budgets_are_refused(content, tmp_path):
+    path = tmp_path / "budgets.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="does not hold budgets"):
+        Budgets.load(path)
+
+
+def test_what_is_compiled_here_has_budgets_of_its_own():
+    assert set(VARIANTS) <= set(BUDGETS.variants) <= {v.name for v in offline.variants()}
+    for rows in BUDGETS.variants.values():
+        assert rows
+        assert all(set(row) == set(offline.TARGETS) for row in rows.values())
+
+
+@pytest.mark.parametrize("backward", ["", ", backward"])
+@pytest.mark.parametrize("width", HEAD_SIZES)
+def test_attention_multiplies_on_tensor_cores_at_every_head_size(width, backward):
+    table = BUDGETS.variants[f"scaled_dot_product_attention: bfloat16, E {width}{backward}"]
+    assert len(table) == (2 if backward else 1)
+    for row in table.values():
+        for needs in row.values():
+            assert needs.matrix > 0
+            assert needs.wide > 0
+            assert needs.spilled == 0
+
+
+def test_the_tables_are_in_the_documents():
+    text = (Path(__file__).parent.parent / "docs" / "tuning.md").read_text()
+    assert budgets.markdown(BUDGETS) in text

@@ -10,8 +10,10 @@ from benchmarks.peers.gated_residual_modulate import by_autograd, gated, leaves_
 
 
 def _forward(grad: Tensor, gate: Tensor, y: Tensor, activation: str, *_: bool) -> tuple[Any, ...]:
-    of_gate, of_y = leaves_of(gate, y)
-    return gated(grad.new_zeros(grad.shape), of_gate, of_y, activation), (of_gate, of_y), grad
+    def run(gate: Tensor, y: Tensor) -> Tensor:
+        return gated(grad.new_zeros(grad.shape), gate, y, activation)
+
+    return run, leaves_of(gate, y), grad
 
 
 PEERS = by_autograd("gated_residual_bwd", _forward)

@@ -43,20 +43,33 @@ def _plain(x: Tensor, gate: Tensor, y: Tensor, *others: Any) -> tuple[Tensor, Te
 
 
 def by_autograd(name: str, forward: Callable[..., tuple[Any, Any, Any]]) -> dict[str, Peer]:
-    """autograd's gradients, the forward having been run, and the floor.
+    """autograd's gradients, the forward having been run, as it is and compiled, and the floor.
 
     Args:
         name: of the op that computes gradients.
-        forward: takes its arguments; what the plain forward gives, what its gradients are wanted
-            for, as the op returns them, and the gradients of the outputs.
+        forward: takes its arguments; the plain forward, as a function of the tensors whose
+            gradients are wanted, in the op's order, None for those that are not there; these
+            tensors; and the gradients of the outputs.
     """
 
-    def make(*arguments: Any) -> Callable[[], Any]:
-        outputs, leaves, grads = forward(*arguments)
-        return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)[0]
+    def made(prepare: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
+        def make(*arguments: Any) -> Callable[[], Any]:
+            function, leaves, grads = forward(*arguments)
+            outputs = prepare(function)(*leaves)
+            wanted = [leaf for leaf in leaves if leaf is not None]
+            return lambda: torch.autograd.grad(outputs, wanted, grads, retain_graph=True)[0]
+
+        return make
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, dynamic=True)
 
     note = "autograd, its forward not timed"
-    return {"plain torch": Peer(make, cut=False, note=note), "torch.add(out=)": traffic(name)}
+    return {
+        "plain torch": Peer(made(lambda function: function), cut=False, note=note),
+        "torch.compile": Peer(made(compiled), cut=False, note=f"{note}, nor is compiling"),
+        "torch.add(out=)": traffic(name),
+    }
 
 
 def leaves_of(*tensors: Tensor | None) -> list[Any]:

@@ -13,16 +13,18 @@ def _forward(
     grad_residual: Tensor, grad_modulated: Tensor, residual: Tensor, *others: Any
 ) -> tuple[Any, ...]:
     _, _, gate, y, *affine, norm, activation = others[:10]
-    leaves = leaves_of(residual, gate, y, *affine)
-    x, of_gate, of_y, shift, scale, weight, bias = leaves
-    if of_gate is None or of_y is None:
-        total = x + 0
-    else:  # the residual's own value, through which gate and y get their gradients
-        branch = gated(x.new_zeros(()), of_gate, of_y, activation)
-        total = x + branch - branch.detach()
-    wanted = [leaf for leaf in leaves if leaf is not None]
-    outputs = total, normed(total, shift, scale, weight, bias, 1e-6, norm)
-    return outputs, wanted, (grad_residual, grad_modulated)
+
+    def run(
+        x: Tensor, gate: Any, y: Any, shift: Any, scale: Any, weight: Any, bias: Any
+    ) -> tuple[Tensor, Tensor]:
+        if gate is None or y is None:
+            total = x + 0
+        else:  # the residual's own value, through which gate and y get their gradients
+            branch = gated(x.new_zeros(()), gate, y, activation)
+            total = x + branch - branch.detach()
+        return total, normed(total, shift, scale, weight, bias, 1e-6, norm)
+
+    return run, leaves_of(residual, gate, y, *affine), (grad_residual, grad_modulated)
 
 
 PEERS = by_autograd("gated_residual_modulate_bwd", _forward)

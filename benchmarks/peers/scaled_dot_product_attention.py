@@ -1,4 +1,4 @@
-"""Peers of scaled_dot_product_attention: PyTorch's own, by name, and the products alone."""
+"""Peers of scaled_dot_product_attention: PyTorch's own, and the products alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.peers import Peer
 from mmfast.ops import scaled_dot_product_attention as op
@@ -41,43 +40,29 @@ def PLAIN(
     return scores.softmax(-1) @ value
 
 
-def _sdpa(*backends: SDPBackend) -> Callable[..., Callable[[], Tensor]]:
-    def make(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float,
-        *_: Any,
-    ) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            return functional.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask,
-                is_causal=is_causal,
-                scale=scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-
-        def run_named() -> Tensor:
-            with sdpa_kernel(list(backends)):
-                return run()
-
-        return run_named if backends else run
-
-    return make
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    *_: Any,
+) -> Callable[[], Tensor]:
+    return lambda: functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def _other(*arguments: Any) -> list[str]:
     return ["drops other weights"] if arguments[4] else []
-
-
-def _named(*arguments: Any) -> list[str]:
-    return _other(*arguments) or ([] if arguments[0].is_cuda else ["has no choice on a CPU"])
 
 
 def _products(*arguments: Any) -> Callable[[], Any]:
@@ -92,10 +77,7 @@ PEERS = {
     "plain torch": Peer(
         lambda *arguments: lambda: PLAIN(*arguments), unsupported=_other, cut=False
     ),
-    "SDPA": Peer(_sdpa(), unsupported=_other, cut=False),
-    "SDPA, flash": Peer(_sdpa(SDPBackend.FLASH_ATTENTION), unsupported=_named, cut=False),
-    "SDPA, efficient": Peer(_sdpa(SDPBackend.EFFICIENT_ATTENTION), unsupported=_named, cut=False),
-    "SDPA, cuDNN": Peer(_sdpa(SDPBackend.CUDNN_ATTENTION), unsupported=_named, cut=False),
+    "SDPA": Peer(_sdpa, unsupported=_other, cut=False),
     "torch.mm": Peer(
         _products, cut=False, floor=True, note="one square product of as many operations"
     ),

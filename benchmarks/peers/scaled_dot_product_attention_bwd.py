@@ -63,7 +63,7 @@ def _products(grad_out: Tensor, query: Tensor, *arguments: Any) -> Callable[[], 
     side = 1024
     operations = attention.cost_bwd(grad_out, query, *arguments).flops
     rows = max(1, operations // (2 * side * side))
-    a, b, out = (torch.ones(n, side, dtype=query.dtype) for n in (rows, side, rows))
+    a, b, out = (query.new_ones(n, side) for n in (rows, side, rows))
     return lambda: torch.mm(a, b, out=out)
 
 

@@ -1,0 +1,261 @@
+"""Sizes of tiles that were found best on a device: ``tuned.json``, committed beside the kernels.
+
+A launch takes the configuration that the table has for its kind of device and its key, else the
+first that fits: nothing is searched for in a call. ``python -m mmfast.kernels.tuned --write``, on a
+GPU, times every configuration that fits, and keeps the best. An entry is of the kernel as it was
+then; one of another source is passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+from mmfast.files import replacing
+from mmfast.kernels.common import device_limits, interpreting
+
+FILE = Path(__file__).with_name("tuned.json")
+_LAUNCH = ("num_warps", "num_stages")
+
+
+@dataclass
+class Entry:
+    """What was found for a kernel on a kind of device.
+
+    Attributes:
+        device: by name, where it was measured.
+        triton: the version.
+        source: hash of the kernel's.
+        choices: configurations by key.
+    """
+
+    device: str
+    triton: str
+    source: str
+    choices: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+Table = dict[str, dict[str, Entry]]  # by kernel and kind of device
+
+
+def load(path: Path = FILE) -> Table:
+    """Read the file.
+
+    Raises:
+        ValueError: it is none of ours.
+    """
+    try:
+        content = json.loads(path.read_text())
+        return {
+            kernel: {kind: Entry(**entry) for kind, entry in kinds.items()}
+            for kernel, kinds in content.items()
+        }
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold tuned sizes: {error!r}") from error
+
+
+def save(table: Table, path: Path = FILE) -> None:
+    """Write the file, whole or not at all."""
+    content = {
+        kernel: {kind: asdict(entry) for kind, entry in sorted(kinds.items())}
+        for kernel, kinds in sorted(table.items())
+    }
+    with replacing(path) as file:
+        file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def device_kind() -> str:
+    """What devices have in common that share a choice, such as ``"sm_90"`` or ``"gfx942"``."""
+    backend, arch, _ = device_limits(triton.runtime.driver.active.get_current_device())
+    return f"sm_{arch}" if backend == "cuda" else str(arch)
+
+
+def source_of(kernel: JITFunction) -> str:
+    """Hash of its source, of the functions it calls, and of the constants that they take."""
+    seen: dict[str, str] = {}
+
+    def look(function: JITFunction) -> None:
+        seen[function.__name__] = function.src
+        for name in sorted(function.fn.__code__.co_names):
+            found = function.fn.__globals__.get(name)
+            if isinstance(found, JITFunction) and found.__name__ not in seen:
+                look(found)
+            elif isinstance(found, tl.constexpr):
+                seen[name] = repr(found.value)
+
+    look(kernel)
+    text = "\0".join(part for item in sorted(seen.items()) for part in item)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Tuned:
+    """A kernel whose configuration the table chooses; it is launched like any other.
+
+    Args:
+        configs: those to choose from, by default the first that fits.
+        key: names of compile-time arguments on which the choice depends.
+        fitting: those of ``configs`` that fit the device for given arguments.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        configs: Sequence[triton.Config],
+        key: Sequence[str],
+        fitting: Callable[..., list[triton.Config]],
+    ) -> None:
+        self.kernel, self.configs, self.key, self.fitting = kernel, configs, key, fitting
+        self.forced: triton.Config | None = None
+        self._chosen: dict[tuple[str, str], triton.Config] = {}
+
+    @property
+    def name(self) -> str:
+        """The kernel's, by which the table knows it."""
+        return str(self.kernel.__name__)
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        return functools.partial(self.run, grid=grid)
+
+    def run(self, *args: Any, grid: Any, **constants: Any) -> Any:
+        """Launch it."""
+        config = self.forced or self.choose(constants)
+        return self.kernel[grid](*args, **constants, **config.all_kwargs())
+
+    def key_of(self, constants: Mapping[str, Any]) -> str:
+        """What the table calls a problem."""
+        return ", ".join(f"{name} {constants[name]}" for name in self.key)
+
+    def candidates(self, constants: Mapping[str, Any]) -> list[triton.Config]:
+        """What fits the device."""
+        if interpreting():
+            return list(self.configs)
+        return self.fitting(list(self.configs), **constants)
+
+    def choose(self, constants: Mapping[str, Any]) -> triton.Config:
+        """By the table, else the first that fits."""
+        key = "interpreter" if interpreting() else device_kind(), self.key_of(constants)
+        if key not in self._chosen:
+            fitting = self.candidates(constants)
+            found = (c for c in fitting if numbers(c) == self.known(*key))
+            self._chosen[key] = next(found, fitting[0])
+        return self._chosen[key]
+
+    def known(self, kind: str, key: str) -> dict[str, int] | None:
+        """What the table has, if it is of this source."""
+        entry = _table().get(self.name, {}).get(kind)
+        if entry is None or entry.source != source_of(self.kernel):
+            return None
+        return entry.choices.get(key)
+
+    @contextmanager
+    def forcing(self, config: triton.Config) -> Iterator[None]:
+        """Launches inside the block take this one."""
+        self.forced = config
+        try:
+            yield
+        finally:
+            self.forced = None
+
+
+def numbers(config: triton.Config) -> dict[str, int]:
+    """As the table keeps it."""
+    return {**config.kwargs, **{name: getattr(config, name) for name in _LAUNCH}}
+
+
+@functools.cache
+def _table() -> Table:
+    return load()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call of which the kernel is a large part, and the constants that it launches it with."""
+
+    constants: Mapping[str, Any]
+    call: Callable[[], Any]
+
+
+def fastest(
+    kernel: Tuned, problem: Problem, seconds: Callable[[Callable[[], Any]], float]
+) -> dict[str, int]:
+    """The configuration that fits and takes the least ``seconds`` of the problem's call."""
+    times: list[tuple[float, triton.Config]] = []
+    for config in kernel.candidates(problem.constants):
+        with kernel.forcing(config):
+            times.append((seconds(problem.call), config))
+    _, best = min(times, key=lambda pair: pair[0])
+    return numbers(best)
+
+
+def search(
+    table: Table,
+    kernel: Tuned,
+    kind: str,
+    problems: Sequence[Problem],
+    seconds: Callable[[Callable[[], Any]], float],
+    again: bool = False,
+) -> Iterator[Table]:
+    """``table`` with one choice more at a time, or with all of them new if ``again``."""
+    source = source_of(kernel.kernel)
+    old = table.get(kernel.name, {}).get(kind)
+    name = torch.cuda.get_device_name()
+    entry = Entry(name, triton.__version__, source)
+    if old is not None and old.source == source and not again:
+        entry.choices = dict(old.choices)
+    for problem in problems:
+        key = kernel.key_of(problem.constants)
+        if key not in entry.choices:
+            entry.choices[key] = fastest(kernel, problem, seconds)
+            yield {**table, kernel.name: {**table.get(kernel.name, {}), kind: entry}}
+
+
+def lines(table: Table, kernels: Sequence[Tuned]) -> list[str]:
+    """What the table holds, and what of it is passed over."""
+    found = []
+    by_name = {kernel.name: kernel for kernel in kernels}
+    for name, kinds in sorted(table.items()):
+        for kind, entry in sorted(kinds.items()):
+            fresh = name in by_name and entry.source == source_of(by_name[name].kernel)
+            how = "" if fresh else ", of another source: passed over"
+            found.append(f"{name}, {kind}, measured on {entry.device}{how}")
+            found += [f"  {key}: {choice}" for key, choice in sorted(entry.choices.items())]
+    return found or ["nothing was measured yet: the first configuration that fits is taken"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Show the table, or search on the GPU that is here and write it."""
+    from mmfast.kernels import nearest_code
+
+    parser = argparse.ArgumentParser(prog="python -m mmfast.kernels.tuned", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="search on this GPU, and keep it")
+    parser.add_argument("--again", action="store_true", help="also for what the table has")
+    parser.add_argument("--table", type=Path, default=FILE, help="default: %(default)s")
+    given = parser.parse_args(arguments)
+    table = load(given.table)
+    kernel, problems = nearest_code.tuning
+    if given.write:
+        if not torch.cuda.is_available():
+            parser.error("--write needs a GPU, and there is none")
+        made = problems(torch.device("cuda"))
+        seconds = triton.testing.do_bench
+        for found in search(table, kernel, device_kind(), made, seconds, given.again):
+            save(found, given.table)
+        table = load(given.table)
+    print(*lines(table, [kernel]), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

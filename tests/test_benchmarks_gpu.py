@@ -1,0 +1,460 @@
+"""What is measured on a GPU, as far as that can be told without one.
+
+Meta tensors have shapes and dtypes, and no numbers: with them cases are made and contenders called
+at their real sizes, on a device that is not the CPU. With numbers, on the CPU, small ones are.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_benchmarks import row
+from torch.overrides import TorchFunctionMode
+
+from benchmarks import __main__ as command
+from benchmarks import (
+    contest,
+    gpu,
+    gpu_cases,
+    gpu_goals,
+    gpu_peers,
+    machine,
+    peers,
+    report,
+    tables,
+    timing,
+)
+from benchmarks.modules import Step
+from benchmarks.results import Results, Row
+from benchmarks.subjects import expected, judge, own, subjects
+from mmfast.registry import OPS
+
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
+CASES = gpu_cases.gpu_cases()
+FACTS = {
+    "device": "some GPU",
+    "device_type": "cuda",
+    "versions": {"mmfast": "0", "torch": "2"},
+    "platform": {"cores": 2},
+    "extension": {"isa": "avx2"},
+}
+
+
+def test_every_op_takes_part_once():
+    every = gpu_cases.all_cases()
+    assert {c.op for c in every} >= {*OPS, "kmeans", "dit_step", "dit_eval"}
+    assert len({c.key for c in every}) == len(every)
+    assert {c.op for c in every if not c.full} >= set(OPS)
+
+
+def test_shapes_of_the_models():
+    shapes = {(c.op, c.shape["K"], c.shape["D"]) for c in CASES}
+    attention = "scaled_dot_product_attention"
+    for op in (attention, f"{attention}_bwd"):
+        assert {k for name, k, d in shapes if (name, d) == (op, 72)} == {256, 1024, 4096, 16384}
+        assert {d for name, k, d in shapes if (name, k) == (op, 4096)} == {
+            64, 72, 80, 88, 96, 112, 128,
+        }  # fmt: skip
+    joint = {k for name, k, _ in shapes if name == "joint_attention"}
+    assert joint == {4096 + 333, 4096 + 512, 32760 + 512}
+    codes = {k for name, k, _ in shapes if name == "nearest_code"}
+    assert codes >= {8192, 65536, 262144}
+    kinds = {c.key.rpartition("_")[2] for c in CASES if c.op == "gated_residual_modulate"}
+    assert kinds == {"float32", "bfloat16"}
+
+
+class WithoutNumbers(TorchFunctionMode):
+    """Random numbers are not drawn."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = dict(options or {})
+        if function in (torch.randn, torch.rand) and "device" not in options:
+            options.pop("generator", None)
+            options["device"] = "meta"
+        return function(*arguments, **options)
+
+
+def metas_of(case):
+    arguments = case.make(META)
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    assert tensors
+    assert all(t.is_meta for t in tensors)
+    return arguments
+
+
+def comparable(op: str) -> list[tuple[str, peers.Peer]]:
+    """Contenders whose calls can be traced without numbers."""
+    found = list(gpu_peers.of(op).items())
+    others = peers.of(op)
+    found += [] if others is None else others.PEERS.items()
+    return [(name, p) for name, p in found if name not in ("torch.compile", gpu_peers.FLEX)]
+
+
+# What reads numbers on the host is not traced: the references of searches, samplers' rows.
+TRACED = [
+    case
+    for case in CASES
+    if case.op.startswith(
+        (
+            "scaled_dot",
+            "joint",
+            "gated",
+            "layer_norm",
+            "qk_norm",
+            "add_noise_bwd",
+        )
+    )
+    and (case.quick or not case.full)
+]
+
+
+@pytest.mark.parametrize("case", TRACED, ids=lambda c: c.key)
+def test_real_sizes_on_a_device_that_is_not_there(case):
+    with WithoutNumbers():
+        arguments = metas_of(case)
+        outputs = OPS[case.op].fake(*arguments)
+        wanted = [t.shape for t in outputs] if isinstance(outputs, tuple) else [outputs.shape]
+        for name, peer in comparable(case.op):
+            if peer.missing() or peer.unsupported(*arguments):
+                continue
+            result = peer.make(*arguments)()
+            first = result[0] if isinstance(result, tuple) else result
+            assert first.is_meta, name
+            assert peer.floor or first.shape == wanted[0], name
+
+
+def test_lookups_ask_for_products_of_their_dtype():
+    with WithoutNumbers():
+        for case in CASES:
+            if case.op != "nearest_code" or "patches" in case.name:
+                continue
+            x, codebook, metric = metas_of(case)
+            for name, peer in gpu_peers.of(case.op).items():
+                if peer.unsupported(x, codebook, metric):
+                    assert name == gpu_peers.TF32_PRODUCT
+                    assert x.dtype == torch.bfloat16
+                    continue
+                product = peer.make(x, codebook, metric)()
+                assert product.shape == (case.shape["N"], case.shape["K"])
+                assert (product.dtype == torch.bfloat16) == (name == gpu_peers.BF16_PRODUCT)
+                size = product.numel() * product.element_size()
+                assert peer.workspace(x, codebook, metric) == size
+
+
+SMALL = {c.op: c for c in reversed(gpu_cases.gpu_cases(64)) if "patches" not in c.name}
+
+
+@pytest.mark.parametrize("op", [op for op in SMALL if not op.startswith(("dit", "sampler", "add"))])
+def test_small_ones_with_numbers(op):
+    """mmfast's answers are right, and so are those of peers that are there on a GPU alone."""
+    case = SMALL[op]
+    arguments = case.make(CPU)
+    truth = expected(op, arguments)
+    contenders = [s.peer for s in subjects(op) if s.kind == "mmfast"]
+    for peer in contenders:
+        if not peer.missing() and not peer.unsupported(*arguments):
+            assert judge(op, peer.make(*own(op, arguments))(), arguments, truth) == ""
+    for name, peer in gpu_peers.of(op).items():
+        if peer.floor or "efficient" in name or "cuDNN" in name or peer.missing():
+            continue
+        if name == gpu_peers.FLEX or peer.unsupported(*arguments):
+            continue
+        result = peer.make(*arguments)()
+        first = result[0] if isinstance(result, tuple) else result
+        want = truth[0] if isinstance(truth, tuple) else truth
+        assert float((first.double() - want.double()).norm() / want.double().norm()) < 0.02, name
+
+
+def measured(subject: str, kind: str, seconds: float, op: str, case: str, **more) -> Row:
+    shape = {"N": 1024, "K": 256, "D": 72, **more.pop("shape", {})}
+    fields = {"op": op, "case": case, "shape": shape, "threads": 1, **more}
+    return row(subject, kind, seconds, **fields)
+
+
+def goals_of(*rows: Row) -> dict[str, tuple[str, str, bool]]:
+    results = Results(FACTS, {1: {"copy GB/s": 4000.0}}, list(rows))
+    return {g.what: (g.wanted, g.reached, g.met) for g in gpu_goals.goals(results)}
+
+
+def test_goals_of_streams():
+    op, case = "gated_residual_modulate", "dit_xl_1_bfloat16"
+    found = goals_of(
+        measured("mmfast (triton)", "mmfast", 2e-4, op, case, gbps=1800.0, graph=1e-4),
+        measured("plain torch", "peer", 5e-4, op, case),
+        measured("torch.compile", "peer", 3e-4, op, case),
+    )
+    what = f"{op}, dit xl 1 bfloat16"
+    # Twice as fast without the host.
+    assert found[f"{what}: of the copy's bandwidth"] == ("85 %", "90 %", True)
+    assert found[f"{what}: against torch.compile"] == ("1x", "1.50x", True)
+    assert found[f"{what}: against plain torch"] == ("3x", "2.50x", False)
+
+
+def test_goals_of_a_steps_host():
+    op, case = "sampler_step", "tiny_multistep_1x4x4x4_float32"
+    for seconds, met in ((14e-6, True), (16e-6, False)):
+        found = goals_of(measured("mmfast (triton)", "mmfast", seconds, op, case, gbps=1.0))
+        assert found["sampler_step: the host's time of a step"][2] is met
+        assert not any("bandwidth" in what for what in found)
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("bfloat16", "75 %"), ("float32", "60 %")])
+def test_goals_of_lookups(kind, wanted):
+    op, case, shape = "nearest_code", f"n65536_k8192_d64_{kind}", {"K": 8192, "D": 64}
+    own_row = measured("mmfast (triton)", "mmfast", 1e-3, op, case, shape=shape, graph=1e-3)
+    product = measured(gpu_peers.BF16_PRODUCT, "floor", 7e-4, op, case, shape=shape, graph=7e-4)
+    tf32 = measured(gpu_peers.TF32_PRODUCT, "floor", 2e-3, op, case, shape=shape)
+    found = goals_of(own_row, product, tf32)
+    what = f"{op}, n65536 k8192 d64 {kind}"
+    rate = f"{what}: of the rate of {gpu_peers.BF16_PRODUCT}"
+    assert found[rate] == (wanted, "70 %", kind == "float32")
+    assert found[f"{what}: against {gpu_peers.TF32_PRODUCT}"] == ("1x", "2.00x", True)
+
+
+def test_goals_of_narrow_lookups_and_quantisers():
+    for op, shape, wanted in (
+        ("nearest_code", {"K": 1024, "D": 8}, "5x"),
+        ("kmeans", {}, "3x"),
+        ("residual_quantize", {}, "3x"),
+        ("vector_quantize_step", {}, "6x"),
+    ):
+        found = goals_of(
+            measured("mmfast", "mmfast", 1e-3, op, "a", shape=shape),
+            measured("slow", "peer", 9e-3, op, "a", shape=shape),
+            measured("quick", "peer", 4e-3, op, "a", shape=shape),
+        )
+        assert found[f"{op}, a: against quick"] == (wanted, "4.00x", wanted == "3x")
+
+
+@pytest.mark.parametrize(
+    ("width", "backward", "best", "wanted"),
+    [
+        (72, False, "SDPA, flash", "1.25x"),
+        (72, True, "SDPA, flash", "1.2x"),
+        (88, True, "SDPA, flash", "1.1x"),
+        (64, False, "SDPA, cuDNN", "0.95x"),
+    ],
+)
+def test_goals_of_attention(width, backward, best, wanted):
+    op = "scaled_dot_product_attention" + "_bwd" * backward
+    shape = {"K": 4096, "D": width}
+    rows = [
+        measured("mmfast (triton)", "mmfast", 1e-3, op, "a", shape=shape),
+        measured("SDPA, flash", "peer", 1.15e-3, op, "a", shape=shape),
+        measured("SDPA, cuDNN", "peer", 1.3e-3, op, "a", shape=shape),
+        measured("plain torch", "peer", 1e-4, op, "a", shape=shape),
+    ]
+    (goal,) = (g for what, g in goals_of(*rows).items() if "against" in what)
+    assert f"{op}, a: against {best}" in goals_of(*rows)
+    assert goal[0] == wanted
+    assert goal[2] == (wanted in ("1.1x", "0.95x"))
+
+
+def test_goals_of_training_and_of_masks():
+    op = "scaled_dot_product_attention"
+    found = goals_of(
+        measured("mmfast (triton)", "mmfast", 1e-3, op, "dit"),
+        measured("mmfast (triton)", "mmfast", 2e-3, f"{op}_bwd", "dit"),
+        measured("SDPA, flash", "peer", 1e-3, op, "dit"),
+        measured("SDPA, flash", "peer", 3e-3, f"{op}_bwd", "dit"),
+        measured("SDPA, cuDNN", "peer", 1e-4, op, "dit"),  # has no backward
+        measured("mmfast (triton)", "mmfast", 1e-3, op, "padded_a"),
+        measured("SDPA", "peer", 1.4e-3, op, "padded_a"),
+        measured(gpu_peers.FLEX, "peer", 1e-4, op, "padded_a"),
+    )
+    both = f"{op}, dit, forward and backward: against SDPA, flash"
+    assert found[both] == ("1.2x", "1.33x", True)
+    assert found[f"{op}, padded a: against SDPA"] == ("1.3x", "1.40x", True)
+
+
+def test_goals_of_whole_models():
+    found = goals_of(
+        measured("mmfast, patched", "mmfast", 1e-3, "dit_step", "a", memory=1 << 20),
+        measured("plain torch", "peer", 2e-3, "dit_step", "a", memory=2 << 20),
+        measured("torch.compile", "compile", 5e-4, "dit_step", "a", memory=2 << 20),
+    )
+    assert found["dit_step, a: against plain torch"][2]
+    assert not found["dit_step, a: against torch.compile"][2]
+    assert found["dit_step, a: memory, less than plain torch"][2]
+
+
+def test_what_is_wrong_is_a_goal_missed():
+    what = "results within the rule of their op, indices those of float64"
+    right = measured("mmfast (triton)", "mmfast", 1e-3, "kmeans", "a")
+    wrong = measured("mmfast (triton)", "mmfast", 1e-3, "kmeans", "b", match="3 wrong")
+    assert goals_of(right)[what] == ("1 of 1 runs", "1 of 1 runs", True)
+    assert goals_of(right, wrong)[what] == ("2 of 2 runs", "1 of 2 runs", False)
+    failed = contest.failed(CASES[0], RuntimeError("out of memory\nand more"))
+    assert failed.match == "RuntimeError: out of memory"
+    titles = [t.title for t in tables.all_tables(Results(FACTS, {}, [right]))]
+    assert "Goals" in titles
+
+
+def test_report_of_a_gpu(tmp_path):
+    rows = [
+        measured("mmfast (triton)", "mmfast", 2e-4, "add_noise", "a", gbps=3000.0, graph=1e-4),
+        measured("plain torch", "peer", 5e-4, "add_noise", "a"),
+    ]
+    results = Results(FACTS, {1: {"copy GB/s": 4000.0}}, rows, checks={"tests": "done in 3 s: 5"})
+    text = report.write(results, tmp_path).read_text()
+    assert "| time | as a graph |" in text
+    assert "| mmfast (triton) | 200 us | 100 us |" in text
+    assert "| plain torch | 500 us | - |" in text
+    assert "- tests: done in 3 s: 5" in text
+    assert "of the copy's bandwidth" in text
+
+
+class Clock:
+    """Events on a device whose calls take the seconds they say."""
+
+    def __init__(self) -> None:
+        self.now, self.done = 0.0, []
+
+    def call(self, name: str, seconds: float) -> None:
+        self.now += seconds
+        self.done.append(name)
+
+    def event(self, enable_timing: bool) -> SimpleNamespace:
+        assert enable_timing
+        made = SimpleNamespace(at=None)
+
+        def record() -> None:
+            made.at = self.now
+            self.done.append("event")
+
+        made.record = record
+        made.elapsed_time = lambda other: 1e3 * (other.at - made.at)
+        return made
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    amax = torch.amax
+    monkeypatch.setattr(torch.cuda, "Event", made.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: made.call("wait", 1.0))
+    monkeypatch.setattr(timing, "_FLUSH", 1 << 10)
+
+    def flush(*arguments, **options):
+        made.call("flush", 0.5)
+        return amax(*arguments, **options)
+
+    monkeypatch.setattr(torch, "amax", flush)
+    return made
+
+
+def test_device_times_leave_out_what_makes_the_cache_cold(clock):
+    sample = timing._cuda_sampler(CPU)
+    assert sample(lambda: clock.call("call", 0.002), 3) == pytest.approx(0.002)
+    assert clock.done == ["flush", "event", "call", "event"] * 3 + ["wait"]
+    # Calls queue up, but not without end.
+    clock.done.clear()
+    sample(lambda: clock.call("call", 0.002), 1000)
+    assert clock.done.count("call") == timing._QUEUED
+
+
+def test_a_steps_reset_is_not_timed_on_a_device(clock):
+    step = Step(lambda: clock.call("reset", 9.0), lambda: clock.call("step", 0.002))
+    assert timing._cuda_sampler(CPU)(step, 2) == pytest.approx(0.002)
+    assert clock.done[0] == "reset"
+
+
+def test_times_without_the_host(clock, monkeypatch):
+    graph = SimpleNamespace(replay=lambda: clock.call("replay", 0.001))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(timing, "_cuda_sampler", lambda _: lambda call, n: call() or 0.001)
+
+    class Capture:
+        def __init__(self, given) -> None:
+            assert given is graph
+
+        def __enter__(self) -> None:
+            clock.call("begin", 0)
+
+        def __exit__(self, *_) -> None:
+            clock.call("end", 0)
+
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    taken = timing.without_host(lambda: clock.call("call", 0.002), CUDA)
+    assert taken == pytest.approx(0.001)
+    assert clock.done[:3] == ["begin", "call", "end"]
+    assert clock.done.count("call") == 1
+
+    def refused() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert timing.without_host(refused, CUDA) is None
+    assert timing.without_host(Step(lambda: None, lambda: None), CUDA) is None
+    assert timing.without_host(lambda: None, CPU) is None
+
+
+def test_ceilings_ask_for_tf32_and_go_back(monkeypatch):
+    asked = []
+
+    def product(device, dtype):
+        asked.append(torch.get_float32_matmul_precision())
+        return 1.0
+
+    monkeypatch.setattr(machine, "_matmul", product)
+    monkeypatch.setattr(machine, "_copy", lambda device: 2.0)
+    found = machine.ceilings(CUDA, 1)
+    assert found == {
+        "float32 GFLOP/s": 1.0,
+        "bfloat16 GFLOP/s": 1.0,
+        "copy GB/s": 2.0,
+        "TF32 GFLOP/s": 1.0,
+    }
+    assert asked == ["highest", "highest", "high"]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_steps_before_times_are_taken_once():
+    python = "import sys; print('some'); print('the last line'); sys.exit(%d)"
+    steps = {
+        "good": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0),
+        "bad": gpu.Step(("timeit", "-n1", "-r1", python % 3), 60.0),
+        "slow": gpu.Step(("timeit", "-n1", "-r1", "import time; time.sleep(60)"), 0.5),
+    }
+    results, told = Results(FACTS), []
+    assert list(gpu.prepare(results, told.append, steps)) == list(steps) == told
+    assert results.checks["good"].startswith("done in ")
+    assert results.checks["bad"].startswith("failed with ")
+    assert results.checks["slow"] == "cut off after 0 s"
+    assert [f.partition(":")[0] for f in gpu.failures(results)] == ["bad", "slow"]
+    # What is done need not be done again; the others are.
+    assert list(gpu.prepare(results, told.append, steps)) == ["bad", "slow"]
+
+
+def test_checks_survive_the_disk(tmp_path):
+    results = Results(FACTS, checks={"tests": "done in 3 s: 5 passed"})
+    results.save(tmp_path)
+    assert Results.load(tmp_path).checks == results.checks
+
+
+def test_the_commands_that_run_before_are_there():
+    for step in gpu.STEPS.values():
+        for word in step.command:
+            assert not word.startswith("tests/") or (gpu._HERE / word).is_file()
+    helps = subprocess.run(
+        [sys.executable, "-m", gpu.STEPS["tuning"].command[0], "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert helps.returncode == 0
+    assert "--write" in helps.stdout
+
+
+def test_a_run_that_is_cut_off_is_resumed(tmp_path, monkeypatch, capsys):
+    """By the clock here; a limit on the CPU is the same."""
+    words = ["--only", "^unpatchify/", "--subjects", "mmfast", "--threads", "1", "--quick"]
+    words += ["--out", str(tmp_path), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words, "--minutes", "1e-9"])
+    assert command.main() == 0
+    assert "--resume goes on" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words, "--resume"])
+    assert command.main() == 0
+    assert {r.op for r in Results.load(tmp_path).rows} == {"unpatchify"}

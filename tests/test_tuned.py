@@ -1,0 +1,244 @@
+"""The table of tiles that were found best, and what is taken where it has nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from mmfast import backends
+
+pytest.importorskip("triton")
+if backends.interpreting():
+    pytest.skip("Triton interprets in this process", allow_module_level=True)
+import triton
+import triton.language as tl
+
+from mmfast.kernels import nearest_code, offline, tuned
+from mmfast.kernels.tuned import Entry, Problem, Tuned
+
+SCREEN, PROBLEMS = nearest_code.tuning
+CONSTANTS = {"PADDED_D": 64, "STEP_D": 64}
+KEY = "PADDED_D 64"
+SECOND = {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+
+
+@triton.jit
+def helper(x):
+    return x + 1
+
+
+FACTOR = tl.constexpr(3)
+
+
+@triton.jit
+def some_kernel(x_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(x_ptr + tl.arange(0, BLOCK), helper(x) * FACTOR)
+
+
+class Recorded:
+    """A kernel that is not launched."""
+
+    __name__ = "recorded"
+
+    def __init__(self) -> None:
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append((grid, args, options))
+
+
+def fresh() -> Tuned:
+    """The lookup's, that has chosen nothing yet."""
+    return Tuned(SCREEN.kernel, SCREEN.configs, SCREEN.key, SCREEN.fitting)
+
+
+def table_of(choices, kind: str = "sm_90", source: str | None = None) -> tuned.Table:
+    source = tuned.source_of(SCREEN.kernel) if source is None else source
+    return {SCREEN.name: {kind: Entry("some GPU", "3", source, choices)}}
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """Sets what the table holds."""
+
+    def hold(content: tuned.Table) -> None:
+        monkeypatch.setattr(tuned, "_table", lambda: content)
+
+    return hold
+
+
+def chosen(target: str, constants=CONSTANTS) -> dict[str, int]:
+    with offline.compiling(offline.TARGETS[target]):
+        return tuned.numbers(fresh().choose(constants))
+
+
+@pytest.mark.parametrize("target", offline.TARGETS)
+def test_without_an_entry_the_first_that_fits(target, table):
+    table({})
+    with offline.compiling(offline.TARGETS[target]):
+        first = SCREEN.candidates(CONSTANTS)[0]
+    assert chosen(target) == tuned.numbers(first)
+
+
+def test_the_tables_choice(table):
+    table(table_of({KEY: SECOND}))
+    assert chosen("sm_90") == SECOND
+    # Of another kind of device, or another width, it says nothing.
+    for target, constants in (("sm_80", CONSTANTS), ("sm_90", {"PADDED_D": 128, "STEP_D": 128})):
+        table({})
+        plain = chosen(target, constants)
+        table(table_of({KEY: SECOND}))
+        assert chosen(target, constants) == plain
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        table_of({KEY: SECOND}, source="of another time"),
+        table_of({KEY: {**SECOND, "BLOCK_N": 16}}),  # no longer among those to choose from
+    ],
+    ids=["stale", "unknown"],
+)
+def test_entries_that_are_passed_over(content, table):
+    table({})
+    plain = chosen("sm_90")
+    table(content)
+    assert chosen("sm_90") == plain
+
+
+def test_a_launch_takes_the_choice(table, monkeypatch):
+    monkeypatch.setattr(tuned, "device_kind", lambda: "sm_90")
+    kernel = Recorded()
+    configs = [triton.Config({"BLOCK": size}, num_warps=4, num_stages=2) for size in (64, 128)]
+    launched = Tuned(kernel, configs, ["D"], lambda configs, **constants: configs)
+    table({})
+    launched[(3,)]("x", D=5)
+    with launched.forcing(configs[1]):
+        launched[(3,)]("x", D=5)
+    launched[(3,)]("x", D=5)
+    options = [options for _, _, options in kernel.launches]
+    assert [o["BLOCK"] for o in options] == [64, 128, 64]
+    assert kernel.launches[0][:2] == ((3,), ("x",))
+    assert options[0] == {"D": 5, "BLOCK": 64} | configs[0].all_kwargs()
+
+
+def test_the_source_is_that_of_all_that_is_called(monkeypatch):
+    before = tuned.source_of(some_kernel)
+    assert tuned.source_of(some_kernel) == before
+    module = some_kernel.fn.__globals__
+    with monkeypatch.context() as patch:
+        patch.setitem(module, "FACTOR", tl.constexpr(4))
+        assert tuned.source_of(some_kernel) != before
+    with monkeypatch.context() as patch:
+        patch.setattr(helper, "_src", helper.src + "# another\n")
+        assert tuned.source_of(some_kernel) != before
+    assert tuned.source_of(some_kernel) == before
+    assert tuned.source_of(SCREEN.kernel) != tuned.source_of(nearest_code.nearest_code_pack_kernel)
+
+
+def searched(content, again: bool = False, widths=(64, 128)):
+    """Tables as they come, with the sizes that were timed; the third candidate is the fastest."""
+    kernel, timed = fresh(), []
+
+    def seconds(call) -> float:
+        timed.append((call(), tuned.numbers(kernel.forced)))
+        return abs(len(timed) % 4 - 3)
+
+    problems = [
+        Problem({"PADDED_D": width, "STEP_D": width}, lambda width=width: width) for width in widths
+    ]
+    with offline.compiling(offline.TARGETS["sm_90"]):
+        found = list(tuned.search(content, kernel, "sm_90", problems, seconds, again))
+        candidates = [tuned.numbers(c) for c in kernel.candidates(CONSTANTS)]
+    assert kernel.forced is None
+    return [dict(t[SCREEN.name]["sm_90"].choices) for t in found], timed, candidates
+
+
+def test_search(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    found, timed, candidates = searched({})
+    assert len(candidates) == 4
+    assert [width for width, _ in timed] == [64] * 4 + [128] * 4
+    assert [c for width, c in timed if width == 64] == candidates
+    assert found[-1][KEY] == candidates[2]
+    assert len(found) == 2  # kept one after the other
+
+
+def test_a_search_goes_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    held = table_of({KEY: SECOND})
+    found, timed, _ = searched(held)
+    assert {width for width, _ in timed} == {128}
+    assert found[-1][KEY] == SECOND
+    found, timed, candidates = searched(held, again=True)
+    assert {width for width, _ in timed} == {64, 128}
+    assert found[-1][KEY] == candidates[2]
+    # Of another source nothing is kept.
+    found, _, candidates = searched(table_of({KEY: SECOND, "PADDED_D 16": SECOND}, source="old"))
+    assert found[-1].keys() == {KEY, "PADDED_D 128"}
+
+
+def test_other_devices_stay(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    held = table_of({KEY: SECOND}, kind="sm_80")
+    held["another_kernel"] = {"sm_90": Entry("some GPU", "3", "source", {})}
+    with offline.compiling(offline.TARGETS["sm_90"]):
+        problem = Problem(CONSTANTS, lambda: None)
+        (found,) = tuned.search(held, fresh(), "sm_90", [problem], lambda call: 1.0)
+    assert found["another_kernel"] == held["another_kernel"]
+    assert found[SCREEN.name].keys() == {"sm_80", "sm_90"}
+
+
+def test_problems_cover_every_width():
+    made = PROBLEMS(torch.device("meta"))
+    assert [p.constants["PADDED_D"] for p in made] == [16, 32, 64, 128, 256, 512]
+    for width in (1, 8, 17, 72, 200, 256, 300, 512):
+        assert set(nearest_code._padded(width)) == {"PADDED_D", "STEP_D"}
+        assert nearest_code._padded(width)["PADDED_D"] >= width
+
+
+def test_tables_survive_the_disk(tmp_path):
+    held, path = table_of({KEY: SECOND}), tmp_path / "tuned.json"
+    tuned.save(held, path)
+    assert tuned.load(path) == held
+    tuned.save(tuned.load(), path)
+    assert path.read_text() == tuned.FILE.read_text()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"sm_90": {"device": ""}}}'])
+def test_foreign_tables_are_refused(content, tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="does not hold tuned sizes"):
+        tuned.load(path)
+
+
+def test_what_is_committed_was_measured_and_can_be_chosen():
+    possible = [tuned.numbers(config) for config in SCREEN.configs]
+    for name, kinds in tuned.load().items():
+        assert name == SCREEN.name
+        for entry in kinds.values():
+            assert entry.device
+            assert all(choice in possible for choice in entry.choices.values())
+
+
+def test_the_command(tmp_path, capsys):
+    path = tmp_path / "tuned.json"
+    held = table_of({KEY: SECOND})
+    held[SCREEN.name]["sm_80"] = dataclasses.replace(held[SCREEN.name]["sm_90"], source="old")
+    tuned.save(held, path)
+    assert tuned.main(["--table", str(path)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].endswith("sm_80, measured on some GPU, of another source: passed over")
+    assert told[2].endswith("sm_90, measured on some GPU")
+    path.write_text(json.dumps({}))
+    assert tuned.main(["--table", str(path)]) == 0
+    assert "nothing was measured yet" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            tuned.main(["--write", "--table", str(path)])
+        assert "--write needs a GPU" in capsys.readouterr().err
