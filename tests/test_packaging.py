@@ -127,8 +127,9 @@ def wheel(tmp_path_factory) -> Path:
     return build_wheel(source, path, MMFAST_REQUIRE_EXTENSION=require)
 
 
-def modules_of_the_checkout() -> set[str]:
-    kernels = {f"mmfast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+def files_of_the_checkout() -> set[str]:
+    found = [p for kind in ("*.py", "*.json") for p in (ROOT / "kernels").glob(kind)]
+    kernels = {f"mmfast/kernels/{p.name}" for p in found}
     return kernels | {str(p.relative_to(ROOT)) for p in (ROOT / "mmfast").rglob("*.py")}
 
 
@@ -138,7 +139,7 @@ def test_wheel_contents(wheel):
         names = set(opened.namelist())
     files = {name for name in names if ".dist-info/" not in name}
     extensions = {name for name in files if name.endswith(".so")}
-    assert files - extensions == modules_of_the_checkout() | {"mmfast/py.typed"}
+    assert files - extensions == files_of_the_checkout() | {"mmfast/py.typed"}
     assert len(extensions) == NATIVE
     assert all(name.startswith("mmfast/_C.") for name in extensions)
     assert any(name.endswith("LICENSE") for name in names)
