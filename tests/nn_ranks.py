@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmfast.nn import VectorQuantize
+from mmfast.train.distributed import leave_processes
 
 STEPS = 4
 CASES: dict[str, dict[str, Any]] = {
@@ -60,4 +61,4 @@ def work(rank: int, store: str, out: str) -> None:
         results[case] = train(case, (slice(None, first), slice(first, None))[rank])
     torch.save(results, f"{out}/{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmfast.nn import ResidualVQ
+from mmfast.train.distributed import leave_processes
 
 STEPS = 6
 
@@ -31,4 +32,4 @@ def work(rank: int, size: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     torch.save([train(compiled, rank) for compiled in (False, True)], f"{out}/{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()

@@ -22,6 +22,7 @@ from transformers_of_diffusers import MODELS, randomised
 
 from benchmarks import transformers
 from mmfast.integrations import PatchReport, patch, patch_attention, unpatch
+from mmfast.train.distributed import leave_processes
 
 RANKS = 2
 Model = tuple[nn.Module, dict[str, Any]]
@@ -237,4 +238,4 @@ def work(rank: int, folder: str) -> None:
         warnings.simplefilter("ignore")  # of views that sharded modules return, patched or not
         for run in CHECKS:
             run(rank)
-    dist.destroy_process_group()
+    leave_processes()

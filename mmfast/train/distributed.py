@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import inspect
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -56,7 +57,15 @@ def join_processes(device: torch.device) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         # Not for a single training: what torchrun offers serves for joining once.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave_processes)
+
+
+def leave_processes() -> None:
+    """Leave the group of processes, before this one ends."""
+    dist.destroy_process_group()
+    # Where something else holds the group (FSDP2 does), gloo's threads outlive it, and one that
+    # lets go of its last tensor while the interpreter ends aborts the process.
+    time.sleep(0.5)
 
 
 class Run(nn.Module):
