@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/glue.h"
+#include "cpu/huge_pages.h"
 #include "cpu/sampler_step.h"
 
 namespace mmfast {
@@ -32,9 +33,10 @@ class SampleViews {
     return tensor ? source(*tensor) : SampleView{};
   }
 
-  // Of something that is written, and read before if `read`.
+  // Of something that is written.
   SampleView target(const Tensor& tensor, int64_t first = 1) {
-    return view(writable(tensor, first), first);
+    const Tensor dense = writable(tensor, first);
+    return view(dense.is_contiguous() ? on_huge_pages(dense) : dense, first);
   }
   SampleView target(const std::optional<Tensor>& tensor) {
     return tensor ? target(*tensor) : SampleView{};
