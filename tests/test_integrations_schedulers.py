@@ -900,8 +900,8 @@ def test_last_steps_that_the_library_gets_wrong() -> None:
 
 
 REFUSED = [
-    ("SASolverScheduler", {"corrector_order": 6}, "corrector_order=6 is not .* be 1 to 4"),
-    ("SASolverScheduler", {"predictor_order": 5}, "predictor_order=5 is not .* be 1 to 4"),
+    ("SASolverScheduler", {"corrector_order": 13}, "corrector_order=13 is not .* be 1 to 12"),
+    ("SASolverScheduler", {"predictor_order": 0}, "predictor_order=0 is not .* be 1 to 12"),
 ]
 
 
@@ -915,6 +915,15 @@ def test_options_that_are_refused(name: str, made: dict[str, Any], message: str)
     assert type(theirs) is getattr(diffusers, name)
 
 
+def test_sa_solver_of_orders_that_the_library_stops_at() -> None:
+    made = {"predictor_order": 6, "corrector_order": 7, "tau_func": lambda t: 0.0}
+    runs = [_run(library.SASolverScheduler(**made), steps=4) for library in (drop_in, diffusers)]
+    assert _error(*runs) < 2e-4
+    with pytest.raises(AssertionError):
+        _run(diffusers.SASolverScheduler(**made), steps=8)
+    assert bool(_run(drop_in.SASolverScheduler(**made), steps=8)[-1][0].isfinite().all())
+
+
 def test_unipc_of_orders_that_no_table_has() -> None:
     made = {"solver_order": 13}
     runs = [_run(library.UniPCMultistepScheduler(**made)) for library in (drop_in, diffusers)]
@@ -923,6 +932,20 @@ def test_unipc_of_orders_that_no_table_has() -> None:
     _run(scheduler)
     assert [value is None for value in scheduler.model_outputs] == [True] * 5 + [False] * 8
     assert scheduler.lower_order_nums == 8
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("times", [[0, 1000, 1], [-1]])
+def test_noise_at_timesteps_that_are_none(backend: str | None, times: list[int]) -> None:
+    x, t = torch.randn(len(times), 4), torch.tensor(times)
+    wrong = -1 if times == [-1] else 1000
+    with mmfast.use_backend(backend) if backend else contextlib.nullcontext():
+        with pytest.raises(IndexError, match=f"timesteps must be from 0 to 999, got {wrong}"):
+            drop_in.DDIMScheduler().add_noise(x, x, t)
+        with pytest.raises(IndexError, match=f"timestep {wrong} is none of the scheduler's"):
+            drop_in.EulerDiscreteScheduler().add_noise(x, x, t)
+    with pytest.raises(TypeError, match=r"timesteps must be integers, got torch\.float32"):
+        drop_in.DDIMScheduler().add_noise(x, x, t + 0.5)
 
 
 def test_calls_that_are_refused() -> None:

@@ -32,6 +32,8 @@ class CumulativeNoise(Tabled):
         return [point(value) for value in host(self.alphas_cumprod)]  # type: ignore[attr-defined]
 
     def _noisy_index(self, timesteps: Tensor, device: torch.device) -> Index:
+        if timesteps.is_floating_point():
+            raise TypeError(f"timesteps must be integers, got {timesteps.dtype}")
         return timesteps.to(device, torch.int64)
 
 
