@@ -43,6 +43,14 @@ class Cumulative(CumulativeNoise):
     _levels = "alphas_cumprod"
 
 
+class NoiseOfBoth(Tabled):
+    """Noise is drawn in the dtype of a prediction, made of the sample and the model's output."""
+
+    def _noise(self, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor:
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        return self._draw(model_output, dtype, generator)
+
+
 class Generated(Tabled):
     """Those that take a generator and nothing else."""
 
