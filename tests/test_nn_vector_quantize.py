@@ -181,7 +181,9 @@ def test_follows_the_peer(case):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, LEARNS, {"freeze_codebook": True, **LEARNS}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, LEARNS, {"freeze_codebook": True, **LEARNS}, {"orthogonal_reg_weight": 1.0}]
+)
 def test_losses_of_the_nearest_codes_have_gradients_in_eval_mode(options):
     found = []
     for module in both(codebook_dim=4, **options):

@@ -613,7 +613,7 @@ class VectorQuantize(nn.Module):
             loss = loss + diversity * self.codebook_diversity_loss_weight
         if call.topk is not None and not self.training:
             commitment = chosen.commitment
-            if self.learnable_codebook:
+            if self._codebook.learnable_codebook:
                 commitment = commitment + (chosen.codebook - chosen.codebook.detach())
             commitment = self._heads.join_indices(commitment, *layout)
             loss = commitment * self.commitment_weight if self.has_commitment_loss else commitment
