@@ -14,9 +14,12 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """``tensor`` is a tensor of one of ``dtypes``, else TypeError."""
+    """``tensor`` is a strided tensor of one of ``dtypes``, else TypeError."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        got = str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be strided, got a tensor of layout {got}")
     if tensor.dtype not in dtypes:
         got = str(tensor.dtype).removeprefix("torch.")
         raise TypeError(f"{name} must be {_names(dtypes)}, got {got}")
@@ -25,6 +28,12 @@ def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> N
 def check_floating(name: str, tensor: Tensor) -> None:
     """``tensor`` has one of the four floating dtypes, else TypeError."""
     check_dtype(name, tensor, FLOATING)
+
+
+def check_integer(name: str, value: int) -> None:
+    """``value`` is an int, or a number of another library that stands for one, else TypeError."""
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

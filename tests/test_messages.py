@@ -26,6 +26,13 @@ NEAREST_CODE = [
     ),
     (
         zeros(2, 3),
+        zeros(2, 3).to_sparse(),
+        {},
+        TypeError,
+        "codebook must be strided, got a tensor of layout sparse_coo",
+    ),
+    (
+        zeros(2, 3),
         zeros(2, 3, dtype=torch.complex64),
         {},
         TypeError,

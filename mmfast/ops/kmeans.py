@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmfast.checks import check_device, check_floating
+from mmfast.checks import check_device, check_floating, check_integer
 from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.nearest_code import nearest_code
 from mmfast.progress import progress_bar
@@ -76,7 +76,7 @@ def kmeans(
         iterations: updates of the codebook at most; 0 assigns the vectors to the initial codes.
         init: ``"k-means++"``, ``"random"`` (K different vectors), or the initial codes,
             ``(K, D)`` or ``(H, K, D)`` as x has heads.
-        seed: for ``init``.
+        seed: for ``init``; of at most 64 bits.
         tolerance: stop after the first iteration that lowers the inertia by at most this fraction
             of what it was. 0 makes every iteration, without the test.
         metric: ``"euclidean"``, or ``"cosine"`` for spherical k-means: the codes are the
@@ -88,7 +88,7 @@ def kmeans(
         :class:`KMeansResult`. Not differentiable.
 
     Raises:
-        TypeError: an argument is no tensor, or has another dtype.
+        TypeError: an argument is no tensor, or has another dtype, or is no int.
         ValueError: shapes, devices or options do not fit; ``x`` or ``init`` has a NaN or an
             infinity, or numbers whose squared distances overflow the codebook's dtype.
 
@@ -97,7 +97,7 @@ def kmeans(
     Dhillon and Modha, "Concept decompositions for large sparse text data using clustering"
     (2001) for the spherical variant.
     """
-    _check(x, num_codes, iterations, init, tolerance, metric)
+    _check(x, num_codes, iterations, init, seed, tolerance, metric)
     heads = x.dim() == 3
     vectors = x.detach() if heads else x.detach()[None]  # [H, N, D]
     points = vectors if metric == "euclidean" else _unit(vectors)  # [H, N, D], what is averaged
@@ -131,10 +131,13 @@ def _check(
     num_codes: int,
     iterations: int,
     init: str | Tensor,
+    seed: int,
     tolerance: float,
     metric: str,
 ) -> None:
     check_floating("x", x)
+    for name, value in (("num_codes", num_codes), ("iterations", iterations), ("seed", seed)):
+        check_integer(name, value)
     if x.dim() not in (2, 3) or x.shape[-1] < 1 or x.shape[0] < 1:
         raise ValueError(
             f"x must be (N, D) or (H, N, D) with H and D at least 1, got shape {tuple(x.shape)}"
@@ -145,6 +148,8 @@ def _check(
         )
     if iterations < 0:
         raise ValueError(f"iterations must be at least 0, got {iterations}")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"seed must have at most 64 bits, got {seed}")
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance must be finite and at least 0, got {tolerance}")
     if metric == "dot":
