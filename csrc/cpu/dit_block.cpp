@@ -55,8 +55,8 @@ BlockShape shape_of(const Tensor& x, const Modulation& modulation, Dtype branch)
   return {x.size(0), x.size(1), modulation.frames(), x.size(2), dtype, branch, false, false};
 }
 
-// Rows [B, L] of temporary results in one piece of memory: many tensors would each find another place
-// in the heap, whose pages stay. What is no longer needed is written over.
+// Rows [B, L] of temporary results in one piece of memory: many tensors would each find another
+// place in the heap, whose pages stay. What is no longer needed is written over.
 class Workspace {
  public:
   // Two parts, for rows as wide as the widest of each.
@@ -291,8 +291,8 @@ Gradients dit_block_bwd(const Tensor& grad, const Tensor& x, const Tensor& modul
     linear_gradients(passed, input, weight, active,
                      {to_input, &to[of_weight], &to[of_weight + 1]});
   };
-  // Of one behind a norm, whose output is made again where a weight's gradient needs its numbers: the
-  // input's gradient takes that one's place.
+  // Of one behind a norm, whose output is made again where a weight's gradient needs its numbers:
+  // the input's gradient takes that one's place.
   const auto normed_layer = [&](const Tensor& passed, const Tensor& from, Part shifts, Part scales,
                                 double its_eps, const Tensor& weight, Input of_weight,
                                 bool further) {

@@ -1,7 +1,8 @@
 // Gradients of a linear layer's weight, grad^T act(x), and of its bias, the sums of grad over rows.
 //
-// A piece of the rows at a time, of that some columns of grad, which are packed once, and a panel of
-// columns of x at a time. Pieces are added up in their order, whose number depends on the shape alone.
+// A piece of the rows at a time, of that some columns of grad, which are packed once, and a panel
+// of columns of x at a time. Pieces are added up in their order, whose number depends on the shape
+// alone.
 #pragma once
 #include "cpu/linear_rows.h"
 
