@@ -150,11 +150,7 @@ def call(op: Op, *args: Any) -> Any:
 def call_on_new(op: Op, *args: Any) -> Any:
     """:func:`call` where the arguments that the op changes are new: autograd has saved none."""
     if _forced is None:
-        run = library.overload(op.name)
-        if op.backward is None or not library.untracked(args):
-            return run(*args)
-        with library.below_autograd():
-            return run(*args)
+        return library.run(op, args)
     run = select(op, _forced, *args)
     if op.backward is None or not torch.is_grad_enabled():
         with torch.no_grad():

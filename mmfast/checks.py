@@ -10,7 +10,7 @@ INDEX = (torch.int64, torch.int32)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+    return ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
 
 
 def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -121,9 +121,41 @@ def test_bits_do_not_depend_on_threads(options, dtype, threads):
 def test_bits_do_not_depend_on_the_other_queries(dtype):
     arguments = problem(4, 200, 300, 24, kv_heads=2, dtype=dtype)
     whole = run(attention.OP, arguments)
-    for begin, end in ((0, 1), (37, 101), (199, 200)):
+    for begin, end in ((0, 7), (37, 101), (190, 200)):
         part = run(attention.OP, (arguments[0][:, :, begin:end], *arguments[1:]))
         assert_same_bits(part, [t[:, :, begin:end] for t in whole])
+    few = run(attention.OP, (arguments[0][:, :, :2], *arguments[1:]))
+    one = run(attention.OP, (arguments[0][:, :, 1:2], *arguments[1:]))
+    assert_same_bits(one, [t[:, :, 1:2] for t in few])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 4, 6])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True, "kv_heads": 1},
+        {"dropout_p": 0.4},
+        {"dropout_p": 1.0},
+        {"mask": True},
+        {"mask": False},
+        {"scale": -0.7},
+        {"scale": 0.0},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_few_queries(options, length, dtype):
+    """They are not gathered into vectors."""
+    if "mask" in options:
+        mask = normal(1, 2, length, 150)
+        mask[..., 64:128] = -math.inf
+        options = {"mask": mask > -1 if options["mask"] else mask.to(dtype)}
+    for num_dims in (8, 44, 133):
+        check(problem(2, length, 150, num_dims, dtype=dtype, **options))
+    query, key, value, *rest = problem(2, 7, 150, 24, dtype=dtype, **options)
+    packed = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value)]
+    check((packed[0][:, :, :length], packed[1], packed[2], *rest))
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e3, 1e10, 1e19])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from cases import METRICS, backends_here, device_of, normal
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import mmfast
+from mmfast import backends, library
 from mmfast.ops import nearest_code
 from mmfast.registry import OPS
 
@@ -49,6 +53,64 @@ def test_opcheck(op, sample, dtypes, gradients):
         if isinstance(argument, torch.Tensor) and argument.is_floating_point():
             argument.requires_grad_(gradients)
     torch.library.opcheck(overload(op.name), arguments)
+
+
+@pytest.mark.parametrize(
+    ("op", "sample"),
+    [s.values[:2] for s in SAMPLES if s.values[0].backward],
+    ids=lambda value: value.name,
+)
+def test_gradients_by_the_short_way(op, sample, monkeypatch):
+    """They and the outputs are the dispatcher's, bit for bit."""
+    calls = []
+    short = library._functions[op.name]
+    monkeypatch.setitem(library._functions, op.name, lambda *a: calls.append(1) or short(*a))
+    arguments = sample.make(torch.device("cpu"), op.dtypes[0], 0)
+    inputs = [a for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    found = []
+    for run in (overload(op.name), functools.partial(backends.call, op)):
+        outputs = tree_leaves(run(*arguments))
+        tracked = [o for o in outputs if o.requires_grad]
+        names = [o.grad_fn and o.grad_fn.name() for o in outputs]
+        grads = [o.detach().cos() for o in tracked]
+        wanted = torch.autograd.grad(tracked, inputs, grads, allow_unused=True) if inputs else ()
+        found.append(([o.detach() for o in outputs], [w is None for w in wanted], names))
+        found[-1][0].extend(w for w in wanted if w is not None)
+    assert len(calls) == bool(inputs)
+    assert found[0][1:] == found[1][1:]
+    assert same(found[0][0], found[1][0])
+
+
+def test_tracers_and_modes_get_the_op_itself(monkeypatch):
+    """Nothing that looks at calls is passed by."""
+    monkeypatch.setitem(library._functions, "gated_activation", None)
+
+    def run(x):
+        return mmfast.gated_activation(x, activation="silu")
+
+    class Wrapped(torch.Tensor):
+        pass
+
+    def step(x):
+        return torch.autograd.grad(run(x).sum(), x)[0]
+
+    x = normal(3, 8).requires_grad_()
+    expected = torch.ops.mmfast.gated_activation_bwd(
+        torch.ones(3, 8), x.detach(), None, "silu", "gate", True, False
+    )[0]
+    graph = make_fx(step, tracing_mode="fake")(x)
+    assert "mmfast.gated_activation" in graph.code
+    assert same(graph(x), expected)
+    assert same(torch.jit.trace(run, x)(x.detach()), run(x.detach()))
+    with torch.device("cpu"):
+        assert same(step(x), expected)
+    assert type(run(x.detach().as_subclass(Wrapped).requires_grad_())) is Wrapped
+    with FakeTensorMode() as mode:
+        assert run(mode.from_tensor(x)).requires_grad
+    with pytest.raises(TypeError):
+        run(x)  # has no short way any more
 
 
 def quantise(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:

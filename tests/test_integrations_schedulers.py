@@ -307,6 +307,13 @@ def _quiet():
             yield
 
 
+def _doubled(theirs: Any) -> Any:
+    """Ours of a class in double precision, which draws noise in that too."""
+    kind: Any = on_tables(theirs)
+    kind._single = torch.float64
+    return kind
+
+
 @pytest.mark.parametrize("case", CASES, ids=_name)
 def test_whole_runs_in_double_precision(case: tuple[str, dict[str, Any]]) -> None:
     name, config = case
@@ -314,7 +321,7 @@ def test_whole_runs_in_double_precision(case: tuple[str, dict[str, Any]]) -> Non
     with diffusers_float64.double():
         theirs = getattr(diffusers_float64.module(FILES[name]), name)
         want = _run(theirs(**made), dtype=torch.float64, **options)
-        got = _run(on_tables(theirs)(**made), dtype=torch.float64, **options)
+        got = _run(_doubled(theirs)(**made), dtype=torch.float64, **options)
     assert _error(got, want) < 1e-9
 
 
@@ -324,6 +331,78 @@ def test_whole_runs_in_single_precision(name: str, return_dict: bool) -> None:
     want = _run(getattr(diffusers, name)(), return_dict=return_dict)
     got = _run(CLASSES[name](), return_dict=return_dict)
     assert _error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_outputs_are_the_librarys(name: str) -> None:
+    x = torch.randn(2, 3, 4)
+    outputs = []
+    for kind in (getattr(diffusers, name), CLASSES[name]):
+        scheduler = kind()
+        scheduler.set_timesteps(5)
+        outputs.append(scheduler.step(x, scheduler.timesteps[0], x))
+    theirs, ours = outputs
+    assert type(ours) is type(theirs)
+    assert list(ours) == list(theirs)
+    assert vars(ours).keys() >= dict(theirs).keys()
+    assert ours.prev_sample is ours[0]
+
+
+MIXED = [
+    *((name, {}) for name in FILES),
+    *(
+        ("DPMSolverMultistepScheduler", {"algorithm_type": kind, "prediction_type": prediction})
+        for kind in ("dpmsolver++", "sde-dpmsolver++")
+        for prediction in ("sample", "v_prediction")
+    ),
+    (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    ),
+    ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("DDPMScheduler", {"variance_type": "fixed_large"}),
+    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+]
+
+
+@pytest.mark.parametrize(
+    ("sample", "output"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("case", MIXED, ids=_name)
+def test_dtypes_of_samples_and_outputs(
+    case: tuple[str, dict[str, Any]], sample: torch.dtype, output: torch.dtype
+) -> None:
+    """A model in bfloat16 steps samples in float32, and the like."""
+    name, made = case
+    runs = []
+    for kind in (getattr(diffusers, name), CLASSES[name]):
+        scheduler = kind(num_train_timesteps=100, **made)
+        scheduler.set_timesteps(4)
+        generator = torch.Generator().manual_seed(5)
+        drawn = "generator" in inspect.signature(scheduler.step).parameters
+        options = {"generator": generator} if drawn else {}
+        x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1)).to(sample)
+        samples = []
+        for t in scheduler.timesteps:
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
+            x = scheduler.step((0.5 * torch.tanh(x)).to(output), t, x, **options).prev_sample
+            samples.append(x)
+        runs.append(samples)
+    low = torch.bfloat16 in (sample, output)
+    for theirs, ours in zip(*runs, strict=True):
+        assert ours.dtype == theirs.dtype
+        least = float(theirs.abs().max())
+        assert (
+            float((ours.double() - theirs.double()).abs().max()) <= (0.05 if low else 1e-4) * least
+        )
 
 
 @pytest.mark.parametrize("predictor", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
@@ -337,7 +416,7 @@ def test_unipc_corrects_for_another_solver(predictor: str) -> None:
                 for name in ("UniPCMultistepScheduler", predictor)
             )
             if library is drop_in:
-                unipc, other = on_tables(unipc), on_tables(other)
+                unipc, other = _doubled(unipc), _doubled(other)
             solver = other(timestep_spacing="leading")
             made = unipc(timestep_spacing="leading", solver_p=solver, solver_order=3)
             results.append(_run(made, dtype=torch.float64, return_dict=library is drop_in))
@@ -372,7 +451,7 @@ def test_starts_from_an_image(case: tuple[str, dict[str, Any]]) -> None:
     name, made = case
     with diffusers_float64.double():
         theirs = getattr(diffusers_float64.module(FILES[name]), name)
-        ours = on_tables(theirs)(**made)
+        ours = _doubled(theirs)(**made)
         for begin in (4, 2):  # and again with the same scheduler
             want = _run(theirs(**made), dtype=torch.float64, begin=begin)
             assert _error(_run(ours, dtype=torch.float64, begin=begin), want) < 1e-9
@@ -805,7 +884,7 @@ def test_gradients_of_whole_runs(case: tuple[str, dict[str, Any]]) -> None:
     results = []
     with diffusers_float64.double():
         theirs = getattr(diffusers_float64.module(FILES[name]), name)
-        schedulers = theirs(**made), on_tables(theirs)(**made)
+        schedulers = theirs(**made), _doubled(theirs)(**made)
     for scheduler in schedulers:
         for _ in range(2):  # the second run knows nothing of the graph of the first
             with diffusers_float64.double():
@@ -900,8 +979,8 @@ def test_last_steps_that_the_library_gets_wrong() -> None:
 
 
 REFUSED = [
-    ("SASolverScheduler", {"corrector_order": 6}, "corrector_order=6 is not .* be 1 to 4"),
-    ("SASolverScheduler", {"predictor_order": 5}, "predictor_order=5 is not .* be 1 to 4"),
+    ("SASolverScheduler", {"corrector_order": 13}, "corrector_order=13 is not .* be 1 to 12"),
+    ("SASolverScheduler", {"predictor_order": 0}, "predictor_order=0 is not .* be 1 to 12"),
 ]
 
 
@@ -915,6 +994,15 @@ def test_options_that_are_refused(name: str, made: dict[str, Any], message: str)
     assert type(theirs) is getattr(diffusers, name)
 
 
+def test_sa_solver_of_orders_that_the_library_stops_at() -> None:
+    made = {"predictor_order": 6, "corrector_order": 7, "tau_func": lambda t: 0.0}
+    runs = [_run(library.SASolverScheduler(**made), steps=4) for library in (drop_in, diffusers)]
+    assert _error(*runs) < 2e-4
+    with pytest.raises(AssertionError):
+        _run(diffusers.SASolverScheduler(**made), steps=8)
+    assert bool(_run(drop_in.SASolverScheduler(**made), steps=8)[-1][0].isfinite().all())
+
+
 def test_unipc_of_orders_that_no_table_has() -> None:
     made = {"solver_order": 13}
     runs = [_run(library.UniPCMultistepScheduler(**made)) for library in (drop_in, diffusers)]
@@ -923,6 +1011,20 @@ def test_unipc_of_orders_that_no_table_has() -> None:
     _run(scheduler)
     assert [value is None for value in scheduler.model_outputs] == [True] * 5 + [False] * 8
     assert scheduler.lower_order_nums == 8
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("times", [[0, 1000, 1], [-1]])
+def test_noise_at_timesteps_that_are_none(backend: str | None, times: list[int]) -> None:
+    x, t = torch.randn(len(times), 4), torch.tensor(times)
+    wrong = -1 if times == [-1] else 1000
+    with mmfast.use_backend(backend) if backend else contextlib.nullcontext():
+        with pytest.raises(IndexError, match=f"timesteps must be from 0 to 999, got {wrong}"):
+            drop_in.DDIMScheduler().add_noise(x, x, t)
+        with pytest.raises(IndexError, match=f"timestep {wrong} is none of the scheduler's"):
+            drop_in.EulerDiscreteScheduler().add_noise(x, x, t)
+    with pytest.raises(TypeError, match=r"timesteps must be integers, got torch\.float32"):
+        drop_in.DDIMScheduler().add_noise(x, x, t + 0.5)
 
 
 def test_calls_that_are_refused() -> None:

@@ -324,6 +324,27 @@ def test_clustered_data(backend, spread, dtype):
             check(backend, VIEWS["stepped"](x), VIEWS["transposed"](codebook))
 
 
+def along_a_line(d: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """2000 vectors and 600 codes, whose groups are long and thin."""
+    direction = normal(1, d, seed=2)
+    codes = normal(600, 1, seed=1).cumsum(0) * direction + 1e-3 * normal(600, d, seed=3)
+    vectors = codes[torch.arange(2000) % 600] + 0.3 * normal(2000, 1) * direction
+    return vectors * scale, codes * scale
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e12, 1e-14, 1e-17])
+@pytest.mark.parametrize("d", [1, 3, 7, 9, 48])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_data_along_a_line(backend, d, scale):
+    x, codebook = along_a_line(d, scale)
+    check(backend, x, codebook)
+    check(backend, x + 100 * scale, codebook + 100 * scale)
+    codebook[13] *= 1e6  # whose group is a box as long as all others together
+    x[7] *= 1e7
+    check(backend, x, codebook)
+    check(backend, x.double(), (codebook / codebook.abs().max()).round(decimals=1).double())
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 def test_clustered_data_with_nan_and_infinity(backend, value):

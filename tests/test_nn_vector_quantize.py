@@ -181,6 +181,19 @@ def test_follows_the_peer(case):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, LEARNS, {"freeze_codebook": True, **LEARNS}, {"orthogonal_reg_weight": 1.0}]
+)
+def test_losses_of_the_nearest_codes_have_gradients_in_eval_mode(options):
+    found = []
+    for module in both(codebook_dim=4, **options):
+        x = normal(2, 15, 8).requires_grad_()
+        module.eval()(x, topk=2, mask=some(0))[2].square().sum().backward()
+        found.append([x.grad, *(p.grad for p in module.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("case", ["projection", "separate_heads", "learnable"])
 def test_checkpoints_load_both_ways(case):
     ours, theirs = both(**PEER[case][0])

@@ -406,7 +406,7 @@ CASES: list[tuple[str, dict, Paper, bool]] = [
             lambda p, k=k, strength=strength: sa_solver(p, k, strength),
             False,
         )
-        for k, (tau, strength) in itertools.product((1, 2, 3), ((zero, 0.0), (half, 0.5)))
+        for k, (tau, strength) in itertools.product((1, 2, 3, 5), ((zero, 0.0), (half, 0.5)))
     ),
     ("lcm", {}, lcm, False),
     ("tcd", {"eta": 0.3}, lambda p: tcd(p, 0.3), False),

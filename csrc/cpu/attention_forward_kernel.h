@@ -5,7 +5,8 @@
 // Lanes are queries: scores lie [key][query], outputs [Ev][query], so that keys and values are read
 // in rows as they are, one number at a time, and only queries and outputs are transposed. A query's
 // largest score and sum stay in its lane, and nothing about one query depends on those beside it,
-// nor on how many threads there are.
+// nor on how many threads there are. Only where they are few (attention_few_queries.h), all go
+// another way.
 //
 // A task is up to 256 queries, of all heads that share a key head, and packs each chunk of keys and
 // values once for them. Memory: (E + Ev) (256 + 256) numbers and some 100 KB for each thread,
@@ -14,6 +15,7 @@
 #include <atomic>
 #include <cstdlib>
 
+#include "cpu/attention_few_queries.h"
 #include "cpu/attention_limits.h"
 #include "cpu/attention_softmax.h"
 #include "cpu/workspace.h"
@@ -25,6 +27,9 @@ struct AttentionForward {
   using T = typename Kind::Number;
   using V = typename Kind::V;
   using Element = typename Kind::Element;
+  using Few = FewQueries<std::conditional_t<Kind::numbers == 2, Singles, Kind>>;
+  // Pairs are faster where their vectors are half empty.
+  static constexpr int64_t few = Kind::numbers == 2 ? 4 : Few::most;
   static constexpr int64_t block = attention_block, most_blocks = 4;
   static constexpr int64_t chunk = 4 * block;  // keys
   static constexpr int64_t per = sizeof(V) / sizeof(T);
@@ -64,6 +69,7 @@ struct AttentionForward {
     T* scores;         // [chunk][block], and probabilities
     Element* pairs;    // [chunk / 2][block], probabilities as pairs
     T* added;          // [chunk][block]
+    T* few;            // of few queries
     void* all = nullptr;
     alignas(64) T largest[most_blocks][block];  // scores
     alignas(64) T total[most_blocks][block];    // of exponentials
@@ -74,16 +80,17 @@ struct AttentionForward {
     ~Memory() { std::free(all); }
     bool allocate(const AttentionForward& work) {
       const int64_t width = work.args.value_width, lines = 64;
-      int64_t used = 0, offsets[7];
-      const int64_t sizes[7] = {
+      int64_t used = 0, offsets[8];
+      const int64_t sizes[8] = {
           work.blocks * work.depth * block * (int64_t)sizeof(Element),
           work.blocks * width * block * (int64_t)sizeof(T),
           chunk * work.depth * (int64_t)sizeof(Element),
           chunk * width * (int64_t)sizeof(Element),
           chunk * block * (int64_t)sizeof(T),
           Kind::numbers == 2 ? chunk / 2 * block * (int64_t)sizeof(Element) : 0,
-          work.adds ? chunk * block * (int64_t)sizeof(T) : 0};
-      for (int i = 0; i < 7; ++i) {
+          work.adds ? chunk * block * (int64_t)sizeof(T) : 0,
+          Few::room(work.args) * (int64_t)sizeof(T)};
+      for (int i = 0; i < 8; ++i) {
         offsets[i] = used;
         used += (sizes[i] + lines - 1) / lines * lines;
       }
@@ -96,6 +103,7 @@ struct AttentionForward {
       scores = (T*)(at + offsets[4]);
       pairs = (Element*)(at + offsets[5]);
       added = (T*)(at + offsets[6]);
+      few = (T*)(at + offsets[7]);
       return at;
     }
   };
@@ -226,6 +234,10 @@ struct AttentionForward {
     if (count <= 0) return;
     for (int64_t r = 0; r < count; ++r)
       memory.rows[r] = row_of(batch, key_head, first + r, rows / group);
+    if (rows <= few) {
+      Few(args, random, unit, scales, batch, key_head, memory.rows, rows, memory.few).run();
+      return;
+    }
     const int64_t used = (count + block - 1) / block;
     read_queries(memory, batch, count);
     std::memset(memory.sums, 0, (size_t)(used * args.value_width * block) * sizeof(T));

@@ -74,7 +74,8 @@ std::tuple<Tensor, Tensor> finite_scalar_quantize(const Tensor& given,
   const Spec spec(counts, variant, hard_clamp);
   FiniteScalarQuantizeArgs args = arguments(z, spec, hard_clamp, noise);
   Tensor quantized = on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim())));
-  Tensor indices = torch::stable::new_empty(z, sizes_of(z, z.dim() - 1), ScalarType::Int);
+  Tensor indices =
+      on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim() - 1), ScalarType::Int));
   args.quantized = (char*)quantized.data_ptr();
   args.indices = (int32_t*)indices.data_ptr();
   STD_TORCH_CHECK(kernels().finite_scalar_quantize(args, parallel()),

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lookup_free_quantize(
   Tensor quantized = on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim())));
   std::vector<int64_t> sizes = sizes_of(z, z.dim() - 1);
   sizes.push_back(codebooks);
-  Tensor indices = torch::stable::new_empty(z, sizes, ScalarType::Long);
+  Tensor indices = on_huge_pages(torch::stable::new_empty(z, sizes, ScalarType::Long));
   Tensor commitment = torch::stable::new_empty(z, {}, dtype);
   Tensor entropy = torch::stable::new_empty(z, {}, dtype);
   const int64_t groups = group ? args.z.width / codebooks / group : 0;

@@ -58,7 +58,9 @@ struct Codebook {
   int32_t* order = nullptr;   // [tile][tile_codes] the codes; -1 for padding
   Chunk* chunks = nullptr;
   int64_t num_chunks = 0, num_tiles = 0;
-  float* centres = nullptr;   // [D][centre_stride] of the groups, less the mean
+  Axes axes;                  // once grouped
+  float* places = nullptr;    // [K][Axes::count] along them, less the mean
+  float* centres = nullptr;   // [group][centre_stride] of the groups, less the mean
   int64_t centre_stride = 0;
   int16_t* packed = nullptr;  // [tile][depth / 2][tile_vectors][lanes][2]
   // [tile + 1][tile_codes] (reference - |c|^2 / 2) / half_range; of bfloat16, times scale^2 instead
@@ -73,6 +75,7 @@ struct Codebook {
     std::free(peaks);
     std::free(hashes);
     std::free(order);
+    std::free(places);
     release();
   }
 
@@ -113,8 +116,7 @@ struct Codebook {
     if (form == Form::bytes) depth = (width + 3) / 4 * 2;
     if (!whole()) depth = (depth + matrix_depth - 1) / matrix_depth * matrix_depth;
     if (grouped) {
-      Halving<T> halving{args.codes, group_codes, order};
-      if (!halving.run(unique, parallel)) return false;
+      if (!group(parallel, group_codes)) return false;
     } else if (spread()) {
       sort_by_norm();
     }
@@ -312,6 +314,31 @@ struct Codebook {
     }
   }
 
+  // Rearranges the order into groups of like codes.
+  bool group(const Parallel& parallel, int64_t group_codes) {
+    const int64_t codes = args.codes.count;
+    double* centred = (double*)std::malloc((size_t)(width + 16) * sizeof(double));
+    T* buffer = (T*)std::malloc((size_t)width * sizeof(T));
+    float* keys = (float*)std::malloc((size_t)unique * sizeof(float));
+    places = (float*)std::malloc((size_t)(codes * Axes::count) * sizeof(float));
+    bool ok = centred && buffer && keys && places;
+    ok = ok && axes.find(width, unique, [&](int64_t i) {
+      centre(order[i], centred, buffer);
+      return centred;
+    });
+    ok = ok && over(parallel, codes, &Codebook::locate);
+    ok = ok && Halving{places, group_codes, order, keys}.run(unique, parallel);
+    std::free(centred);
+    std::free(buffer);
+    std::free(keys);
+    return ok;
+  }
+
+  void locate(int64_t k, double* centred, T* buffer) {
+    centre(k, centred, buffer);
+    store(places + k * Axes::count, narrow(axes.project(centred)));
+  }
+
   // Cuts the order into chunks and fills them up to whole tiles.
   bool cut(int64_t group_codes) {
     int64_t most = chunk_bytes / (2 * depth);
@@ -336,8 +363,8 @@ struct Codebook {
     chunks = (Chunk*)std::calloc((size_t)num_chunks, sizeof(Chunk));
     int32_t* padded = (int32_t*)std::malloc((size_t)(tiles * tile_codes) * sizeof(int32_t));
     if (grouped) {
-      centre_stride = (num_chunks + 15) / 16 * 16;
-      centres = (float*)std::calloc((size_t)(width * centre_stride), sizeof(float));
+      centre_stride = (width + 15) / 16 * 16;
+      centres = (float*)std::calloc((size_t)(num_chunks * centre_stride), sizeof(float));
     }
     if (!chunks || !padded || (grouped && !centres)) {
       std::free(padded);
@@ -362,7 +389,7 @@ struct Codebook {
   void centre_in_group(int64_t i, int32_t k, double* centred, T* buffer) const {
     centre(k, centred, buffer);
     if (grouped)
-      for (int64_t d = 0; d < width; ++d) centred[d] -= (double)centres[d * centre_stride + i];
+      for (int64_t d = 0; d < width; ++d) centred[d] -= (double)centres[i * centre_stride + d];
     for (int64_t d = width; d < part() + 8; ++d) centred[d] = 0;
   }
 
@@ -414,11 +441,11 @@ struct Codebook {
     int64_t n = 0;
     for (; n < chunk.tiles * tile_codes && codes[n] >= 0; ++n) {
       centre(codes[n], centred, buffer);
-      for (int64_t d = 0; d < width; ++d) centres[d * centre_stride + i] += (float)centred[d];
+      for (int64_t d = 0; d < width; ++d) centres[i * centre_stride + d] += (float)centred[d];
     }
     double square = 0;
     for (int64_t d = 0; d < width; ++d) {
-      float& c = centres[d * centre_stride + i];
+      float& c = centres[i * centre_stride + d];
       c /= (float)n;
       square += (double)c * (double)c;
     }

@@ -1,115 +1,63 @@
-// Groups of like codes, by repeated halving along the direction in which they spread most, so that
-// a row can skip those that the triangle inequality excludes.
+// Groups of like codes, by repeated halving along the axis in which they spread most, so that a row
+// can skip those that are too far.
 #pragma once
 #include <cstdlib>
 
+#include "cpu/nearest_code_axes.h"
 #include "cpu/simd.h"
 
 namespace mmfast::MMFAST_ISA {
 
-template <class T>
 struct Halving {
-  const Rows& codes;
+  const float* places;  // [code][Axes::count] along the axes
   int64_t group_codes;  // codes of a group; only the last has fewer
   int32_t* order;       // codes, rearranged so that each group is a run
-  bool failed = false;
+  float* keys;          // as many
 
   struct Range {
     int64_t first, last;
   };
 
-  struct Workspace {
-    double* mean;
-    double* axis;
-    double* next;
-    double* keys;
-    T* buffer;
-    bool allocate(int64_t width, int64_t count) {
-      mean = (double*)std::malloc((size_t)(3 * width + count) * sizeof(double));
-      buffer = (T*)std::malloc((size_t)width * sizeof(T));
-      if (!mean || !buffer) return false;
-      axis = mean + width;
-      next = axis + width;
-      keys = next + width;
-      return true;
-    }
-    void release() {
-      std::free(mean);
-      std::free(buffer);
-    }
-  };
-
-  // Splits [first, last) down to groups.
-  void split(int64_t first, int64_t last) {
+  // Splits [first, last) in two runs of whole groups, if it has more than one.
+  void split(int64_t first, int64_t last) const {
     const int64_t n = last - first;
     if (n <= group_codes) return;
-    const int64_t groups = (n + group_codes - 1) / group_codes;
-    const int64_t left = groups / 2 * group_codes;
-    Workspace w{};
-    if (w.allocate(codes.width, n)) {
-      project(w, first, last);
-      select(w.keys, order + first, n, left);
-    } else {
-      failed = true;
-    }
-    w.release();
+    const int axis = widest(first, last);
+    for (int64_t i = first; i < last; ++i) keys[i] = places[(int64_t)order[i] * Axes::count + axis];
+    select(keys + first, order + first, n, left(n));
   }
 
-  // keys[i]: position of code order[first + i] along the axis of largest spread, which a few steps
-  // of the power method on a sample approximate.
-  void project(Workspace& w, int64_t first, int64_t last) {
-    const int64_t width = codes.width, n = last - first;
-    const int64_t step = n > 1024 ? n / 1024 : 1;
-    for (int64_t d = 0; d < width; ++d) w.mean[d] = 0;
-    int64_t used = 0;
-    for (int64_t i = first; i < last; i += step, ++used) {
-      const T* c = read_row<T>(codes, order[i], w.buffer);
-      for (int64_t d = 0; d < width; ++d) w.mean[d] += (double)c[d];
-    }
-    for (int64_t d = 0; d < width; ++d) w.mean[d] /= (double)used;
-    const T* c = read_row<T>(codes, order[first], w.buffer);
-    for (int64_t d = 0; d < width; ++d) w.axis[d] = (double)c[d] - w.mean[d];
-    for (int round = 0; round < 4; ++round) {
-      for (int64_t d = 0; d < width; ++d) w.next[d] = 0;
-      for (int64_t i = first; i < last; i += step) {
-        c = read_row<T>(codes, order[i], w.buffer);
-        const double along = offset(w, c);
-        for (int64_t d = 0; d < width; ++d) w.next[d] += along * ((double)c[d] - w.mean[d]);
-      }
-      double square = 0;
-      for (int64_t d = 0; d < width; ++d) square += w.next[d] * w.next[d];
-      if (!(square > 0) || !(square < 1e300)) break;
-      const double factor = 1 / std::sqrt(square);
-      for (int64_t d = 0; d < width; ++d) w.axis[d] = w.next[d] * factor;
-    }
-    for (int64_t i = 0; i < n; ++i) w.keys[i] = offset(w, read_row<T>(codes, order[first + i], w.buffer));
-  }
+  // Of the codes of n, those of the first run.
+  int64_t left(int64_t n) const { return (n + group_codes - 1) / group_codes / 2 * group_codes; }
 
-  double offset(const Workspace& w, const T* c) const {
-    const int64_t width = codes.width;
-    d8 total{};
-    int64_t d = 0;
-    for (; d + 8 <= width; d += 8) {
-      d8 v;
-      for (int j = 0; j < 8; ++j) v[j] = (double)c[d + j];
-      total += (v - load<d8>(w.mean + d)) * load<d8>(w.axis + d);
+  // The axis of the largest variance in a sample.
+  int widest(int64_t first, int64_t last) const {
+    const int64_t step = last - first > 1024 ? (last - first) / 1024 : 1;
+    d8 total{}, squares{};
+    double count = 0;
+    const d8 start = load_wide(places + (int64_t)order[first] * Axes::count);
+    for (int64_t i = first; i < last; i += step, ++count) {
+      const d8 p = load_wide(places + (int64_t)order[i] * Axes::count) - start;
+      total += p;
+      squares += p * p;
     }
-    double rest = sum(total);
-    for (; d < width; ++d) rest += ((double)c[d] - w.mean[d]) * w.axis[d];
-    return rest;
+    const d8 variance = squares * count - total * total;
+    int best = 0;
+    for (int a = 1; a < Axes::count; ++a) best = variance[a] > variance[best] ? a : best;
+    return best;
   }
 
   // Rearranges keys and ids so that the `left` smallest keys come first.
-  static void select(double* keys, int32_t* ids, int64_t n, int64_t left) {
+  static void select(float* keys, int32_t* ids, int64_t n, int64_t left) {
     int64_t low = 0, high = n - 1;
     while (low < high) {
-      const double pivot = keys[low + (high - low) / 2];
+      const float pivot = keys[low + (high - low) / 2];
       int64_t i = low, j = high;
       while (i <= j) {
         while (keys[i] < pivot) ++i;
         while (keys[j] > pivot) --j;
         if (i > j) break;
-        const double key = keys[i];
+        const float key = keys[i];
         keys[i] = keys[j];
         keys[j] = key;
         const int32_t id = ids[i];
@@ -126,36 +74,37 @@ struct Halving {
   }
 
   // Level by level, the ranges of a level side by side.
-  bool run(int64_t count, const Parallel& parallel) {
-    Range* ranges = (Range*)std::malloc((size_t)(count / group_codes + 2) * 2 * sizeof(Range));
+  bool run(int64_t count, const Parallel& parallel) const {
+    const int64_t most = count / group_codes + 2;
+    Range* ranges = (Range*)std::malloc((size_t)most * 2 * sizeof(Range));
     if (!ranges) return false;
-    Range* next = ranges + count / group_codes + 2;
+    Range *now = ranges, *next = ranges + most;
     int64_t n = 1;
-    ranges[0] = {0, count};
-    Range* now = ranges;
+    now[0] = {0, count};
     for (bool more = true; more;) {
       struct Context {
-        Halving& halving;
+        const Halving& halving;
         const Range* ranges;
       } context{*this, now};
       parallel.run(
           n,
           [](void* opaque, int64_t begin, int64_t end) {
-            Context& c = *(Context*)opaque;
-            for (int64_t i = begin; i < end; ++i) c.halving.split(c.ranges[i].first, c.ranges[i].last);
+            const Context& c = *(const Context*)opaque;
+            for (int64_t i = begin; i < end; ++i)
+              c.halving.split(c.ranges[i].first, c.ranges[i].last);
           },
           &context);
       int64_t made = 0;
       more = false;
       for (int64_t i = 0; i < n; ++i) {
-        const int64_t size = now[i].last - now[i].first;
-        if (size <= group_codes) {
-          next[made++] = now[i];
+        const Range range = now[i];
+        if (range.last - range.first <= group_codes) {
+          next[made++] = range;
           continue;
         }
-        const int64_t left = (size + group_codes - 1) / group_codes / 2 * group_codes;
-        next[made++] = {now[i].first, now[i].first + left};
-        next[made++] = {now[i].first + left, now[i].last};
+        const int64_t middle = range.first + left(range.last - range.first);
+        next[made++] = {range.first, middle};
+        next[made++] = {middle, range.last};
         more = true;
       }
       Range* t = now;
@@ -164,7 +113,7 @@ struct Halving {
       n = made;
     }
     std::free(ranges);
-    return !failed;
+    return true;
   }
 };
 

@@ -23,29 +23,29 @@ constexpr int64_t packing_rows = 1000;       // nor packing it as pairs rather t
 constexpr int64_t pruning_pairs = 1 << 20;   // rows times codes from which grouping can pay
 constexpr int64_t most_pairs_of_clusters = 12288;  // codes beyond which groups beat Form::pairs
 
-// The rows of one call, handed out in blocks.
-template <class T, class Method>
+// The rows of one call, handed out in blocks. Codes: how the method has them.
+template <class T, class Method, class Codes = Codebook<T>>
 struct Blocks {
   const NearestCodeArgs& args;
   const Exact<T>& exact;
-  const Codebook<T>& codebook;
+  const Codes& codes;
   int64_t block_rows;
   bool stay = true;  // however hard the rows are
   std::atomic<int64_t> next;
   std::atomic<int64_t> refused;  // the first row that was too hard, or the number of rows
   std::atomic<bool> failed{false};
 
-  Blocks(const NearestCodeArgs& a, const Exact<T>& e, const Codebook<T>& c, int64_t first,
+  Blocks(const NearestCodeArgs& a, const Exact<T>& e, const Codes& c, int64_t first,
          int threads)
       : args(a),
         exact(e),
-        codebook(c),
+        codes(c),
         block_rows(Method::rows_per_block(a.x.count - first, threads)),
         next(first),
         refused(a.x.count) {}
 
   void work() {
-    Method method(args, exact, codebook, block_rows);
+    Method method(args, exact, codes, block_rows);
     if (!method.allocate()) {
       failed = true;
       return;
@@ -102,9 +102,8 @@ static bool direct(const Exact<T>& exact, const Parallel& parallel) {
 }
 
 // Whether groups of codes look worth skipping: how near the nearest of a few codes is to a few
-// rows, against all of these. 0.02 on patches of photographs, 0.2 on Gaussian data of 8
-// dimensions, 0.6 of 64; pruning paid below about 0.07 beside products of matrices, 0.1 beside those
-// of int16.
+// rows, against all of these. 0.08 on patches of photographs, 0.1 on Gaussian data of 5 dimensions,
+// 0.2 of 8, 0.6 of 64; pruning pays below about 0.13, beside products of matrices 0.06.
 template <class T>
 static bool clustered(const Exact<T>& exact) {
   constexpr int64_t most_rows = 32, most_codes = 128;
@@ -126,7 +125,7 @@ static bool clustered(const Exact<T>& exact) {
     total += sum > 0 ? least / sum * (double)count : 1;
   }
   std::free(buffer);
-  return total < (MMFAST_MATRIX ? 0.06 : 0.1) * (double)rows;
+  return total < (MMFAST_MATRIX ? 0.06 : 0.13) * (double)rows;
 }
 
 template <class T>
@@ -159,8 +158,12 @@ static bool nearest_code_typed(const NearestCodeArgs& args, const Parallel& para
   for (;;) {
     if (!codebook.prepare(parallel, form, prune ? group_codes : 0)) return false;
     if (codebook.beyond) return direct(exact, parallel);
-    if (codebook.grouped)
-      return Blocks<T, Pruned<T>>(args, exact, codebook, first, parallel.threads).run(parallel);
+    if (codebook.grouped) {
+      Boxes<T> boxes(codebook);
+      if (!boxes.prepare()) return false;
+      return Blocks<T, Pruned<T>, Boxes<T>>(args, exact, boxes, first, parallel.threads)
+          .run(parallel);
+    }
 #if MMFAST_MATRIX
     if (codebook.form != Form::int16) {
       Blocks<T, Matrix<T>> blocks(args, exact, codebook, first, parallel.threads);

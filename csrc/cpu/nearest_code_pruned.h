@@ -1,39 +1,44 @@
-// Rows against the groups of codes that the triangle inequality leaves: no code of a group can be
-// nearer than |x - centre| less the group's radius. Rows are sorted by their nearest centre, so
-// that those of a tile need the same groups.
+// Rows against the groups of codes that may hold the nearest one: those whose box, and the ball
+// around whose centre, is no farther than the nearest code so far. Rows are sorted by their nearest
+// group and by their place in it, so that those of a tile need the same groups.
 #pragma once
+#include "cpu/nearest_code_boxes.h"
 #include "cpu/nearest_code_rows.h"
 
 namespace mmfast::MMFAST_ISA {
 
 template <class T>
 struct Pruned {
+  static constexpr int axes = Boxes<T>::axes;
+  static constexpr int places = 8;  // that a group's rows are sorted by
   RowScreen<T> screen;
-  const int64_t groups, stride, width;
+  const Boxes<T>& boxes;
+  const int64_t width, padded, stride;
   int64_t block_rows;
   Tile* tile = nullptr;
-  int16_t* packed = nullptr;  // [tile_rows][depth]
-  float* x = nullptr;         // [tile_rows][D] less the mean
-  float* dots = nullptr;      // [tile_rows][stride] with the centres
-  float* gaps = nullptr;      // [tile_rows][stride] no code of the group is nearer than this
-  float* squares = nullptr;   // [stride] |centre|^2
-  float* radii = nullptr;     // [stride]
-  int32_t* order = nullptr;   // [block_rows]
-  int32_t* nearest = nullptr;  // [block_rows] group
-  double* row_squares = nullptr;    // [block_rows]
-  int32_t* starts = nullptr;  // [groups + 1]
+  int16_t* packed = nullptr;   // [tile_rows][depth]
+  float* x = nullptr;          // [tile_rows][padded] less the mean, and zeros
+  float* squares = nullptr;    // [tile_rows][stride] of distances to boxes; infinity once visited
+  float* projections = nullptr;  // [block_rows][axes]
+  int32_t* order = nullptr;    // [block_rows]
+  int32_t* keys = nullptr;     // [block_rows] group and place
+  double* row_squares = nullptr;  // [block_rows]
+  int32_t* starts = nullptr;   // [groups * places + 1]
+  // Of a tile's rows:
+  d8 square, slack;  // |x|^2; how far projected distances can be off
+  d8 reach;          // no nearest code is farther
+  float limits[tile_rows];  // nor a box of it, in squares
 
-  Pruned(const NearestCodeArgs& args, const Exact<T>& exact, const Codebook<T>& codebook,
-         int64_t rows)
-      : screen(args, exact, codebook),
-        groups(codebook.num_chunks),
-        stride(codebook.centre_stride),
-        width(codebook.width),
+  Pruned(const NearestCodeArgs& args, const Exact<T>& exact, const Boxes<T>& b, int64_t rows)
+      : screen(args, exact, b.codebook),
+        boxes(b),
+        width(b.codebook.width),
+        padded(b.codebook.centre_stride),
+        stride(b.stride),
         block_rows(rows) {}
   ~Pruned() {
-    for (void* p : {(void*)tile, (void*)packed, (void*)x, (void*)dots, (void*)gaps,
-                    (void*)squares, (void*)radii, (void*)order, (void*)nearest, (void*)row_squares,
-                    (void*)starts})
+    for (void* p : {(void*)tile, (void*)packed, (void*)x, (void*)squares, (void*)projections,
+                    (void*)order, (void*)keys, (void*)row_squares, (void*)starts})
       std::free(p);
   }
 
@@ -43,41 +48,28 @@ struct Pruned {
   }
 
   bool allocate() {
-    const size_t n = (size_t)block_rows, s = (size_t)stride;
+    const size_t n = (size_t)block_rows;
     tile = (Tile*)std::aligned_alloc(64, sizeof(Tile));
     packed = (int16_t*)std::malloc((size_t)(tile_rows * screen.depth) * 2);
-    x = (float*)std::calloc((size_t)(tile_rows * width), sizeof(float));
-    dots = (float*)std::malloc(tile_rows * s * sizeof(float));
-    gaps = (float*)std::malloc(tile_rows * s * sizeof(float));
-    squares = (float*)std::calloc(s, sizeof(float));
-    radii = (float*)std::calloc(s, sizeof(float));
+    x = (float*)std::calloc((size_t)(tile_rows * padded), sizeof(float));
+    squares = (float*)std::malloc((size_t)(tile_rows * stride) * sizeof(float));
+    projections = (float*)std::malloc(n * axes * sizeof(float));
     order = (int32_t*)std::malloc(n * sizeof(int32_t));
-    nearest = (int32_t*)std::malloc(n * sizeof(int32_t));
+    keys = (int32_t*)std::malloc(n * sizeof(int32_t));
     row_squares = (double*)std::malloc(n * sizeof(double));
-    starts = (int32_t*)std::malloc((size_t)(groups + 1) * sizeof(int32_t));
-    if (!tile || !packed || !x || !dots || !gaps || !squares || !radii || !order || !nearest ||
-        !row_squares || !starts || !screen.allocate())
-      return false;
-    for (int64_t g = 0; g < groups; ++g) {
-      const double norm = screen.codebook.chunks[g].centre_norm / inflate;
-      squares[g] = (float)(norm * norm);
-      radii[g] = (float)(screen.codebook.chunks[g].max_norm * inflate);
-    }
-    return true;
+    starts = (int32_t*)std::malloc((size_t)(boxes.groups * places + 1) * sizeof(int32_t));
+    return tile && packed && x && squares && projections && order && keys && row_squares &&
+           starts && screen.allocate();
   }
 
   bool run(int64_t begin, int64_t end, bool) {
     const int64_t n = end - begin;
-    for (int64_t i = 0; i < n; i += tile_rows) {
-      const int64_t m = n - i < tile_rows ? n - i : tile_rows;
-      int32_t rows[tile_rows];
-      for (int r = 0; r < m; ++r) {
-        rows[r] = (int32_t)(i + r);
-        row_squares[i + r] = screen.square(read_row<T>(screen.args.x, begin + i + r, screen.x));
-      }
-      load_rows(begin, rows, m);
-      measure();
-      for (int r = 0; r < m; ++r) nearest[i + r] = nearest_group(r);
+    for (int64_t i = 0; i < n; ++i) {
+      const T* v = read_row<T>(screen.args.x, begin + i, screen.x);
+      row_squares[i] = screen.square(v);
+      load_row(v, x);
+      store(projections + i * axes, screen.codebook.axes.project(x));
+      keys[i] = key(projections + i * axes);
     }
     sort(n);
     for (int64_t i = 0; i < n; i += tile_rows)
@@ -85,130 +77,122 @@ struct Pruned {
     return true;
   }
 
-  void load_rows(int64_t begin, const int32_t* rows, int64_t n) {
-    for (int64_t r = 0; r < n; ++r) {
-      const T* v = read_row<T>(screen.args.x, begin + rows[r], screen.x);
-      for (int64_t d = 0; d < width; ++d) x[r * width + d] = (float)screen.value(v, d);
-    }
+  void load_row(const T* v, float* out) const {
+    int64_t d = 0;
+    if constexpr (sizeof(T) == 4)
+      for (; d + 8 <= width; d += 8) store(out + d, screen.value8(v, d));
+    for (; d < width; ++d) out[d] = (float)screen.value(v, d);
   }
 
-  // dots: products of the tile's rows with all centres.
-  void measure() {
-    const float* centres = screen.codebook.centres;
-    for (int64_t g = 0; g < stride; g += lanes) {
-      vf total[tile_rows][4]{};
-      int64_t d = 0;
-      for (; d + 4 <= width; d += 4)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          const vf c = load<vf>(centres + (d + j) * stride + g);
-#pragma GCC unroll 8
-          for (int r = 0; r < tile_rows; ++r)
-            total[r][j] = fma(vf{} + x[r * width + d + j], c, total[r][j]);
-        }
-      for (; d < width; ++d) {
-        const vf c = load<vf>(centres + d * stride + g);
-#pragma GCC unroll 8
-        for (int r = 0; r < tile_rows; ++r)
-          total[r][0] = fma(vf{} + x[r * width + d], c, total[r][0]);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < tile_rows; ++r)
-        store(dots + r * stride + g,
-              (total[r][0] + total[r][1]) + (total[r][2] + total[r][3]));
-    }
+  int32_t key(const float* p) const {
+    const int32_t group = boxes.nearest(p);
+    const float middle = boxes.middles[group], half = boxes.halves[group];
+    const float place = (p[0] - middle + half) * (places / 2) / half;
+    return group * places + (place >= places - 1 ? places - 1 : place > 0 ? (int32_t)place : 0);
   }
 
-  int32_t nearest_group(int r) const {
-    int32_t best = 0;
-    float least = std::numeric_limits<float>::infinity();
-    for (int64_t g = 0; g < groups; ++g) {
-      const float distance = squares[g] - 2 * dots[r * stride + g];
-      if (distance < least) {
-        least = distance;
-        best = (int32_t)g;
-      }
-    }
-    return best;
-  }
-
-  // Counting sort of the block's rows by their nearest group.
+  // Counting sort of the block's rows.
   void sort(int64_t n) {
-    std::memset(starts, 0, (size_t)(groups + 1) * sizeof(int32_t));
-    for (int64_t i = 0; i < n; ++i) ++starts[nearest[i] + 1];
-    for (int64_t g = 0; g < groups; ++g) starts[g + 1] += starts[g];
-    for (int64_t i = 0; i < n; ++i) order[starts[nearest[i]]++] = (int32_t)i;
+    const int64_t count = boxes.groups * places;
+    std::memset(starts, 0, (size_t)(count + 1) * sizeof(int32_t));
+    for (int64_t i = 0; i < n; ++i) ++starts[keys[i] + 1];
+    for (int64_t k = 0; k < count; ++k) starts[k + 1] += starts[k];
+    for (int64_t i = 0; i < n; ++i) order[starts[keys[i]]++] = (int32_t)i;
   }
 
   void run_tile(int64_t begin, const int32_t* rows, int64_t n) {
     screen.start(*tile, begin, rows, n, row_squares, nullptr, packed);
-    // Distances to centres are float32, which the squares of such rows would leave.
-    for (int r = 0; r < n; ++r) tile->exact[r] |= row_squares[rows[r]] > 1e30;
-    load_rows(begin, rows, n);
-    measure();
-    d8 square{};
+    square = d8{};
     for (int r = 0; r < n; ++r) {
-      double total = 0;
-      for (int64_t d = 0; d < width; ++d) total += (double)x[r * width + d] * x[r * width + d];
-      square[r] = total;
-      find_gaps(r, (float)total, (float)tile->norm[r]);
+      // Projections are float32, which the squares of such rows would leave.
+      tile->exact[r] |= row_squares[rows[r]] > 1e30;
+      const T* v = read_row<T>(screen.args.x, begin + rows[r], screen.x);
+      load_row(v, x + r * padded);
+      square[r] = precise_square(v);
+      boxes.measure(projections + rows[r] * axes, squares + r * stride);
     }
-    for (int r = 0; r < n; ++r) visit(begin, nearest[rows[r]]);
-    float reach[tile_rows];
-    find_reach(square, reach);
-    for (int64_t g = 0; g < groups; g += lanes) {
-      uint32_t left = 0;
-      for (int r = 0; r < n; ++r)
-        left |= le(load<vf>(gaps + r * stride + g), vf{} + reach[r]);
-      for (; left; left &= left - 1) {
-        const int64_t group = g + __builtin_ctz(left);
-        bool needed = false;
-        for (int r = 0; r < n; ++r) needed |= gaps[r * stride + group] <= reach[r];
-        if (!needed) continue;
-        visit(begin, group);
-        find_reach(square, reach);
-      }
+    slack = tile->norm * (2 * std::sqrt((double)axes) * screen.codebook.axes.norm * screen.dot_error()) + 1e-18;
+    for (int r = 0; r < n; ++r) {
+      const int64_t group = keys[rows[r]] / places;
+      if (squares[group] < std::numeric_limits<float>::infinity()) visit(begin, group, true);
     }
+    find_reach();
+    visit_within(begin, n, 0x1p-4f);
+    visit_within(begin, n, 1);
     screen.resolve(*tile, begin, packed);
   }
 
-  // gaps: lower bounds of |x - centre| - radius.
-  void find_gaps(int r, float square, float norm) {
-    // Rounding of the product, of the squares and of the sum.
-    const float relative = (float)(2 * screen.dot_error() * norm), absolute = 0x1p-21f * square;
-    for (int64_t g = 0; g < stride; g += lanes) {
-      const vf c = load<vf>(squares + g);
-      vf distance = square + c - 2 * load<vf>(dots + r * stride + g);
-      distance -= relative * sqrt(c) + absolute + 0x1p-21f * c;
-      distance = distance > 0 ? distance : vf{};
-      store(gaps + r * stride + g, sqrt(distance) - load<vf>(radii + g));
-    }
-    for (int64_t g = groups; g < stride; ++g)
-      gaps[r * stride + g] = std::numeric_limits<float>::infinity();
-  }
-
-  // reach: upper bounds of the distance to the nearest code.
-  void find_reach(d8 square, float* reach) const {
-    for (int r = 0; r < tile_rows; ++r) {
-      if (!tile->screened(r)) {
-        reach[r] = -std::numeric_limits<float>::infinity();
-        continue;
+  // Visits the groups whose boxes are no farther than a share of the limits: near ones, which lower
+  // the limits, before the others.
+  void visit_within(int64_t begin, int64_t n, float share) {
+    for (int64_t g = 0; g < boxes.groups; g += lanes) {
+      uint32_t left = 0;
+      for (int r = 0; r < n; ++r)
+        left |= le(load<vf>(squares + r * stride + g), vf{} + share * limits[r]);
+      for (; left; left &= left - 1) {
+        const int64_t group = g + __builtin_ctz(left);
+        bool needed = false;
+        for (int r = 0; r < n; ++r) needed |= squares[r * stride + group] <= share * limits[r];
+        if (needed && visit(begin, group, false)) find_reach();
       }
-      const double distance = square[r] * (1 + 0x1p-40) - 2 * tile->lower[r];
-      reach[r] = (float)(std::sqrt(distance > 0 ? distance : 0) * (1 + 0x1p-20)) + 1e-30f;
     }
   }
 
-  // Compares the tile with a group, once.
-  void visit(int64_t begin, int64_t group) {
-    if (gaps[group] == std::numeric_limits<float>::infinity()) return;
-    d8 offset{};
-    for (int r = 0; r < tile_rows; ++r) {
-      offset[r] = (double)dots[r * stride + group];
-      gaps[r * stride + group] = std::numeric_limits<float>::infinity();
+  // |x|^2, x less the mean and not rounded to float32.
+  double precise_square(const T* v) const {
+    const T* mean = screen.codebook.mean;
+    d8 total{};
+    int64_t d = 0;
+    for (; d + 8 <= width; d += 8) {
+      const d8 a = Exact<T>::wide8(v + d) - Exact<T>::wide8(mean + d);
+      total += a * a;
     }
-    offset -= screen.codebook.chunks[group].reference;
-    screen.screen(*tile, begin, packed, group, offset);
+    double rest = sum(total);
+    for (; d < width; ++d) {
+      const double a = (double)v[d] - (double)mean[d];
+      rest += a * a;
+    }
+    return rest;
+  }
+
+  void find_reach() {
+    const d8 distance = square * (1 + 0x1p-40) - 2 * tile->lower;
+    reach = sqrt(distance > 0 ? distance : d8{}) * (1 + 0x1p-20);
+    const d8 far = reach * screen.codebook.axes.norm + slack;
+    alignas(64) double all[8];
+    store(all, far * far * (1 + 0x1p-18));
+    for (int r = 0; r < tile_rows; ++r)
+      limits[r] = !tile->screened(r) ? -1e30f : all[r] < 1e37 ? (float)all[r] : 1e37f;
+  }
+
+  // Compares the tile with a group, unless the ball around its codes is too far from all rows;
+  // returns whether it did.
+  bool visit(int64_t begin, int64_t group, bool always) {
+    const float* centre = screen.codebook.centres + group * padded;
+    const Chunk& chunk = screen.codebook.chunks[group];
+    alignas(64) double dots[8]{};
+    for (int r = 0; r < tile_rows; ++r) {
+      vf total{};
+      for (int64_t d = 0; d < padded; d += lanes)
+        total = fma(load<vf>(x + r * padded + d), load<vf>(centre + d), total);
+      dots[r] = (double)vsum(total);
+      squares[r * stride + group] = std::numeric_limits<float>::infinity();
+    }
+    const d8 dot = load<d8>(dots);
+    if (!always && !touches(dot, chunk)) return false;
+    screen.screen(*tile, begin, packed, group, dot - chunk.reference);
+    return true;
+  }
+
+  bool touches(d8 dot, const Chunk& chunk) const {
+    const double norm = chunk.centre_norm / inflate, error = 2 * screen.dot_error() * norm;
+    const d8 near = reach + chunk.max_norm;
+    const d8 distance = (square + norm * norm) * (1 - 0x1p-40) - 2 * dot - error * tile->norm;
+    alignas(64) double excess[8];
+    store(excess, distance - near * near);
+    bool any = false;
+    for (int r = 0; r < tile_rows; ++r) any |= tile->screened(r) && !(excess[r] > 0);
+    return any;
   }
 };
 

@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize(
   std::vector<int64_t> shape;
   for (int64_t d = 0; d < x.dim() - 1; ++d) shape.push_back(x.size(d));
   shape.push_back(stages);
-  Tensor indices = torch::stable::new_empty(x, shape, ScalarType::Long);
+  Tensor indices = on_huge_pages(torch::stable::new_empty(x, shape, ScalarType::Long));
   Tensor quantized = of_kernel(x, wide, true);
   Tensor losses = torch::stable::new_empty(x, {stages}, wide_type(wide));
   Tensor counts = torch::stable::new_empty(x, {stages, by_stage.most}, wide_type(wide));

@@ -34,10 +34,7 @@ class SampleViews {
   }
 
   // Of something that is written.
-  SampleView target(const Tensor& tensor, int64_t first = 1) {
-    const Tensor dense = writable(tensor, first);
-    return view(dense.is_contiguous() ? on_huge_pages(dense) : dense, first);
-  }
+  SampleView target(const Tensor& tensor) { return view(written(tensor, 1)); }
   SampleView target(const std::optional<Tensor>& tensor) {
     return tensor ? target(*tensor) : SampleView{};
   }
@@ -47,7 +44,13 @@ class SampleViews {
     return lies_together(tensor, first) ? tensor : kept(torch::stable::contiguous(tensor));
   }
 
-  // The same of something that is written; finish() writes the copy back.
+  // Something that is written, on large pages where nobody has before.
+  Tensor written(const Tensor& tensor, int64_t first) {
+    const Tensor dense = writable(tensor, first);
+    return dense.is_contiguous() ? on_huge_pages(dense) : dense;
+  }
+
+  // As readable(), of something that is written; finish() writes the copy back.
   Tensor writable(const Tensor& tensor, int64_t first) {
     if (lies_together(tensor, first)) return tensor;
     Tensor copy = kept(torch::stable::contiguous(tensor));

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/glue.h"
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 
 namespace mmfast {
@@ -100,9 +101,10 @@ std::tuple<Tensor, Tensor> soft_assignment_statistics_bwd(
   const std::optional<Tensor> means = dense(given_means), entropy = dense(given_entropy);
   const Tensor saved = torch::stable::contiguous(given_saved);
   const std::vector<int64_t> none{0};
-  Tensor x_gradient = torch::stable::new_empty(x, need_x ? sizes_of(x, x.dim()) : none);
-  Tensor codebook_gradient = torch::stable::new_empty(
-      codebook, need_codebook ? sizes_of(codebook, codebook.dim()) : none);
+  Tensor x_gradient =
+      on_huge_pages(torch::stable::new_empty(x, need_x ? sizes_of(x, x.dim()) : none));
+  Tensor codebook_gradient = on_huge_pages(torch::stable::new_empty(
+      codebook, need_codebook ? sizes_of(codebook, codebook.dim()) : none));
   for (int64_t h = 0; h < call.num_heads(); ++h) {
     SoftAssignmentBwdArgs args{};
     args.forward = call.of_head(h, means, entropy, saved);

@@ -22,7 +22,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize(
   const bool wide = dtype_of(x) == Dtype::float64 || dtype_of(codebook) == Dtype::float64;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   Tensor quantized = on_huge_pages(torch::stable::new_empty(x, sizes_of(x, x.dim())));
-  Tensor indices = torch::stable::new_empty(x, sizes_of(x, x.dim() - 1), ScalarType::Long);
+  Tensor indices =
+      on_huge_pages(torch::stable::new_empty(x, sizes_of(x, x.dim() - 1), ScalarType::Long));
   Tensor commitment = torch::stable::new_empty(x, sizes_of(codebook, heads), dtype);
   Tensor codebook_loss = torch::stable::new_empty(x, sizes_of(codebook, heads), dtype);
   Tensor counts = torch::stable::new_empty(x, sizes_of(codebook, heads + 1), dtype);
@@ -71,8 +72,8 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
   const std::vector<int64_t> none{0};
   Tensor x_gradient =
       on_huge_pages(torch::stable::new_empty(x, need_x ? sizes_of(x, x.dim()) : none));
-  Tensor codebook_gradient = torch::stable::new_empty(
-      codebook, need_codebook ? sizes_of(codebook, codebook.dim()) : none);
+  Tensor codebook_gradient = on_huge_pages(torch::stable::new_empty(
+      codebook, need_codebook ? sizes_of(codebook, codebook.dim()) : none));
   for (int64_t h = 0; h < num_heads; ++h) {
     VectorQuantizeBwdArgs args{};
     if (quantized) args.quantized = rows_of(*quantized, heads, h);

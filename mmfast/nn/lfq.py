@@ -253,11 +253,14 @@ class LFQ(nn.Module):
         result = self._quantize(
             x, inv_temperature, self._sampled(x, mask), self.entropy_group_bits if wanted else 0
         )
-        losses = self._losses(result, x, mask) if wanted else LFQLossBreakdown(*[self.zero] * 3)
-        entropy = losses.per_sample_entropy - self.diversity_gamma * losses.batch_entropy
-        if self.training and self.experimental_softplus_entropy_loss:
-            entropy = functional.softplus(entropy + self.entropy_loss_offset)
-        aux = entropy * self.entropy_loss_weight + losses.commitment * self.commitment_loss_weight
+        losses, aux = LFQLossBreakdown(*[self.zero] * 3), torch.zeros_like(self.zero)
+        if wanted:
+            losses = self._losses(result, x, mask)
+            entropy = losses.per_sample_entropy - self.diversity_gamma * losses.batch_entropy
+            if self.experimental_softplus_entropy_loss:
+                entropy = functional.softplus(entropy + self.entropy_loss_offset)
+            aux = entropy * self.entropy_loss_weight
+            aux = aux + losses.commitment * self.commitment_loss_weight
         ret = LFQReturn(*self._outputs(x, result, first), aux)
         return (ret, losses) if return_loss_breakdown else ret
 

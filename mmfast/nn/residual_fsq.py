@@ -21,7 +21,8 @@ class ResidualFSQ(nn.Module):
     ``vector_quantize_pytorch.ResidualFSQ``: the same arguments, results and state dict.
 
     ``get_codes_from_indices`` takes indices as ``forward`` returns them, and its codes sum to what
-    ``forward`` quantised to, rotation included.
+    ``forward`` quantised to, rotation included. They are int32, also in those steps that leave out
+    stages, in which the model's are int64.
 
     Args:
         levels: of the D dimensions, each at least 2.

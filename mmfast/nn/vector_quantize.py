@@ -61,6 +61,7 @@ class VectorQuantize(nn.Module):
       forward, before losses on distances take theirs;
     - a masked commitment loss compares the codes with what was quantised, after projection and
       normalisation, as the one without a mask does; the model takes the raw input;
+    - ``orthogonal_reg_active_codes_only`` leaves out the codes of masked vectors;
     - ``lens`` counts positions also where channels are first;
     - index -1 stands for no code: zeros in :meth:`get_codes_from_indices`, left out of
       :meth:`update_indices`;
@@ -611,7 +612,10 @@ class VectorQuantize(nn.Module):
             )
             loss = loss + diversity * self.codebook_diversity_loss_weight
         if call.topk is not None and not self.training:
-            commitment = self._heads.join_indices(chosen.commitment, *layout)
+            commitment = chosen.commitment
+            if self._codebook.learnable_codebook:
+                commitment = commitment + (chosen.codebook - chosen.codebook.detach())
+            commitment = self._heads.join_indices(commitment, *layout)
             loss = commitment * self.commitment_weight if self.has_commitment_loss else commitment
         elif self.training and self.has_commitment_loss:
             if self.commitment_use_cross_entropy_loss:

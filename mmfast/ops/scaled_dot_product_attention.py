@@ -95,13 +95,18 @@ def scaled_dot_product_attention(
             got = f"{key.shape[-3]} and {value.shape[-3]}"
             raise ValueError(f"key and value must have as many heads as each other, got {got}")
         check_heads("key", query.shape[-3], key.shape[-3])
-    try:
-        lead = torch.broadcast_shapes(*(t.shape[:-kept] for t in (query, key, value)))
-    except RuntimeError:
-        got = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
-        raise ValueError(f"leading dimensions must fit each other, got {got}") from None
-    shape = (*lead, *query.shape[-kept:])  # [..., H, L, E]
-    flat = [_four(t.expand(*lead, *t.shape[-kept:])) for t in (query, key, value)]
+    shape: tuple[int, ...] = query.shape  # [..., H, L, E]
+    given = [query, key, value]
+    lead = shape[:-kept]
+    if key.shape[:-kept] != lead or value.shape[:-kept] != lead:
+        try:
+            lead = torch.broadcast_shapes(*(t.shape[:-kept] for t in given))
+        except RuntimeError:
+            got = ", ".join(str(tuple(t.shape)) for t in given)
+            raise ValueError(f"leading dimensions must fit each other, got {got}") from None
+        shape = (*lead, *shape[-kept:])
+        given = [t.expand(*lead, *t.shape[-kept:]) for t in given]
+    flat = [_four(t) for t in given]
     mask = None
     if attn_mask is not None:
         check_dtype("attn_mask", attn_mask, (torch.bool, query.dtype, torch.float32))
@@ -124,7 +129,7 @@ def _four(t: Tensor) -> Tensor:
     """(B, H, L, E) of any number of dimensions."""
     if t.dim() > 4:
         return t.flatten(0, -4)
-    return t[(None,) * (4 - t.dim())]
+    return t if t.dim() == 4 else t[(None,) * (4 - t.dim())]
 
 
 def _mask_of(mask: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -301,8 +301,9 @@ class SampleLoop:
         self._seed.copy_(drawn)
 
     def _capture(self) -> None:
-        # Warm up on another stream, as libraries make their workspaces at the first call.
-        with torch.cuda.device(self._x.device):
+        # Warm up on the capture's stream, as libraries make their workspaces at the first call.
+        # PyTorch's own stream for captures is of the device that the process captured on first.
+        with torch.cuda.device(self._x.device), _no_casts_kept():
             main, side = torch.cuda.current_stream(), torch.cuda.Stream()
             self._x.zero_()
             self._input.zero_()
@@ -314,7 +315,7 @@ class SampleLoop:
             main.wait_stream(side)
             self._step.zero_()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=side):
                 for _ in range(self._rows_at_once):
                     self._advance()
         self._graph = graph
@@ -332,6 +333,17 @@ def _guidance(scale: float | Tensor, batch: int, device: torch.device) -> Tensor
     if scales.shape[0] not in (1, batch):
         raise ValueError(f"guidance_scale must be a number or (B,) = ({batch},)")
     return torch.stack([scales, 1 - scales], 1)
+
+
+@contextlib.contextmanager
+def _no_casts_kept() -> Iterator[None]:
+    """Weights are cast by each call under autocast: those it keeps are gone at its end."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
 
 
 @contextlib.contextmanager

@@ -9,19 +9,20 @@ from mmfast.integrations.diffusers.families import (
     Cumulative,
     Generated,
     Generator,
+    NoiseOfBoth,
     Output,
     SetFirst,
 )
 from mmfast.integrations.diffusers.tables import timesteps
 
 
-class LCM(SetFirst, Cumulative, Generated):
+class LCM(NoiseOfBoth, SetFirst, Cumulative, Generated):
     _program = staticmethod(timesteps.lcm)
     _outputs = (scheduling_lcm.LCMSchedulerOutput, 2)
     _remembers = False
 
 
-class TCD(SetFirst, Cumulative):
+class TCD(NoiseOfBoth, SetFirst, Cumulative):
     _program = staticmethod(timesteps.tcd)
     _outputs = (scheduling_tcd.TCDSchedulerOutput, 2)
     _remembers = False

@@ -8,7 +8,13 @@ from diffusers.schedulers import scheduling_edm_euler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from mmfast.integrations.diffusers.families import Generated, Generator, Output, SetFirst
+from mmfast.integrations.diffusers.families import (
+    Generated,
+    Generator,
+    NoiseOfBoth,
+    Output,
+    SetFirst,
+)
 from mmfast.integrations.diffusers.history import Count, History
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import edm
@@ -50,7 +56,7 @@ class EDMEuler(_Preconditioned):
         return self._run(output, timestep, sample, return_dict, options, generator)
 
 
-class EDMDPM(_Preconditioned, SetFirst, Generated):
+class EDMDPM(NoiseOfBoth, _Preconditioned, SetFirst, Generated):
     _program = staticmethod(edm.edm_dpm)
     _outputs = (SchedulerOutput, 1)
     _missing_is_last = True

@@ -32,6 +32,8 @@ class CumulativeNoise(Tabled):
         return [point(value) for value in host(self.alphas_cumprod)]  # type: ignore[attr-defined]
 
     def _noisy_index(self, timesteps: Tensor, device: torch.device) -> Index:
+        if timesteps.is_floating_point():
+            raise TypeError(f"timesteps must be integers, got {timesteps.dtype}")
         return timesteps.to(device, torch.int64)
 
 
@@ -39,6 +41,14 @@ class Cumulative(CumulativeNoise):
     """Those whose steps are made of alphas_cumprod too."""
 
     _levels = "alphas_cumprod"
+
+
+class NoiseOfBoth(Tabled):
+    """Noise is drawn in the dtype of a prediction, made of the sample and the model's output."""
+
+    def _noise(self, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor:
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        return self._draw(model_output, dtype, generator)
 
 
 class Generated(Tabled):

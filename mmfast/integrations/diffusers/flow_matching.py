@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from diffusers.schedulers import (
     scheduling_flow_match_euler_discrete,
     scheduling_flow_match_heun_discrete,
@@ -61,8 +60,7 @@ class FlowEuler(_Flow, Stretched):
         return self._run(model_output, timestep, sample, return_dict, (), generator)
 
     def _noise(self, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor:
-        wide = torch.float32 if sample.dtype.itemsize < 4 else sample.dtype
-        return self._draw(sample, wide, generator)
+        return self._draw(sample, self._single, generator)
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor | None = None) -> Tensor:
         """As the library's: samples with the noise of their timesteps (B,)."""

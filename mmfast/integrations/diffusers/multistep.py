@@ -19,6 +19,7 @@ from mmfast.integrations.diffusers.families import (
     Stretched,
 )
 from mmfast.integrations.diffusers.history import Count, History
+from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import solvers
 
 
@@ -46,17 +47,39 @@ class Solver(SetFirst):
         return model_output
 
 
+class DPM(Solver):
+    """DPM-Solver's algorithms."""
+
+    def _converted(self, sample: torch.dtype, model_output: torch.dtype) -> torch.dtype:
+        """Of what the model's output is converted to."""
+        config = self.config
+        clean = config.algorithm_type.endswith("++")
+        same = config.prediction_type == ("sample" if clean else "epsilon")
+        if same and (clean or not config.thresholding):
+            return model_output
+        return torch.promote_types(sample, model_output)
+
+
+class KeepsType(Tabled):
+    """Samples stay in their dtype, whatever that of the model's output is."""
+
+    def _result(self, sample: torch.dtype, model_output: torch.dtype) -> torch.dtype:
+        return sample
+
+
 class DEIS(Solver, Plain):
     _program = staticmethod(solvers.deis)
 
     lower_order_nums = Count()
 
 
-class DPMMultistep(Solver):
+class DPMMultistep(DPM):
     _program = staticmethod(solvers.dpm_multistep)
-    _of_output = True
 
     lower_order_nums = Count()
+
+    def _result(self, sample: torch.dtype, model_output: torch.dtype) -> torch.dtype:
+        return self._converted(sample, model_output)
 
     def step(
         self,
@@ -73,8 +96,7 @@ class DPMMultistep(Solver):
         return self._run(model_output, timestep, sample, return_dict, (), generator, variance_noise)
 
     def _noise(self, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor:
-        wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
-        return self._draw(model_output, wide, generator)
+        return self._draw(model_output, self._single, generator)
 
 
 class Predicting(Solver):
@@ -94,14 +116,18 @@ class Predicting(Solver):
         return self._run(model_output, timestep, sample, return_dict, (), generator)
 
 
-class DPMSinglestep(Predicting):
+class DPMSinglestep(DPM, Predicting):
     _program = staticmethod(solvers.dpm_singlestep)
+
+    def _noise(self, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor:
+        dtype = self._converted(sample.dtype, model_output.dtype)
+        return self._draw(model_output, dtype, generator)
 
 
 _HIGHEST = 12
 
 
-class UniPC(Solver, Stretched):
+class UniPC(KeepsType, Solver, Stretched):
     _program = staticmethod(solvers.unipc)
 
     lower_order_nums = Count()
@@ -127,7 +153,7 @@ class UniPC(Solver, Stretched):
         return self.predict_x0 and super()._thresholded()  # type: ignore[attr-defined]
 
 
-class SASolver(CumulativeNoise, Predicting):
+class SASolver(KeepsType, CumulativeNoise, Predicting):
     _program = staticmethod(solvers.sa_solver)
 
     lower_order_nums = Count()

@@ -53,9 +53,11 @@ class Noised(Placed):
             places = self._state().places
             missing = len(self.timesteps) - 1 if self._missing_is_last else -1
             told = (timesteps if timesteps.dim() == 1 else timesteps.reshape(-1)).tolist()
-            if len(told) == 1:
-                return places.get(told[0], missing)
-            return torch.tensor([places.get(value, missing) for value in told], device=device)
+            found = [places.get(value, missing) for value in told]
+            if -1 in found:
+                timestep = told[found.index(-1)]
+                raise IndexError(f"timestep {timestep} is none of the scheduler's timesteps")
+            return found[0] if len(found) == 1 else torch.tensor(found, device=device)
         return find(timesteps.to(device), self.timesteps.to(device), self._missing_is_last)
 
     def _noised(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -71,8 +73,6 @@ class Noised(Placed):
         table, rows, numbers = found
         index = self._noisy_index(timesteps, device)
         if not isinstance(index, Tensor):
-            if index < 0:
-                raise IndexError(f"timestep {timesteps} is none of the scheduler's timesteps")
             index = numbers[index]
         elif index.numel() == 1 and index.shape != original_samples.shape[:1]:
             index = index.reshape(())
@@ -92,13 +92,25 @@ class Noised(Placed):
             if untracked or noise.requires_grad:
                 noisy = torch.empty_like(original_samples)
                 call = functools.partial(backends.call_on_new, STEP) if untracked else reference
-                call(
-                    original_samples, noise, None, 1.0, None, rows, index, None, None, None, None,
-                    noisy, None, None, None,
-                )  # fmt: skip
+                try:
+                    call(
+                        original_samples, noise, None, 1.0, None, rows, index, None, None, None,
+                        None, noisy, None, None, None,
+                    )  # fmt: skip
+                except (IndexError, RuntimeError) as error:  # it knows of steps alone
+                    _check_rows(index, len(rows), error)
+                    raise
                 return noisy
             made: tuple[Tensor, ...] = backends.call(
                 ADD_NOISE, original_samples, index, table, noise, None, None, False
             )
             return made[0]
         return add_noise(original_samples, index, table, noise=noise, target=None).noisy
+
+
+def _check_rows(index: Tensor, length: int, error: Exception) -> None:
+    """That there are such rows; else it was that."""
+    told = index.reshape(-1).tolist()
+    for value in told:
+        if not 0 <= value < length:
+            raise IndexError(f"timesteps must be from 0 to {length - 1}, got {value}") from error

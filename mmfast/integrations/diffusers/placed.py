@@ -19,6 +19,7 @@ class Placed:
     _outputs: ClassVar[tuple[type, int]]  # type, and how many tensors
     _of_output: ClassVar[bool] = False  # the result has the dtype of the model's output
     _wide: ClassVar[bool] = False  # the prediction is float32 at least
+    _single: ClassVar[torch.dtype] = torch.float32  # of noise that is drawn in it for any sample
     _scaled: ClassVar[bool] = False  # scale_model_input does something
     _whole: ClassVar[bool] = True  # integers are timesteps
     _remembers: ClassVar[bool] = True  # steps depend on those before them

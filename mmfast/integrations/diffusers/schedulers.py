@@ -45,7 +45,7 @@ def objections(scheduler: Any) -> list[str]:
 
 
 _HIGHEST = {
-    "SASolverScheduler": {"predictor_order": 4, "corrector_order": 4},
+    "SASolverScheduler": {"predictor_order": 12, "corrector_order": 12},
 }
 
 

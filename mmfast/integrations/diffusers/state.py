@@ -133,6 +133,7 @@ class Ready:
     ) -> None:
         kind = type(scheduler)
         self.kind, self.outputs = kind._outputs
+        self.fields = tuple(self.kind.__dataclass_fields__)
         self.shape, self.dtype, self.device = sample.shape, sample.dtype, sample.device
         self.output_dtype = model_output.dtype
         self.table, steps = state.on(self.device)
@@ -148,8 +149,7 @@ class Ready:
         self.two = two
         result = self.dtype
         if self.output_dtype != result:
-            other = self.output_dtype
-            result = other if kind._of_output else torch.promote_types(result, other)
+            result = scheduler._result(result, self.output_dtype)
         self.out = _unless(self.dtype, result)
         wide = kind._wide and result.itemsize < 4
         self.second = _unless(self.dtype, torch.float32 if wide else result)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class Tabled(Noised):
 
     def _given(self, values: list[Tensor]) -> None:
         """A history of ``values`` was set before a run."""
+
+    def _result(self, sample: torch.dtype, model_output: torch.dtype) -> torch.dtype:
+        """What the next sample is in, of what the last one and the model's output are in."""
+        return model_output if self._of_output else torch.promote_types(sample, model_output)
 
     def _steps_made(self) -> int:
         state = vars(self)["_tabled"]
@@ -178,11 +183,8 @@ class Tabled(Noised):
 
     @staticmethod
     def _returned(ready: Ready, out: Tensor, second: Tensor, return_dict: bool) -> Any:
-        if ready.outputs == 1:
-            return made(ready.kind, prev_sample=out) if return_dict else (out,)
-        if not return_dict:
-            return out, second
-        return made(ready.kind, prev_sample=out, pred_original_sample=second)
+        values = (out,) if ready.outputs == 1 else (out, second)
+        return made(ready.kind, ready.fields, values) if return_dict else values
 
     def _history(self, state: State, ready: Ready, sample: Tensor, goes_on: bool) -> Tensor:
         history = state.history
@@ -194,6 +196,8 @@ class Tabled(Noised):
             return history
         shape = (ready.slots, *ready.shape)
         wide = torch.float64 if ready.dtype == torch.float64 else torch.float32
+        if goes_on and history is not None:
+            history = history.to(wide)  # outputs in float64 made the sample that too
         fits = history is not None and history.shape == shape and history.dtype == wide
         if fits and history.requires_grad and not goes_on:  # type: ignore[union-attr]
             fits = False  # it is part of the graph of the steps before
@@ -263,9 +267,10 @@ def _check_like(name: str, tensor: Tensor, sample: Tensor) -> None:
     check_beside("the sample", sample.device, name, tensor)
 
 
-def made(kind: Any, **fields: Tensor) -> Any:
+def made(kind: Any, names: Iterable[str], values: Iterable[Tensor]) -> Any:
     """An output of the library, without looking for its fields in the class each time."""
     output = kind.__new__(kind)
+    fields = dict(zip(names, values, strict=False))
     output.__dict__.update(fields)
     OrderedDict.update(output, fields)
     return output

@@ -32,7 +32,7 @@ def log_ratio(grid: Grid, i: int) -> float:
 
 def moments(k: float, count: int) -> list[float]:
     """k I[u^j] for j below ``count``."""
-    if abs(k) < 1:  # a series: the recursion below loses everything there
+    if abs(k) < 4:  # a series: the recursion below loses all or, of high orders, much there
 
         def series(j: int) -> float:
             term = total = k / (j + 1)

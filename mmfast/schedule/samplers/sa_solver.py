@@ -32,8 +32,8 @@ def sa_solver(
         grid: where it goes.
         prediction: what the model predicts.
         clip: range of the clean sample.
-        predictor_order: 1 to 4.
-        corrector_order: 1 to 4, or 0 for none.
+        predictor_order: 1 to 12.
+        corrector_order: 1 to 12, or 0 for none.
         tau: how much noise is new, as a function of the timestep: 0 is the ODE, 1 the reverse SDE.
         predict_x0: integrate the clean sample, else the noise. With the sample, the authors weigh
             the slope in order 2 by h / 2, as bh1 of UniPC, not by its integral.
@@ -42,9 +42,9 @@ def sa_solver(
     Raises:
         ValueError: an unknown option.
     """
-    check_order(predictor_order, 4)
-    if not 0 <= corrector_order <= 4:
-        raise ValueError(f"corrector_order must be from 0 to 4, got {corrector_order}")
+    check_order(predictor_order, 12)
+    if not 0 <= corrector_order <= 12:
+        raise ValueError(f"corrector_order must be from 0 to 12, got {corrector_order}")
     ring = max(predictor_order, corrector_order, 2) - 1
     steps = Steps(grid, prediction, clip, ring=ring, keep=["base"])
     interval: Interval | None = None
