@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import mmfast
 import mmfast.nn as mnn
 from mmfast.nn import weights
+from mmfast.nn.adaptive_norm import conditioned, modulation
 
 DIM, HEADS, TOKENS, TEXT = 48, 2, 12, 5
 
@@ -143,6 +144,21 @@ def test_dit_block_defers(frames):
     expected = block(block(x, c), c)
     y, pending = block(x, c, defer=True)
     torch.testing.assert_close(block(y, c, pending), expected)
+
+
+def test_modulation_runs_what_was_put_in_its_place():
+    layers = modulation(6, 2)
+    c = normal(3, 6, seed=1)
+    wanted = layers(c)
+    torch.testing.assert_close(conditioned(layers, c), wanted)
+    handle = layers[0].register_forward_hook(lambda module, given, made: made + 1)
+    hooked = layers(c)
+    assert (hooked - wanted).abs().max() > 0.1
+    torch.testing.assert_close(conditioned(layers, c), hooked)
+    handle.remove()
+    layers[0] = nn.SiLU(inplace=True)
+    conditioned(layers, given := c.clone())
+    torch.testing.assert_close(given, F.silu(c))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu", "geglu", "geglu_tanh", "swiglu"])

@@ -1,5 +1,6 @@
 // A block of DiT in one call: the kernels of its parts, one after another. What an op of its own costs
 // outside of its kernel, eight times a block and again for gradients, is paid once.
+#include <algorithm>
 #include <array>
 #include <tuple>
 
@@ -20,6 +21,11 @@ void check_memory_of_norm(bool made) {
 
 Tensor empty_like_of(const Tensor& x, const std::vector<int64_t>& sizes, Dtype dtype) {
   return on_huge_pages(torch::stable::new_empty(x, sizes, scalar_type(dtype)));
+}
+
+// [B, L, width] beside x.
+Tensor new_rows(const Tensor& x, int64_t width, Dtype dtype) {
+  return empty_like_of(x, {x.size(0), x.size(1), width}, dtype);
 }
 
 // Without elements.
@@ -49,13 +55,38 @@ BlockShape shape_of(const Tensor& x, const Modulation& modulation, Dtype branch)
   return {x.size(0), x.size(1), modulation.frames(), x.size(2), dtype, branch, false, false};
 }
 
-// The norm of residual, modulated, in the branch's dtype; its statistics if there is room for them.
-Tensor normed(const Tensor& residual, const Modulation& modulation, Part shifts, Part scales,
-              double eps, Dtype branch, Tensor& mean, Tensor& rstd) {
-  Tensor modulated = empty_like_of(residual, sizes_of(residual, 3), branch);
+// Rows [B, L] of temporary results in one piece of memory: many tensors would each find another
+// place in the heap, whose pages stay. What is no longer needed is written over.
+class Workspace {
+ public:
+  // Two parts, for rows as wide as the widest of each.
+  Workspace(const Tensor& x, Dtype dtype, std::initializer_list<int64_t> firsts,
+            std::initializer_list<int64_t> seconds)
+      : batch_(x.size(0)),
+        length_(x.size(1)),
+        split_(std::max(firsts)),
+        all_(empty_like_of(x, {batch_ * length_ * (split_ + std::max(seconds))}, dtype)) {}
+
+  Tensor first(int64_t width) const { return part(0, width); }
+  Tensor second(int64_t width) const { return part(batch_ * length_ * split_, width); }
+
+ private:
+  Tensor part(int64_t from, int64_t width) const {
+    Tensor all = all_;
+    return torch::stable::view(torch::stable::narrow(all, 0, from, batch_ * length_ * width),
+                               {batch_, length_, width});
+  }
+
+  const int64_t batch_, length_, split_;
+  Tensor all_;
+};
+
+// The norm of residual, modulated; its statistics.
+void write_normed(Tensor& modulated, const Tensor& residual, const Modulation& modulation,
+                  Part shifts, Part scales, double eps, Tensor& mean, Tensor& rstd) {
   ModulationViews views;
   GatedResidualModulateArgs args{};
-  args.shape = shape_of(residual, modulation, branch);
+  args.shape = shape_of(residual, modulation, dtype_of(modulated));
   args.eps = eps;
   args.x = views.tokens(residual);
   args.shift = modulation[shifts];
@@ -64,7 +95,6 @@ Tensor normed(const Tensor& residual, const Modulation& modulation, Part shifts,
   args.mean = (char*)mean.data_ptr();
   args.rstd = (char*)rstd.data_ptr();
   check_memory_of_norm(kernels().gated_residual_modulate(args, parallel()));
-  return modulated;
 }
 
 // Queries, keys and values of tokens [B, L, 3 A], or gradients of them.
@@ -143,25 +173,25 @@ Outputs dit_block(const Tensor& x, const Tensor& modulation, const Tensor& qkv_w
   STD_TORCH_CHECK(branch == wide || (wide == Dtype::float32 && size_of(branch) == 2),
                   "mmfast: dit_block multiplies in x's dtype, or in half precision beside float32");
   const Modulation made(modulation);
-  const auto kept = [&](Tensor& tensor) {
-    if (!keep) tensor = nothing(x);
-  };
+  const int64_t channels = x.size(2), width = proj_weight.size(1), fed_width = fc1_weight.size(0);
+  // Without gradients, all but the result are in the workspace.
+  const Workspace room(x, branch, {channels, keep ? 0 : width},
+                       {keep ? 0 : std::max({3 * width, channels, fed_width})});
 
   Tensor mean = statistics_like(x, true), rstd = statistics_like(x, true);
-  Tensor qkv = linear(normed(x, made, shift, scale, eps, branch, mean, rstd), qkv_weight,
-                      qkv_bias, "none", branch);
-  Tensor attended = empty_like_of(qkv, {x.size(0), x.size(1), qkv.size(2) / 3}, branch);
+  Tensor modulated = room.first(channels);
+  write_normed(modulated, x, made, shift, scale, eps, mean, rstd);
+  Tensor qkv = keep ? new_rows(x, 3 * width, branch) : room.second(3 * width);
+  linear_to(qkv, modulated, qkv_weight, qkv_bias, "none");
+  Tensor attended = keep ? new_rows(x, width, branch) : room.first(width);
   Tensor lse = new_sums(qkv, {x.size(0), heads, x.size(1)});
   check_memory(kernels().attention_forward(attention_of(qkv, attended, lse, heads, factor),
                                            parallel()));
-  kept(qkv);
-  kept(lse);
-  Tensor y = linear(attended, proj_weight, proj_bias, "none", branch);
-  kept(attended);
+  Tensor y = keep ? new_rows(x, channels, branch) : room.second(channels);
+  linear_to(y, attended, proj_weight, proj_bias, "none");
 
   Tensor residual = room_like(x), mlp_mean = statistics_like(x, true);
   Tensor mlp_rstd = statistics_like(x, true);
-  Tensor modulated = empty_like_of(x, sizes_of(x, 3), branch);
   {
     ModulationViews views;
     GatedResidualModulateArgs args{};
@@ -178,12 +208,11 @@ Outputs dit_block(const Tensor& x, const Tensor& modulation, const Tensor& qkv_w
     args.rstd = (char*)mlp_rstd.data_ptr();
     check_memory_of_norm(kernels().gated_residual_modulate(args, parallel()));
   }
-  kept(y);
-  Tensor hidden = linear(modulated, fc1_weight, fc1_bias, "none", branch);
-  modulated = nothing(x);
+  Tensor hidden = keep ? new_rows(x, fed_width, branch) : room.second(fed_width);
+  linear_to(hidden, modulated, fc1_weight, fc1_bias, "none");
   if (!keep) activate(hidden, activation);
-  Tensor fed = linear(hidden, fc2_weight, fc2_bias, keep ? activation : "none", branch);
-  kept(hidden);
+  Tensor fed = keep ? new_rows(x, channels, branch) : room.first(channels);
+  linear_to(fed, hidden, fc2_weight, fc2_bias, keep ? activation : "none");
 
   // In the place of the residual where nobody needs it.
   Tensor out = keep ? room_like(x) : residual;
@@ -197,7 +226,10 @@ Outputs dit_block(const Tensor& x, const Tensor& modulation, const Tensor& qkv_w
     args.residual = views.tokens(out);
     check_memory_of_norm(kernels().gated_residual_modulate(args, parallel()));
   }
-  for (Tensor* tensor : {&mean, &rstd, &residual, &mlp_mean, &mlp_rstd, &fed}) kept(*tensor);
+  if (!keep)
+    for (Tensor* tensor : {&mean, &rstd, &qkv, &attended, &lse, &y, &residual, &mlp_mean,
+                           &mlp_rstd, &hidden, &fed})
+      *tensor = nothing(x);
   return {out, mean, rstd, qkv, attended, lse, y, residual, mlp_mean, mlp_rstd, hidden, fed};
 }
 
@@ -250,33 +282,49 @@ Gradients dit_block_bwd(const Tensor& grad, const Tensor& x, const Tensor& modul
   const bool at_hidden = at_y || wants(of_fc1) || wants(of_fc1_bias);
   const bool at_fed = at_hidden || wants(of_fc2) || wants(of_fc2_bias);
 
-  // Of a linear layer: its weight's and bias' gradients, and if asked for that of its input.
+  const int64_t channels = x.size(2), width = attended.size(2), fed_width = hidden.size(2);
+  const Workspace room(x, branch, {channels, width}, {qkv.size(2), channels, fed_width});
+
+  // Of a linear layer: gradients of its weight and bias, and if asked for that of its input.
   const auto layer = [&](const Tensor& passed, const Tensor& input, const Tensor& weight,
-                         const std::string& active, Input of_weight, bool further) {
-    Tensor to_input = further ? empty_like_of(input, sizes_of(input, 3), branch) : nothing(x);
+                         const std::string& active, Input of_weight, Tensor* to_input) {
     linear_gradients(passed, input, weight, active,
-                     {&to_input, &to[of_weight], &to[of_weight + 1]});
-    return to_input;
+                     {to_input, &to[of_weight], &to[of_weight + 1]});
   };
-  // Of one whose input was made again: its gradient takes that one's place.
-  const auto layer_in_place = [&](const Tensor& passed, Tensor input, const Tensor& weight,
-                                  Input of_weight, bool further) {
-    linear_gradients(passed, input, weight, "none",
-                     {nullptr, &to[of_weight], &to[of_weight + 1]});
+  // Of one behind a norm, whose output is made again where a weight's gradient needs its numbers:
+  // the input's gradient takes that one's place.
+  const auto normed_layer = [&](const Tensor& passed, const Tensor& from, Part shifts, Part scales,
+                                double its_eps, const Tensor& weight, Input of_weight,
+                                bool further) {
+    Tensor input = room.first(channels);
+    if (wants(of_weight)) {
+      Tensor means = statistics_like(from, true), rstds = statistics_like(from, true);
+      write_normed(input, from, made, shifts, scales, its_eps, means, rstds);
+    }
+    layer(passed, input, weight, "none", of_weight, nullptr);
     if (further) linear_gradients(passed, input, weight, "none", {&input, nullptr, nullptr});
     return input;
   };
-  // A norm's output, made again where a weight's gradient needs its numbers.
-  const auto again = [&](const Tensor& from, Part shifts, Part scales, double its_eps,
-                         Input of_weight) {
-    if (!wants(of_weight)) return empty_like_of(from, sizes_of(from, 3), branch);
-    Tensor means = statistics_like(from, true), rstds = statistics_like(from, true);
-    return normed(from, made, shifts, scales, its_eps, branch, means, rstds);
+  // Of a norm, modulated, and of the sum before it.
+  const auto norm = [&](ModulationViews& views, const Tensor& to_sum, const Tensor& to_modulated,
+                        const Tensor& sum, const Tensor& its_mean, const Tensor& its_rstd,
+                        Part shifts, Part scales) {
+    GatedResidualModulateBwdArgs args{};
+    args.shape = shape_of(x, made, branch);
+    args.grad_residual = views.tokens(to_sum);
+    args.grad_modulated = views.tokens(to_modulated);
+    args.residual = views.tokens(sum);
+    args.mean = (const char*)its_mean.data_ptr();
+    args.rstd = (const char*)its_rstd.data_ptr();
+    args.shift = made[shifts];
+    args.scale = made[scales];
+    args.to_shift = to_part(shifts);
+    args.to_scale = to_part(scales);
+    return args;
   };
 
-  Tensor to_fed = nothing(x);
+  Tensor to_fed = room.first(channels);
   if (at_fed) {
-    to_fed = room_like(fed);
     ModulationViews views;
     GatedResidualModulateBwdArgs args{};
     args.shape = shape_of(x, made, branch);
@@ -287,45 +335,32 @@ Gradients dit_block_bwd(const Tensor& grad, const Tensor& x, const Tensor& modul
     args.to_y = views.tokens(to_fed);
     check_memory_of_norm(kernels().gated_residual_modulate_bwd(args, parallel()));
   }
-  Tensor to_hidden = nothing(x);
-  if (at_fed) to_hidden = layer(to_fed, hidden, fc2_weight, activation, of_fc2, at_hidden);
-  to_fed = nothing(x);
-  Tensor to_modulated = nothing(x);
+  Tensor to_hidden = room.second(fed_width), to_modulated = to_fed;
+  if (at_fed)
+    layer(to_fed, hidden, fc2_weight, activation, of_fc2, at_hidden ? &to_hidden : nullptr);
   if (at_hidden)
-    to_modulated = layer_in_place(to_hidden,
-                                  again(residual, mlp_shift, mlp_scale, mlp_eps, of_fc1),
-                                  fc1_weight, of_fc1, at_y);
-  to_hidden = nothing(x);
+    to_modulated = normed_layer(to_hidden, residual, mlp_shift, mlp_scale, mlp_eps, fc1_weight,
+                                of_fc1, at_y);
 
-  Tensor to_residual = nothing(x), to_y = nothing(x);
+  Tensor to_residual = nothing(x), to_y = room.second(channels);
   if (at_y) {
-    to_residual = room_like(x);
-    to_y = room_like(y);
+    // Where the gradient of x is written later, number after number.
+    to_residual = wants(of_x) ? to[of_x] : room_like(x);
     ModulationViews views;
-    GatedResidualModulateBwdArgs args{};
-    args.shape = shape_of(x, made, branch);
-    args.grad_residual = views.tokens(grad);
-    args.grad_modulated = views.tokens(to_modulated);
-    args.residual = views.tokens(residual);
+    GatedResidualModulateBwdArgs args =
+        norm(views, grad, to_modulated, residual, mlp_mean, mlp_rstd, mlp_shift, mlp_scale);
     args.y = views.tokens(y);
-    args.mean = (const char*)mlp_mean.data_ptr();
-    args.rstd = (const char*)mlp_rstd.data_ptr();
     args.gate = made[gate];
-    args.shift = made[mlp_shift];
-    args.scale = made[mlp_scale];
+    args.to_gate = to_part(gate);
     args.to_x = views.tokens(to_residual);
     args.to_y = views.tokens(to_y);
-    args.to_gate = to_part(gate);
-    args.to_shift = to_part(mlp_shift);
-    args.to_scale = to_part(mlp_scale);
     check_memory_of_norm(kernels().gated_residual_modulate_bwd(args, parallel()));
   }
-  to_modulated = nothing(x);
-  Tensor to_attended = nothing(x);
-  if (at_y) to_attended = layer(to_y, attended, proj_weight, "none", of_proj, at_qkv);
-  to_y = nothing(x);
+  Tensor to_attended = room.first(width);
+  if (at_y)
+    layer(to_y, attended, proj_weight, "none", of_proj, at_qkv ? &to_attended : nullptr);
   if (at_qkv) {
-    Tensor to_qkv = room_like(qkv);
+    Tensor to_qkv = room.second(qkv.size(2));
     AttentionArgs args = attention_of(qkv, attended, lse, heads, factor);
     const PackedHeads packed(to_qkv, heads);
     args.queries[0].grad_out = heads_of(to_attended, heads);
@@ -333,24 +368,13 @@ Gradients dit_block_bwd(const Tensor& grad, const Tensor& x, const Tensor& modul
     args.keys[0].grad_key = packed.key;
     args.keys[0].grad_value = packed.value;
     check_memory(kernels().attention_backward(args, parallel()));
-    to_attended = nothing(x);
-    to_modulated =
-        layer_in_place(to_qkv, again(x, shift, scale, eps, of_qkv), qkv_weight, of_qkv, at_norm);
+    to_modulated = normed_layer(to_qkv, x, shift, scale, eps, qkv_weight, of_qkv, at_norm);
   }
   if (at_norm) {
     ModulationViews views;
-    GatedResidualModulateBwdArgs args{};
-    args.shape = shape_of(x, made, branch);
-    args.grad_residual = views.tokens(to_residual);
-    args.grad_modulated = views.tokens(to_modulated);
-    args.residual = views.tokens(x);
-    args.mean = (const char*)mean.data_ptr();
-    args.rstd = (const char*)rstd.data_ptr();
-    args.shift = made[shift];
-    args.scale = made[scale];
+    GatedResidualModulateBwdArgs args =
+        norm(views, to_residual, to_modulated, x, mean, rstd, shift, scale);
     if (wants(of_x)) args.to_x = views.tokens(to[of_x]);
-    args.to_shift = to_part(shift);
-    args.to_scale = to_part(scale);
     check_memory_of_norm(kernels().gated_residual_modulate_bwd(args, parallel()));
   }
   return {to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7], to[8], to[9]};

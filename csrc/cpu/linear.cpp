@@ -62,14 +62,16 @@ void check(bool done) { STD_TORCH_CHECK(done, "mmfast: out of memory"); }
 
 }  // namespace
 
-Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias,
-              const std::string& activation, Dtype dtype) {
+void linear_to(Tensor& out, const Tensor& x, const Tensor& weight, const Optional& bias,
+               const std::string& activation) {
   const Matrix given(x), weights(weight);
   LinearArgs args{};
-  args.dtype = dtype;
+  args.dtype = dtype_of(out);
   args.x = given.rows;
   args.weight = weights.rows;
   check_width(args);
+  STD_TORCH_CHECK(out.numel() == args.x.count * weight.size(0),
+                  "mmfast: a linear layer's result has a row for each of x, as wide as its weight");
   Optional dense;
   if (bias) {
     dense = torch::stable::contiguous(*bias);
@@ -77,11 +79,16 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias,
     args.bias_dtype = dtype_of(*dense);
   }
   set_activation(args, activation);
-  auto sizes = sizes_of(x, x.dim());
-  sizes.back() = weight.size(0);
-  Tensor out = on_huge_pages(torch::stable::new_empty(x, sizes, scalar_type(args.dtype)));
   args.out = output(&out);
   if (out.numel()) check(kernels().linear(args, parallel()));
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias,
+              const std::string& activation, Dtype dtype) {
+  auto sizes = sizes_of(x, x.dim());
+  sizes.back() = weight.size(0);
+  Tensor out = on_huge_pages(torch::stable::new_empty(x, sizes, scalar_type(dtype)));
+  linear_to(out, x, weight, bias, activation);
   return out;
 }
 

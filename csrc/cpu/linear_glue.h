@@ -14,7 +14,10 @@ using Optional = std::optional<Tensor>;
 Dtype dtype_named(const std::string& name);
 torch::headeronly::ScalarType scalar_type(Dtype dtype);
 
-// act(x) weight^T + bias, in a new tensor.
+// act(x) weight^T + bias, written to out, a dense tensor of the products' dtype.
+void linear_to(Tensor& out, const Tensor& x, const Tensor& weight, const Optional& bias,
+               const std::string& activation);
+// The same in a new tensor.
 Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias,
               const std::string& activation, Dtype dtype);
 

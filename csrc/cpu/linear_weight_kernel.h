@@ -1,7 +1,8 @@
 // Gradients of a linear layer's weight, grad^T act(x), and of its bias, the sums of grad over rows.
 //
-// A piece of the rows at a time: grad is packed once, a panel of columns of x at a time. Pieces are
-// added up in their order, whose number depends on the shape alone.
+// A piece of the rows at a time, of that some columns of grad, which are packed once, and a panel
+// of columns of x at a time. Pieces are added up in their order, whose number depends on the shape
+// alone.
 #pragma once
 #include "cpu/linear_rows.h"
 
@@ -13,7 +14,8 @@ class LinearWeight {
   using Number = typename Kind::Number;
   using V = typename Kind::V;
   static constexpr int64_t group = 2 * linear_strip;          // rows of the weight that are packed together
-  static constexpr int64_t packed = 8 << 20;     // bytes of packed grad, about
+  static constexpr int64_t packed = 2 << 20;     // bytes of packed grad, about,
+  static constexpr int64_t fewest = 12;          // but so many groups: x is packed for each of them
   static constexpr int64_t summed = 32;          // rows added up before they go on in double
   static constexpr int64_t number_vector = sizeof(V) / sizeof(Number);
 
@@ -23,15 +25,16 @@ class LinearWeight {
         groups_(parts_of(args.weight.count, group)),
         panels_(parts_of(args.weight.width, linear_columns)),
         depth_(elements_of<Kind>(args.x.count)) {
-    const int64_t wide = groups_ * group * (int64_t)sizeof(Element);
-    piece_ = piece_of(depth_, most(128, least(linear_depth, packed / most(wide, 1))));
+    piece_ = piece_of(depth_, linear_depth);
+    const int64_t bytes = group * piece_ * (int64_t)sizeof(Element);
+    together_ = piece_of(groups_, most(fewest, packed / bytes));
   }
 
   bool run(const Parallel& parallel) {
     const int64_t rows = args_.weight.count;
     const bool sums_apart = piece_ < depth_ && args_.grad_weight.data &&
                             size_of(args_.grad_weight.dtype) != (int64_t)sizeof(Number);
-    LinearMemory<Element> grad(args_.grad_weight.data ? groups_ * group * piece_ : 0);
+    LinearMemory<Element> grad(args_.grad_weight.data ? together_ * group * piece_ : 0);
     LinearMemory<Number> sums(sums_apart ? rows * args_.weight.width : 0);
     LinearMemory<double> bias(args_.grad_bias.data ? rows : 0);
     if (!grad.data || !sums.data || !bias.data) return false;
@@ -39,16 +42,19 @@ class LinearWeight {
     sums_ = sums_apart ? sums.data : (Number*)args_.grad_weight.data;
     bias_ = bias.data;
     // Where there are fewer panels than threads keep busy, each is for some of the groups.
-    splits_ = least(groups_, most(1, parts_of(2 * parallel.threads, most(panels_, 1))));
+    splits_ = least(together_, most(1, parts_of(2 * parallel.threads, most(panels_, 1))));
     if (args_.grad_bias.data)
       for (int64_t i = 0; i < rows; ++i) bias_[i] = 0;
     // Without rows, gradients are still written: zeros.
     first_ = 0;
     do {
       count_ = least(piece_ * Kind::numbers, args_.x.count - first_);
-      on_all(parallel, groups_, this, &LinearWeight::pack);
-      if (args_.grad_weight.data)
-        on_all(parallel, panels_ * splits_, this, &LinearWeight::multiply);
+      for (from_ = 0; from_ < groups_; from_ += together_) {
+        past_ = least(from_ + together_, groups_);
+        on_all(parallel, past_ - from_, this, &LinearWeight::pack);
+        if (args_.grad_weight.data)
+          on_all(parallel, panels_ * splits_, this, &LinearWeight::multiply);
+      }
       first_ += count_;
     } while (first_ < args_.x.count && !failed_);
     if (args_.grad_bias.data) write_bias();
@@ -56,6 +62,7 @@ class LinearWeight {
   }
 
  private:
+  Element* packed_group(int64_t g) const { return grad_ + (g - from_) * group * piece_; }
   int64_t width(int64_t g) const { return least(group, args_.weight.count - g * group); }
 
   void pack(int64_t begin, int64_t end) {
@@ -67,11 +74,11 @@ class LinearWeight {
     // Some rows at a time, so that they are read along their length.
     for (int64_t i = 0; i < count_; i += summed) {
       const int64_t rows = least(summed, count_ - i);
-      for (int64_t g = begin; g < end; ++g) {
+      for (int64_t g = from_ + begin; g < from_ + end; ++g) {
         if (args_.grad_bias.data) add_rows(g, first_ + i, rows);
         if (args_.grad_weight.data)
           pack_across<Kind>(
-              grad_ + g * group * piece_ + i / Kind::numbers * group, group,
+              packed_group(g) + i / Kind::numbers * group, group,
               [&](int64_t j) { return read(first_ + i + j, g * group, width(g)); }, rows,
               width(g), group, args_.dtype);
       }
@@ -110,7 +117,7 @@ class LinearWeight {
       failed_ = true;
       return;
     }
-    const int64_t each = parts_of(groups_, splits_), depth = elements_of<Kind>(count_);
+    const int64_t each = parts_of(past_ - from_, splits_), depth = elements_of<Kind>(count_);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t column = task / splits_ * linear_columns;
       const int64_t there = least(linear_columns, args_.weight.width - column);
@@ -119,12 +126,12 @@ class LinearWeight {
           [&](int64_t i) { return read(first_ + i, column, there); }, count_, there,
           parts_of(there, linear_vector<Kind>) * linear_vector<Kind>, args_.dtype);
       LinearPrefetch next = following(task, end);
-      next.divide(tiles_of<Kind>(parts_of(args_.weight.count, splits_)));
-      const int64_t last = least(groups_, (task % splits_ + 1) * each);
-      for (int64_t g = task % splits_ * each; g < last; ++g)
+      next.divide(tiles_of<Kind>(each * group));
+      const int64_t last = least(past_, from_ + (task % splits_ + 1) * each);
+      for (int64_t g = from_ + task % splits_ * each; g < last; ++g)
         for (int64_t i = 0; i < width(g); i += linear_strip) {
           const int64_t row = g * group + i, rows = least(linear_strip, width(g) - i);
-          multiply_strip<Kind>({grad_ + g * group * piece_ + i, 1, group}, rows, panel.data, there,
+          multiply_strip<Kind>({packed_group(g) + i, 1, group}, rows, panel.data, there,
                                depth, sums, true, next, written(row, rows, column, there));
           finish(sums, row, rows, column, there);
         }
@@ -179,7 +186,8 @@ class LinearWeight {
 
   const LinearArgs& args_;
   const int64_t groups_, panels_, depth_;
-  int64_t piece_ = 0, splits_ = 1, first_ = 0, count_ = 0;
+  int64_t piece_ = 0, together_ = 1, splits_ = 1;
+  int64_t first_ = 0, count_ = 0, from_ = 0, past_ = 0;
   Element* grad_ = nullptr;
   Number* sums_ = nullptr;
   double* bias_ = nullptr;

@@ -15,6 +15,7 @@ from mmfast.integrations.attention import scaled_dot_product_attention
 from mmfast.integrations.binding import Library, Method, Swap, is_bound, own_class
 from mmfast.integrations.rehearsal import block_difference
 from mmfast.integrations.residuals import add, add_and_modulate
+from mmfast.nn.adaptive_norm import conditioned
 from mmfast.nn.layers import is_bare, is_plain, linear
 from mmfast.nn.whole_block import whole_block
 
@@ -26,7 +27,7 @@ class DiTBlock:
 
     def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
         """Tokens (B, L, C) from tokens and the condition (B, C)."""
-        modulation = self.adaLN_modulation(c)
+        modulation = conditioned(self.adaLN_modulation, c)
         made = _whole(self, x, modulation)
         if made is not None:
             return made

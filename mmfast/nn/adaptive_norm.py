@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mmfast.nn.layers import is_plain, linear
 from mmfast.ops.gated_residual import gated_residual
 from mmfast.ops.gated_residual_modulate import gated_residual_modulate
 from mmfast.ops.layer_norm_modulate import layer_norm_modulate
@@ -16,6 +17,16 @@ Pending = tuple[Tensor | None, Tensor]
 def modulation(dim: int, parts: int) -> nn.Sequential:
     """SiLU and a linear layer, from the condition to shifts, scales and gates."""
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
+
+
+def conditioned(layers: nn.Module, c: Tensor) -> Tensor:
+    """``layers(c)``, those of :func:`modulation` or what somebody has put in their place."""
+    if is_plain(layers, nn.Sequential):
+        assert isinstance(layers, nn.Sequential)
+        act, *others = layers
+        if len(others) == 1 and is_plain(act, nn.SiLU) and not act.inplace:
+            return linear(others[0], c, "silu")
+    return layers(c)
 
 
 def zero(*layers: nn.Module) -> None:

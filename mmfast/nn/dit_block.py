@@ -8,7 +8,7 @@ from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from mmfast.nn.adaptive_norm import Pending, modulation, next_branch, settled, zero
+from mmfast.nn.adaptive_norm import Pending, conditioned, modulation, next_branch, settled, zero
 from mmfast.nn.attention import SelfAttention, Tables
 from mmfast.nn.layers import is_plain
 from mmfast.nn.mlp import GATED, MLP
@@ -107,7 +107,7 @@ class DiTBlock(nn.Module):
             tables: cos and sin of :func:`mmfast.rotary_tables`, for queries and keys.
             attn_mask: of :func:`mmfast.scaled_dot_product_attention`.
         """
-        modulation = self.adaLN_modulation(c)
+        modulation = conditioned(self.adaLN_modulation, c)
         if pending is None and tables is None and attn_mask is None:
             made = self._whole(x, modulation)
             if made is not None:

@@ -337,12 +337,13 @@ def _sample_bwd(forward: Sample, missing: str = "") -> Sample:
 
 
 def samples_bwd() -> Iterable[Sample]:
-    """As above, and more rows than are added up at a time."""
+    """As above, and more rows than are added up at a time, also wider than is packed at a time."""
     for sample in samples():
         yield _sample_bwd(sample)
     for missing in ("x", "weight", "bias"):
         yield _sample_bwd(_sample((2, 9), 18, 35, "silu"), missing)
     yield _sample_bwd(_sample((2300,), 5, 66, "gelu_tanh"))
+    yield _sample_bwd(_sample((1100,), 3, 1160))
 
 
 OP = register(
