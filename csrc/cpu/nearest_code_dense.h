@@ -9,6 +9,7 @@ struct Dense {
   static constexpr int64_t max_block_rows = 192 / tile_rows * tile_rows;
   RowScreen<T> screen;
   int64_t block_rows;
+  int64_t ahead = 0;  // rows from this block to the next, which are brought nearer
   Tile* tiles = nullptr;      // [block_rows / tile_rows]
   int16_t* packed = nullptr;  // [block_rows][depth]
   int32_t* order = nullptr;   // [block_rows]
@@ -71,8 +72,10 @@ struct Dense {
     }
     for (int64_t c = 0; c < screen.codebook.num_chunks; ++c) {
       const d8 offset = d8{} - screen.codebook.chunks[c].reference;
-      for (int64_t t = 0; t < count; ++t)
+      for (int64_t t = 0; t < count; ++t) {
+        if (c == 0) fetch(begin + ahead + t * tile_rows);
         screen.screen(tiles[t], begin, packed + t * tile_rows * depth, c, offset);
+      }
     }
     for (int64_t t = 0; t < count; ++t) {
       const int64_t certain = screen.unscreened(tiles[t]) * screen.args.codes.count;
@@ -80,6 +83,15 @@ struct Dense {
       compared += screen.resolve(tiles[t], begin, packed + t * tile_rows * screen.depth);
     }
     return true;
+  }
+
+  // Brings a tile's rows into the second-level cache.
+  void fetch(int64_t first) const {
+    const Rows& x = screen.args.x;
+    if (first + tile_rows > x.count || x.dims != 1) return;
+    for (int64_t r = first; r < first + tile_rows; ++r)
+      for (int64_t at = 0; at < x.width * x.step && at < 1024; at += 64)
+        __builtin_prefetch(x.row(r) + at, 0, 2);
   }
 
   // Whether comparing codes in float64 costs more than the screening of all of them.

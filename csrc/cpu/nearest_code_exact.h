@@ -12,11 +12,28 @@ namespace mmfast::MMFAST_ISA {
 
 constexpr double unit_roundoff = 0x1p-53;
 
+// The sums of two.
+MMFAST_INLINE void vsums(vf a, vf b, float* sums) {
+#if defined(__AVX512F__)
+  const auto half = [](vf v) __attribute__((always_inline)) {
+    const __m512 w = (__m512)v;
+    return _mm256_add_ps(_mm512_castps512_ps256(w), _mm512_extractf32x8_ps(w, 1));
+  };
+  const __m256 p = half(a), q = half(b);
+  const __m256 pairs = _mm256_add_ps(_mm256_unpacklo_ps(p, q), _mm256_unpackhi_ps(p, q));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+  _mm_storel_pi((__m64*)sums, _mm_add_ps(four, _mm_movehl_ps(four, four)));
+#else
+  sums[0] = vsum(a);
+  sums[1] = vsum(b);
+#endif
+}
+
 // A row under comparison, and the nearest code so far. `value` is the metric, smaller is nearer.
 template <class T>
 struct Nearest {
-  const T* x;
-  double norm;  // of x, for cosine and dot
+  const T* x = nullptr;
+  double norm = 0;  // of x, for cosine and dot
   int64_t index = -1;
   double value = std::numeric_limits<double>::infinity();
   double defined = 0;  // the definition's value of `index`, once needed
@@ -121,6 +138,29 @@ struct Exact {
     float total = vsum(total0 + total1);
     for (; d < width; ++d) total += (x[d] - c[d]) * (x[d] - c[d]);
     return total > 1e-30f && total < 1e37f ? total : -1;
+  }
+
+  // The same of two codes, which share what is read of x, and without the check.
+  void rough(const float* x, const float* c0, const float* c1, float* distances) const {
+    vf total[2][2]{};
+    int64_t d = 0;
+    const auto take = [&](int i) __attribute__((always_inline)) {
+      const vf v = load<vf>(x + d);
+      const vf a = v - load<vf>(c0 + d), b = v - load<vf>(c1 + d);
+      total[0][i] = fma(a, a, total[0][i]);
+      total[1][i] = fma(b, b, total[1][i]);
+      d += lanes;
+    };
+    while (d + 2 * lanes <= width) {
+      take(0);
+      take(1);
+    }
+    if (d + lanes <= width) take(0);
+    vsums(total[0][0] + total[0][1], total[1][0] + total[1][1], distances);
+    for (; d < width; ++d) {
+      distances[0] += (x[d] - c0[d]) * (x[d] - c0[d]);
+      distances[1] += (x[d] - c1[d]) * (x[d] - c1[d]);
+    }
   }
 
   double rough_error() const { return (double)(width + 16) * 0x1p-23; }

@@ -30,6 +30,7 @@ struct Blocks {
   const Exact<T>& exact;
   const Codes& codes;
   int64_t block_rows;
+  int64_t ahead = 0;  // from a block to the one that its thread probably takes next
   bool stay = true;  // however hard the rows are
   std::atomic<int64_t> next;
   std::atomic<int64_t> refused;  // the first row that was too hard, or the number of rows
@@ -46,6 +47,7 @@ struct Blocks {
 
   void work() {
     Method method(args, exact, codes, block_rows);
+    if constexpr (requires { method.ahead; }) method.ahead = ahead;
     if (!method.allocate()) {
       failed = true;
       return;
@@ -65,6 +67,7 @@ struct Blocks {
   bool run(const Parallel& parallel) {
     const int64_t blocks = (args.x.count - next + block_rows - 1) / block_rows;
     const int64_t threads = blocks < parallel.threads ? blocks : parallel.threads;
+    ahead = threads * block_rows;
     if (threads == 1)
       work();
     else

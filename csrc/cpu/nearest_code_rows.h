@@ -35,16 +35,21 @@ struct RowScreen : Survivors<T> {
   void start(Tile& tile, int64_t begin, const int32_t* rows, int64_t n, const double* squares,
              const double* peaks, int16_t* packed) const {
     tile.lower = d8{} - infinity;
-    d8 square{}, error{}, bias{};
+    d8 error{}, bias{};
     for (int r = 0; r < tile_rows; ++r) {
       tile.rows[r] = r < n ? rows[r] : -1;
       tile.count[r] = 0;
       tile.exact[r] = false;
       if (r >= n) continue;
       tile.exact[r] = !(squares[rows[r]] < 1e280);
-      square[r] = tile.exact[r] ? 0 : squares[rows[r]];
     }
-    tile.norm = sqrt(square) * inflation;
+    // Not written by element, for which the vector's load would stall.
+    const auto square = [&](int r) __attribute__((always_inline)) {
+      return r < n && r < tile_rows && !tile.exact[r] ? squares[rows[r]] : 0.0;
+    };
+    tile.norm = sqrt(d8{square(0), square(1), square(2), square(3), square(4), square(5), square(6),
+                        square(7)}) *
+                inflation;
     double highest = 0;
     for (int r = 0; r < tile_rows; ++r) highest = tile.norm[r] > highest ? tile.norm[r] : highest;
     double peak = highest;
@@ -135,8 +140,10 @@ struct RowScreen : Survivors<T> {
           wholes += whole;
           store(out + d, low_bytes((vi)shifted));
         }
-        rest = vsum(error);
-        total = vsum(wholes);
+        float sums[2];
+        vsums(error, wholes, sums);
+        rest = sums[0];
+        total = sums[1];
       }
     }
     for (; d < width; ++d) {
@@ -167,49 +174,62 @@ struct RowScreen : Survivors<T> {
                              : (2.0 * chunk.id_mask + 256) * per_unit + 0x1p-23 * chunk.half_range;
     if (bytes) offset -= tile.bias * per_unit;
     const d8 bound = error_bound(tile, chunk, d8{} + noise);
-    // Stored as a whole and read by element: the other way round would stall.
-    alignas(64) double offsets[8], bounds[8], lowers[8];
-    store(offsets, offset);
-    store(bounds, bound);
-    store(lowers, tile.lower);
+    // Stored as a whole and read by element; the other way round stalls, so for all rows at once.
+    alignas(64) double lowers[8], uppers[8];
+    alignas(32) int32_t thresholds[8], most[8]{};
+    const d8 below = offset + bound;
+    store(thresholds, smallest((tile.lower - below) * unit));
+    uint32_t rows_left = 0;
     for (int r = 0; r < tile_rows; ++r) {
-      const vi threshold = vset(smallest(lowers[r] - offsets[r] - bounds[r], unit));
-      if (vge(vload(best[r]), threshold) && tile.screened(r))
-        lowers[r] = collect(tile, begin, r, i, unit, offsets[r], bounds[r], lowers[r], best[r],
-                            second[r]);
+      const vi top = vload(best[r]);
+      if (!vge(top, vset(thresholds[r])) || !tile.screened(r)) continue;
+      most[r] = vhmax(top);
+      rows_left |= 1u << r;
     }
-    tile.lower = load<d8>(lowers);
+    if (!rows_left) return;
+    const d8 reached = __builtin_convertvector(load<i32x8>(most), d8) * per_unit + (offset - bound);
+    const d8 lower = reached > tile.lower ? reached : tile.lower;
+    store(lowers, lower);
+    store(uppers, below);
+    store(thresholds, smallest((lower - below) * unit));
+    alignas(64) double kept[8];
+    store(kept, tile.lower);
+    for (; rows_left; rows_left &= rows_left - 1) {
+      const int r = __builtin_ctz(rows_left);
+      kept[r] = lowers[r];
+      collect(tile, begin, r, i, per_unit, uppers[r], kept[r], vset(thresholds[r]), best[r],
+              second[r]);
+    }
+    tile.lower = load<d8>(kept);
   }
 
-  // The smallest integer that a score of at least `score` can have.
-  static int32_t smallest(double score, double unit) {
-    const double limit = score * unit - 2;
-    return limit < -2147483648.0 ? INT32_MIN : limit > 2147483647.0 ? INT32_MAX : (int32_t)limit;
+  // The smallest integers that scores of at least `scores` can have.
+  static i32x8 smallest(d8 scores) {
+    const d8 low = d8{} - 2147483648.0, high = d8{} + 2147483647.0;
+    scores -= 2;
+    scores = scores < low ? low : scores;
+    return __builtin_convertvector(scores > high ? high : scores, i32x8);
   }
 
-  // Adds the row's candidates in chunk i; returns what its best score now is at least.
-  double collect(Tile& tile, int64_t begin, int r, int64_t i, double unit, double offset,
-                 double bound, double lower, const int32_t* best, const int32_t* second) const {
+  // Adds the row's candidates in chunk i, whose scores are from threshold on.
+  // upper: what makes the bound of a score.
+  void collect(Tile& tile, int64_t begin, int r, int64_t i, double per_unit, double upper,
+               double& lower, vi threshold, const int32_t* best, const int32_t* second) const {
     const Chunk& chunk = codebook.chunks[i];
-    const double per_unit = 1 / unit;
-    const vi top = vload(best);
-    const double reached = vhmax(top) * per_unit + offset - bound;
-    lower = reached > lower ? reached : lower;
-    const vi threshold = vset(smallest(lower - offset - bound, unit));
-    for (uint32_t left = vge(top, threshold); left; left &= left - 1) {
+    const int32_t padding = INT32_MIN + chunk.id_mask;
+    for (uint32_t left = vge(vload(best), threshold); left; left &= left - 1) {
       const int lane = __builtin_ctz(left);
+      if (best[lane] <= padding) continue;
       const int64_t at = chunk.first_tile + (best[lane] & chunk.id_mask);
-      if (codebook.order[at * tile_codes + lane] < 0) continue;
-      add(tile, begin, r, lower,
-          {best[lane] * per_unit + offset + bound, (int32_t)(at * lanes + lane), 0});
+      add(tile, begin, r, lower, {best[lane] * per_unit + upper, (int32_t)(at * lanes + lane), 0});
       prefetch(at * tile_codes + lane);
     }
-    if (vge(vload(second), threshold)) {
-      const int32_t most = vhmax(vload(second));
-      if (most > INT32_MIN + chunk.id_mask)
-        add(tile, begin, r, lower, {most * per_unit + offset + bound, (int32_t)(-1 - i), most});
-    }
-    return lower;
+    const uint32_t again = vge(vload(second), threshold);
+    if (!again) return;
+    const int32_t most = vhmax(vload(second));
+    if (most > padding)
+      add(tile, begin, r, lower,
+          {most * per_unit + upper, (int32_t)(-1 - i), this->by_lane ? (int32_t)again : most});
   }
 
   // Decides the tile's rows, whose rounded numbers are `rows`; returns how many codes were
@@ -225,9 +245,16 @@ struct RowScreen : Survivors<T> {
   int64_t rescreen(typename Base::Contest& contest, const int16_t* row, double scale, double lower,
                    const Candidate& candidate) const {
     const Chunk& chunk = codebook.chunks[-1 - candidate.where];
+    if (this->by_lane) {
+      int64_t codes = 0;
+      for (uint32_t left = (uint32_t)candidate.whole; left; left &= left - 1)
+        for (int64_t t = chunk.first_tile; t < chunk.first_tile + chunk.tiles; ++t)
+          codes += this->enter(contest, t * lanes + __builtin_ctz(left));
+      return codes;
+    }
     const double unit = scale * chunk.scale;
     const double base = candidate.upper - candidate.whole * (1 / unit);
-    const int32_t threshold = smallest(lower - base, unit);
+    const int32_t threshold = smallest(d8{} + (lower - base) * unit)[0];
     int64_t codes = 0;
     for (int64_t t = chunk.first_tile; t < chunk.first_tile + chunk.tiles; ++t) {
       uint32_t hits[tile_vectors];

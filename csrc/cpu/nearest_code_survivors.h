@@ -18,7 +18,8 @@ constexpr double infinity = std::numeric_limits<double>::infinity();
 struct Candidate {
   double upper;   // bound of the score
   int32_t where;  // tile * lanes + lane; or -1 - chunk, to look through that chunk
-  int32_t whole;  // in that case, the integer score that upper is made of
+  // In that case, the integer score that upper is made of; or, by_lane, the lanes to look through.
+  int32_t whole;
 };
 
 // Rows that are screened together.
@@ -45,8 +46,11 @@ struct Survivors {
   const int64_t width, depth;
   const bool far;          // the codes are not in the second-level cache
   const bool rough;        // there are so many candidates that float32 distances come first
+  const bool in_place;     // float32 distances can read the codes where they are
+  const bool by_lane;      // looking again through a chunk's lanes by float32 distances is cheap
+  const float share;       // of a distance in float32, that is still more than a nearer code's: out
   const double inflation;  // covers the rounding of the float32 sums of D squares
-  T* x = nullptr;          // [D]
+  T* x = nullptr;          // [8][D], a tile's rows
   T* c = nullptr;          // [D]
 
   Survivors(const NearestCodeArgs& a, const Exact<T>& e, const Codebook<T>& b)
@@ -57,6 +61,9 @@ struct Survivors {
         depth(b.depth),
         far(b.args.codes.count * b.width * b.args.codes.step > 1 << 19),
         rough(sizeof(T) == 4 && b.form == Form::bytes && a.metric == Metric::euclidean),
+        in_place(rough && contiguous(a.codes)),
+        by_lane(in_place && !far),
+        share((float)(1 - 2 * e.rough_error() - 0x1p-22)),
         inflation(inflate + (double)b.width * 0x1p-27) {}
   Survivors(const Survivors&) = delete;
   ~Survivors() {
@@ -64,8 +71,18 @@ struct Survivors {
     std::free(c);
   }
 
+  static bool contiguous(const Rows& rows) {
+    return rows.dims == 1 && rows.dtype == Dtype::float32 && rows.step == 4;
+  }
+
+  // Like read_row, whose call costs something where numbers are in place.
+  static const T* row_of(const Rows& rows, int64_t i, T* buffer) {
+    if (sizeof(T) == 4 && contiguous(rows)) return (const T*)(rows.data + i * rows.strides[0]);
+    return read_row<T>(rows, i, buffer);
+  }
+
   bool allocate() {
-    x = (T*)std::malloc((size_t)width * sizeof(T));
+    x = (T*)std::malloc((size_t)width * 8 * sizeof(T));
     c = (T*)std::malloc((size_t)width * sizeof(T));
     return x && c;
   }
@@ -223,34 +240,67 @@ struct Survivors {
     return first;
   }
 
+  static float distance_of(uint64_t key) {
+    const uint32_t bits = (uint32_t)(key >> 32);
+    float distance;
+    std::memcpy(&distance, &bits, 4);
+    return distance;
+  }
+
   // Codes that compete for a row: of most, float32 shows that they lose.
   struct Contest {
     static constexpr int most = 2 * capacity;
+    static constexpr uint64_t none = (uint64_t)0x7F800000 << 32;  // infinitely far
     Nearest<T> best;  // of those compared in float64
     int count = 0;    // of those that may have to be
-    float nearest = std::numeric_limits<float>::infinity();  // distance of any
+    uint64_t first = none, next = none;  // the two nearest of these: distance, then code
     int32_t codes[most];
     float distances[most];
 
+    Contest() {}
+    float nearest() const { return distance_of(first); }
     explicit Contest(Nearest<T> start) : best(start) {}
   };
 
   void enter_code(Contest& contest, int32_t k) const {
     if constexpr (sizeof(T) == 4)
-      if (rough) {
-        if (contest.count == Contest::most) decide(contest);
-        const float distance = exact.rough(contest.best.x, read_row<T>(args.codes, k, c));
-        if (distance >= 0 && distance < contest.nearest) contest.nearest = distance;
-        contest.codes[contest.count] = k;
-        contest.distances[contest.count++] = distance;
-        return;
-      }
+      if (rough)
+        return enter_distance(contest, k,
+                              exact.rough(contest.best.x, read_row<T>(args.codes, k, c)));
     exact.consider(contest.best, k, c);
   }
 
+  __attribute__((always_inline)) void enter_distance(Contest& contest, int32_t k,
+                                                     float distance) const {
+    if (contest.count == Contest::most) decide(contest);
+    contest.codes[contest.count] = k;
+    contest.distances[contest.count++] = distance;
+    if (!(distance > 1e-30f && distance < 1e37f)) {
+      contest.next = 0;
+      return;
+    }
+    // Positive numbers are in the order of their bits; minima need no branches, which could not be
+    // predicted.
+    uint32_t bits;
+    std::memcpy(&bits, &distance, 4);
+    const uint64_t key = (uint64_t)bits << 32 | (uint32_t)k;
+    const uint64_t farther = key > contest.first ? key : contest.first;
+    contest.first = key < contest.first ? key : contest.first;
+    contest.next = farther < contest.next ? farther : contest.next;
+  }
+
   // The codes of a lane of a tile.
-  int64_t enter(Contest& contest, int64_t where) const {
+  __attribute__((always_inline)) int64_t enter(Contest& contest, int64_t where) const {
     const int32_t* codes = codebook.order + where / lanes * tile_codes + where % lanes;
+    if constexpr (sizeof(T) == 4 && tile_vectors == 2)
+      if (in_place && codes[lanes] >= 0) {
+        float distances[2];
+        exact.rough(contest.best.x, row_of(args.codes, codes[0], c),
+                    row_of(args.codes, codes[lanes], c), distances);
+        enter_distance(contest, codes[0], distances[0]);
+        enter_distance(contest, codes[lanes], distances[1]);
+        return tile_vectors;
+      }
 #pragma GCC unroll 8
     for (int64_t v = 0; v < tile_vectors; ++v)
       if (codes[v * lanes] >= 0) enter_code(contest, codes[v * lanes]);
@@ -259,19 +309,29 @@ struct Survivors {
 
   void decide(Contest& contest) const {
     if (contest.count == 0) return;
-    const double error = exact.rough_error(), limit = contest.nearest * (1 + error);
+    const float nearest = contest.nearest();
+    if (distance_of(contest.next) * share > nearest && contest.best.index < 0) {
+      exact.consider(contest.best, (int32_t)contest.first, c);
+      contest.count = 0;
+      return;
+    }
+    const double error = exact.rough_error(), limit = nearest * (1 + error);
     for (int j = 0; j < contest.count; ++j)
-      if (contest.distances[j] * (1 - error) <= limit)
+      if (!(contest.distances[j] * (1 - error) > limit))
         exact.consider(contest.best, contest.codes[j], c);
     contest.count = 0;
   }
 
   // What the best score is at least, knowing the contest so far. norm: upper bound of |x|.
   double better(double lower, double norm, const Contest& contest) const {
+    const double value = rough ? contest.nearest() : contest.best.value;
+    return better(d8{} + lower, d8{} + norm, d8{} + value)[0];
+  }
+
+  d8 better(d8 lower, d8 norm, d8 value) const {
     const double storage = sizeof(T) == 4 ? 0x1p-23 : 0x1p-49, terms = (double)(width + 16);
-    const double lost = norm * norm * (2 * (inflation - 1) + terms * storage);
-    const double value = rough ? contest.nearest : contest.best.value;
-    const double reached = (norm * norm - lost - value * (1 + terms * storage)) / 2;
+    const d8 lost = norm * norm * (2 * (inflation - 1) + terms * storage);
+    const d8 reached = (norm * norm - lost - value * (1 + terms * storage)) / 2;
     return reached > lower ? reached : lower;
   }
 
@@ -304,32 +364,62 @@ struct Survivors {
   template <int size, class Rescreen>
   int64_t resolve(TileOf<size>& tile, int64_t begin, const Rescreen& rescreen) const {
     int64_t codes = 0;
+    Contest contests[size];
+    alignas(64) double lowers[8];
+    int counts[size];
+    store(lowers, tile.lower);
+    // Each step is taken for all rows, so that none waits for what another's branches depend on.
     for (int r = 0; r < size; ++r) {
+      counts[r] = 0;
       if (tile.rows[r] < 0) continue;
       const int64_t row = begin + tile.rows[r];
-      const T* v = read_row<T>(args.x, row, x);
+      const T* v = row_of(args.x, row, x + r * width);
       if (tile.exact[r] || tile.count[r] == 0) {
         exact.scan(row, v, c);
         codes += args.codes.count;
         continue;
       }
-      Contest contest(exact.start(v));
-      double lower = tile.lower[r];
-      Candidate* all = tile.candidates[r];
-      int count = tile.count[r];
+      contests[r].best = exact.start(v);
       // The most promising first: what it reaches is more than screening could promise.
+      Candidate* all = tile.candidates[r];
       const int first = most_promising(tile, r);
-      if (all[first].where >= 0) {
-        codes += enter(contest, all[first].where);
-        if (euclidean() && count > 1) lower = better(lower, tile.norm[r], contest);
-        all[first] = all[--count];
+      counts[r] = tile.count[r];
+      if (all[first].where < 0) continue;
+      codes += enter(contests[r], all[first].where);
+      all[first] = all[--counts[r]];
+    }
+    if (euclidean()) {
+      const auto value = [&](int r) __attribute__((always_inline)) {
+        return r >= size ? 0.0 : rough ? contests[r].nearest() : contests[r].best.value;
+      };
+      const d8 values{value(0), value(1), value(2), value(3), value(4), value(5), value(6), value(7)};
+      store(lowers, better(tile.lower, tile.norm, values));
+    }
+    // Which of the others can be nearer is not predictable either.
+    struct {
+      int32_t where, row;
+    } others[size * capacity];
+    int left = 0;
+    bool again = false;
+    for (int r = 0; r < size; ++r)
+      for (int j = 0; j < counts[r]; ++j) {
+        const Candidate& candidate = tile.candidates[r][j];
+        others[left] = {candidate.where, r};
+        const bool open = candidate.upper >= lowers[r];
+        left += open & (candidate.where >= 0);
+        again |= open & (candidate.where < 0);
       }
-      for (int j = 0; j < count; ++j)
-        if (all[j].where >= 0 && all[j].upper >= lower) codes += enter(contest, all[j].where);
-      for (int j = 0; j < count; ++j)
-        if (all[j].where < 0 && all[j].upper >= lower) codes += rescreen(contest, r, lower, all[j]);
-      decide(contest);
-      exact.write(row, contest.best);
+    for (int j = 0; j < left; ++j) codes += enter(contests[others[j].row], others[j].where);
+    for (int r = 0; again && r < size; ++r)
+      for (int j = 0; j < counts[r]; ++j) {
+        const Candidate& candidate = tile.candidates[r][j];
+        if (candidate.where < 0 && candidate.upper >= lowers[r])
+          codes += rescreen(contests[r], r, lowers[r], candidate);
+      }
+    for (int r = 0; r < size; ++r) {
+      if (!contests[r].best.x) continue;
+      decide(contests[r]);
+      exact.write(begin + tile.rows[r], contests[r].best);
     }
     return codes;
   }
