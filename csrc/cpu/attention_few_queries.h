@@ -20,7 +20,7 @@ struct FewQueries {
   const bool scales, drops;
   const int64_t batch, key_head, count;
   const QueryRow* rows;  // [count]
-  // Memory: room for (E + Ev) and two vectors, of each query.
+  // In memory of room() numbers:
   T* queries;   // [count][E], in vectors
   T* sums;      // [count][Ev], in vectors
   T largest[most];

@@ -28,7 +28,7 @@ struct AttentionForward {
   using V = typename Kind::V;
   using Element = typename Kind::Element;
   using Few = FewQueries<std::conditional_t<Kind::numbers == 2, Singles, Kind>>;
-  // Pairs are faster where their vectors are half empty.
+  // Rows of a key head, at most, that FewQueries takes. Vectors of pairs pay from five on.
   static constexpr int64_t few = Kind::numbers == 2 ? 4 : Few::most;
   static constexpr int64_t block = attention_block, most_blocks = 4;
   static constexpr int64_t chunk = 4 * block;  // keys
