@@ -155,7 +155,7 @@ def compiling(target: Target) -> Iterator[list[CompiledKernel]]:
 
     def every_configuration(self: Tuned, *args: Any, grid: Any, **constants: Any) -> None:
         for config in self.candidates(constants):
-            self.kernel[grid](*args, **constants, **config.all_kwargs())
+            self.launch(config, args, grid, constants)
 
     driver = triton.runtime.driver
     with (

@@ -129,9 +129,16 @@ class Tuned:
         return functools.partial(self.run, grid=grid)
 
     def run(self, *args: Any, grid: Any, **constants: Any) -> Any:
-        """Launch it."""
-        config = self.forced or self.choose(constants)
-        return self.kernel[grid](*args, **constants, **config.all_kwargs())
+        """Launch it. Arguments that depend on the configuration are functions of all constants."""
+        return self.launch(self.forced or self.choose(constants), args, grid, constants)
+
+    def launch(
+        self, config: triton.Config, args: Sequence[Any], grid: Any, constants: Mapping[str, Any]
+    ) -> Any:
+        """With this configuration."""
+        known = {**constants, **config.kwargs}
+        made = (a(known) if callable(a) else a for a in args)
+        return self.kernel[grid](*made, **constants, **config.all_kwargs())
 
     def key_of(self, constants: Mapping[str, Any]) -> str:
         """What the table calls a problem."""
