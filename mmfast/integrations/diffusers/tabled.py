@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, empty_like
+from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
@@ -21,6 +21,7 @@ from mmfast.checks import check_beside, check_floating
 from mmfast.integrations.diffusers.noised import Noised
 from mmfast.integrations.diffusers.state import Index, Ready, State
 from mmfast.integrations.diffusers.tables.program import Options
+from mmfast.memory import empty_like, new_empty
 from mmfast.ops.dynamic_threshold import dynamic_threshold
 from mmfast.ops.sampler_step import DIRECT, OP, _values, reference
 
@@ -149,13 +150,10 @@ class Tabled(Noised):
         history = None
         if ready.slots:
             history = self._history(state, ready, sample, goes_on)
-        # An argument takes time, even one that changes nothing.
-        dtype = ready.out
-        out = empty_like(sample) if dtype is None else empty_like(sample, dtype=dtype)
+        out = empty_like(sample, ready.out)
         second = None
         if two:
-            dtype = ready.second
-            second = empty_like(sample) if dtype is None else empty_like(sample, dtype=dtype)
+            second = empty_like(sample, ready.second)
         threshold = None
         if ready.threshold is not None:
             ratio, maximum = ready.threshold
@@ -189,7 +187,7 @@ class Tabled(Noised):
     def _history(self, state: State, ready: Ready, sample: Tensor, goes_on: bool) -> Tensor:
         history = state.history
         if not self._remembers:
-            return sample.new_empty((ready.slots, *ready.shape))
+            return new_empty(sample, (ready.slots, *ready.shape))
         if goes_on and history is ready.history and history is not None:
             if state.shown:
                 increment_version(history)
@@ -209,7 +207,7 @@ class Tabled(Noised):
                     f"{tuple(ready.shape)} in {ready.dtype} on {ready.device}: call set_timesteps "
                     "to start new ones"
                 )
-            history = torch.empty(shape, dtype=wide, device=ready.device)
+            history = new_empty(sample, shape, wide)
         state.history = ready.history = history
         if state.shown:
             increment_version(history)
