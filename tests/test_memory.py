@@ -164,7 +164,7 @@ def test_a_forked_process_has_memory_of_its_own():
     assert torch.equal(kept, expected)
 
 
-@pytest.mark.parametrize("mib, kept", [(0, False), (1, False), (64, True)])
+@pytest.mark.parametrize(("mib", "kept"), [(0, False), (1, False), (64, True)])
 def test_the_environment_says_how_much_is_kept(mib, kept):
     program = (
         "import mmfast\n"

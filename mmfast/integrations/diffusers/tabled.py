@@ -61,8 +61,8 @@ class Tabled(Noised):
         """At most so many earlier steps are counted."""
         return int(self.config.solver_order)
 
-    def _past(self) -> list[Tensor] | None:
-        """What the last steps pushed, oldest first; None while there is nothing to go on with."""
+    def _pushed(self) -> list[int] | None:
+        """Slots of what the last steps pushed, oldest first; None with nothing to go on with."""
         state = vars(self).get("_tabled")
         if state is None or type(state.next) is not int or state.next < 0:
             return None
@@ -73,7 +73,12 @@ class Tabled(Noised):
         if not ring or state.history is None:
             return []
         state.shown = True
-        return [state.history[k % ring] for k in range(max(0, made - ring), made)]
+        return [k % ring for k in range(max(0, made - ring), made)]
+
+    def _past(self) -> list[Tensor] | None:
+        """What the last steps pushed, oldest first; None while there is nothing to go on with."""
+        slots = self._pushed()
+        return None if slots is None else [vars(self)["_tabled"].slot(s) for s in slots]
 
     def _pushes(self, made: int) -> int:
         """How many values so many steps have pushed."""
@@ -188,12 +193,14 @@ class Tabled(Noised):
         history = state.history
         if not self._remembers:
             return new_empty(sample, (ready.slots, *ready.shape))
-        if goes_on and history is ready.history and history is not None:
+        if goes_on and history is ready.history and history is not None and not state.resized:
             if state.shown:
                 increment_version(history)
             return history
         shape = (ready.slots, *ready.shape)
         wide = torch.float64 if ready.dtype == torch.float64 else torch.float32
+        if goes_on and state.resized and history is not None and history.device == ready.device:
+            history = self._resized(state, sample)
         if goes_on and history is not None:
             history = history.to(wide)  # outputs in float64 made the sample that too
         fits = history is not None and history.shape == shape and history.dtype == wide
@@ -212,6 +219,26 @@ class Tabled(Noised):
         if state.shown:
             increment_version(history)
         return history
+
+    def _resized(self, state: State, sample: Tensor) -> Tensor:
+        """The history of values in another shape, which must all be the sample's."""
+        assert state.program is not None
+        assert state.history is not None
+        slots = set(self._pushed() or ())
+        if state.program.factors:
+            slots.add(state.program.ring)
+        shapes = {tuple(state.slot(slot).shape) for slot in slots}
+        if shapes != {tuple(sample.shape)}:
+            raise ValueError(
+                f"{type(self).__name__} is in the middle of samples and remembers tensors of "
+                f"{', '.join(map(str, sorted(shapes)))}, got a sample of {tuple(sample.shape)}: "
+                "they must all have its shape"
+            )
+        made = state.history.new_zeros((len(state.history), *sample.shape))
+        for slot in slots:
+            made[slot] = state.slot(slot)
+        state.resized.clear()
+        return made
 
     def _seed(self, sample: Tensor) -> Tensor:
         seed = self._philox
