@@ -3,8 +3,9 @@
 The first write to a page of new memory costs a microsecond for 4 KiB, more than most kernels need
 for it, and the C library hands large pieces back to the system whenever they are freed. Outputs of
 mmfast's C++ kernels from 256 KiB on lie in memory of their own instead, as outputs on a GPU do:
-what is freed serves the next output of about its size. At most 256 MiB that no tensor uses are
-kept, or as many as the environment variable ``MMFAST_KEPT_MIB`` says; 0 keeps nothing.
+what is freed serves the next outputs. Of what no tensor uses at most a 32nd of the machine's memory
+is kept, and at most 1 GiB, or as many MiB as the environment variable ``MMFAST_KEPT_MIB`` says; 0
+keeps nothing.
 """
 
 from __future__ import annotations

@@ -7,17 +7,16 @@
 namespace mmfast {
 
 // From how many bytes on memory is worth keeping.
-constexpr int64_t least_kept = 1 << 18;
+constexpr int64_t least_kept = 256 << 10;
 
-// Memory of at least this many bytes, which starts with a cache line; null when there is none.
+// Memory of at least this many bytes, which starts with a cache line; null where none is kept, or
+// there is no more.
 void* take_memory(int64_t bytes);
-// What take_memory returned, to be kept or given back to the system.
+// What take_memory returned.
 void give_memory(void* memory);
 
 // Gives all that is kept back to the system.
 void release_kept_memory();
 int64_t kept_bytes();
-// At most this many bytes stay kept.
-int64_t most_kept_bytes();
 
 }  // namespace mmfast

@@ -25,13 +25,11 @@ Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef s
   const auto dtype = given.value_or(like.scalar_type());
   int64_t bytes = bytes_of_number(dtype);
   for (const int64_t size : sizes) bytes *= size;
-  if (bytes < least_kept || most_kept_bytes() == 0)
-    return torch::stable::new_empty(like, sizes, dtype);
+  void* memory = bytes < least_kept ? nullptr : take_memory(bytes);
+  if (!memory) return torch::stable::new_empty(like, sizes, dtype);
   std::vector<int64_t> strides(sizes.size());
   for (int64_t d = (int64_t)sizes.size() - 1, stride = 1; d >= 0; stride *= sizes[d--])
     strides[d] = stride;
-  void* memory = take_memory(bytes);
-  STD_TORCH_CHECK(memory, "mmfast: no memory for an output of ", bytes, " bytes");
   return torch::stable::from_blob(memory, sizes, strides, like.device(), dtype, &give_memory);
 }
 
