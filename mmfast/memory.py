@@ -5,7 +5,7 @@ for it, and the C library hands large pieces back to the system whenever they ar
 mmfast's C++ kernels from 256 KiB on lie in memory of their own instead, as outputs on a GPU do:
 what is freed serves the next outputs. Of what no tensor uses at most a 32nd of the machine's memory
 is kept, and at most 1 GiB, or as many MiB as the environment variable ``MMFAST_KEPT_MIB`` says; 0
-keeps nothing.
+keeps nothing. Such an output cannot grow by ``resize_``: its storage is not torch's.
 """
 
 from __future__ import annotations
