@@ -10,6 +10,7 @@
 #include "cpu/past_cache.h"
 #include "cpu/qk_norm_rope.h"
 #include "cpu/qk_norm_rope_paired.h"
+#include "cpu/qk_norm_rope_rows.h"
 #include "cpu/workspace.h"
 
 namespace mmfast::MMFAST_ISA {
@@ -31,6 +32,7 @@ struct QkNormRope {
   const bool layer;
   const bool folded;  // weights are in the tables
   const bool streams;  // what is written goes past the cache
+  const bool whole;    // tokens are taken as rows
   int64_t part_blocks = 1, parts = 0;
   double* sums = nullptr;  // [parts][2][rows_width]
   std::atomic<bool> failed{false};
@@ -47,9 +49,22 @@ struct QkNormRope {
         group(a.across_heads ? a.heads : 1),
         layer(a.norm == Norm::layer),
         folded(R == E && a.weight && !a.bias && !a.across_heads && !a.grad.data),
-        streams(a.past_cache && whole_lines(a)) {}
+        streams(a.past_cache && whole_lines(a)),
+        whole(has_whole_rows(a)) {}
   QkNormRope(const QkNormRope&) = delete;
   ~QkNormRope() { std::free(sums); }
+
+#if defined(__AVX512BF16__)
+  static constexpr bool pairs_in_rows = DTYPE == Dtype::bfloat16;
+#else
+  static constexpr bool pairs_in_rows = false;
+#endif
+  using Rows = WholeRows<QkNormRope, T, DTYPE, pairs_in_rows>;
+
+  static bool has_whole_rows(const QkNormRopeArgs& a) {
+    if constexpr (COUNT == 0) return Rows::possible(a);
+    return false;
+  }
 
   __attribute__((always_inline)) int64_t vectors() const {
     return COUNT ? COUNT : (E + W - 1) / W;
@@ -75,6 +90,7 @@ struct QkNormRope {
     T *to_weight, *to_bias;  // [group][stride], of a block
     T* to_xhat;              // [rows][stride]
     T* pairs;                // [2 stride]: a head and its beginning once more
+    T* copies;               // [3][group stride]: of rows whose heads lie apart
     double* sums;            // of a part
   };
 
@@ -83,7 +99,9 @@ struct QkNormRope {
   bool prepare(Work& work) const {
     const int64_t most = group > together ? group : together;
     const int64_t rows = (most * (int64_t)sizeof(Row) + 63) / 64 * 64 / (int64_t)sizeof(T);
-    const int64_t numbers = rows + (2 * block + 4 * group + most + 3) * stride;
+    const int64_t repeated = whole ? (Rows::most_repeated + stride - 1) / stride : 0;
+    const int64_t tables = 2 * block > 2 * repeated + 2 ? 2 * block : 2 * repeated + 2;
+    const int64_t numbers = rows + (tables + (whole ? 7 : 4) * group + most + 3) * stride;
     T* at = allocate<T>(numbers);
     if (!at) return false;
     // Padding is read, though nothing follows from it.
@@ -96,7 +114,7 @@ struct QkNormRope {
       at += count * stride;
       return taken;
     };
-    work.tables = take(2 * block);
+    work.tables = take(tables);
     work.weight = take(group);
     work.bias = take(group);
     work.swapped = take(1);
@@ -104,6 +122,13 @@ struct QkNormRope {
     work.to_bias = take(group);
     work.to_xhat = take(most);
     work.pairs = take(2);
+    if (whole) {
+      work.copies = take(3 * group);
+      for (int64_t e = 0; e < E * group; ++e)
+        work.weight[e] = args.weight ? ((const T*)args.weight)[e] : 1;
+      Rows::arrange(work.weight, E * group);
+      return true;
+    }
     for (int64_t i = 0; i < group; ++i)
       for (int64_t e = 0; e < E; ++e) {
         work.weight[i * stride + e] = args.weight ? ((const T*)args.weight)[i * E + e] : 1;
@@ -535,6 +560,8 @@ struct QkNormRope {
   }
 
   void run_any(const Work& work, int64_t index) const {
+    if constexpr (COUNT == 0)
+      if (whole) return Rows(*this).run_block(work, index);
     switch (way()) {
       case Way::none: run_block<Way::none>(work, index); return;
       case Way::neighbours: run_block<Way::neighbours>(work, index); return;
@@ -628,6 +655,7 @@ struct QkNormRope {
 template <class T, Dtype DTYPE>
 static bool run_qk_norm_rope(const QkNormRopeArgs& q, const QkNormRopeArgs* k,
                              const Parallel& parallel) {
+  if (QkNormRope<T, DTYPE, 0>::has_whole_rows(q)) return QkNormRope<T, DTYPE, 0>::run(q, k, parallel);
   // E = 64, 65 to 80, 96 and 128 with the widest vectors.
   switch ((q.num_dims + native_width<T> - 1) / native_width<T>) {
     case 4: return QkNormRope<T, DTYPE, 4>::run(q, k, parallel);
