@@ -90,18 +90,18 @@ struct QkNormRope {
     T *to_weight, *to_bias;  // [group][stride], of a block
     T* to_xhat;              // [rows][stride]
     T* pairs;                // [2 stride]: a head and its beginning once more
-    T* copies;               // [3][group stride]: of rows whose heads lie apart
+    T* copies;               // [3][group E]: of rows whose heads lie apart
     double* sums;            // of a part
   };
 
   bool sums_rows() const { return args.grad_weight || args.grad_bias; }
 
   bool prepare(Work& work) const {
+    if constexpr (COUNT == 0)
+      if (whole) return Rows(*this).prepare(work);
     const int64_t most = group > together ? group : together;
     const int64_t rows = (most * (int64_t)sizeof(Row) + 63) / 64 * 64 / (int64_t)sizeof(T);
-    const int64_t repeated = whole ? (Rows::most_repeated + stride - 1) / stride : 0;
-    const int64_t tables = 2 * block > 2 * repeated + 2 ? 2 * block : 2 * repeated + 2;
-    const int64_t numbers = rows + (tables + (whole ? 7 : 4) * group + most + 3) * stride;
+    const int64_t numbers = rows + (2 * block + 4 * group + most + 3) * stride;
     T* at = allocate<T>(numbers);
     if (!at) return false;
     // Padding is read, though nothing follows from it.
@@ -114,7 +114,7 @@ struct QkNormRope {
       at += count * stride;
       return taken;
     };
-    work.tables = take(tables);
+    work.tables = take(2 * block);
     work.weight = take(group);
     work.bias = take(group);
     work.swapped = take(1);
@@ -122,13 +122,6 @@ struct QkNormRope {
     work.to_bias = take(group);
     work.to_xhat = take(most);
     work.pairs = take(2);
-    if (whole) {
-      work.copies = take(3 * group);
-      for (int64_t e = 0; e < E * group; ++e)
-        work.weight[e] = args.weight ? ((const T*)args.weight)[e] : 1;
-      Rows::arrange(work.weight, E * group);
-      return true;
-    }
     for (int64_t i = 0; i < group; ++i)
       for (int64_t e = 0; e < E; ++e) {
         work.weight[i * stride + e] = args.weight ? ((const T*)args.weight)[i * E + e] : 1;
@@ -388,9 +381,10 @@ struct QkNormRope {
     for (int64_t i = 0; i < count; ++i) rows[i].inverse = inverses[args.across_heads ? 0 : i];
   }
 
-  // Asks for a part of the row that comes soon, where vector v of this one is.
+  // Asks for a part of the row that comes soon, where vector v of this one is. Into the second cache:
+  // the first would wait for memory with too few lines at a time.
   __attribute__((always_inline)) void ask(const char* next, int64_t v) const {
-    if (COUNT && v * W * size % 64 == 0) __builtin_prefetch(next + v * W * size);
+    if (COUNT && v * W * size % 64 == 0) __builtin_prefetch(next + v * W * size, 0, 2);
   }
 
   template <Way WAY>
@@ -438,6 +432,7 @@ struct QkNormRope {
         if (of_weight) store(row.to_weight + e, fma(mine, xhat, load<V>(row.to_weight + e)));
         if (of_bias) store(row.to_bias + e, load<V>(row.to_bias + e) + mine);
         store(row.to_xhat + e, g * w);
+        ask(row.next, v);
         products[v & 1] = fma(mine_w, xhat, products[v & 1]);
         if (layer) total += mine_w;
       };
@@ -463,7 +458,6 @@ struct QkNormRope {
         V to_x = fma(layer ? x - mean : x, -along, load<V>(row.to_xhat + e));
         if (layer) to_x -= average;
         put(row.out, e, to_x * inverse, streams);
-        ask(row.next, v);
         ask(row.next_grad, v);
       }
     }

@@ -2,7 +2,10 @@
 // numbers follow each other, and a token is one row. Factors of its rotation repeat after as many
 // numbers as whole heads and whole blocks have.
 #pragma once
+#include "cpu/past_cache.h"
+#include "cpu/qk_norm_rope.h"
 #include "cpu/qk_norm_rope_pairs.h"
+#include "cpu/workspace.h"
 
 namespace mmfast::MMFAST_ISA {
 
@@ -39,6 +42,26 @@ struct WholeRows {
            (!PAIRED || a.eps >= 1e-30) && a.num_dims * a.heads % width == 0 &&
            repeats(a) <= most_repeated &&
            (!turns || (!a.half && a.num_dims % 2 == 0 && a.rotary_dim == a.num_dims));
+  }
+
+  bool prepare(Work& work) const {
+    const HeadsView& grad = op.args.grad;
+    const bool copies = !together(op.args.x) || !together(op.args.out) ||
+                        (grad.data && !together(grad));
+    // Whole lines each.
+    const int64_t row = (numbers + 15) / 16 * 16, table = 2 * (repeated * width + op.stride);
+    T* at = allocate<T>(table + (3 + 3 * copies) * row);
+    if (!at) return false;
+    work.memory = work.tables = at;
+    work.weight = at += table;
+    work.to_weight = at += row;
+    work.to_xhat = at += row;
+    work.copies = at += row;
+    const T* weight = (const T*)op.args.weight;
+    for (int64_t e = 0; e < numbers; ++e) work.weight[e] = weight ? weight[e] : 1;
+    arrange(work.weight, numbers);
+    std::memset(work.to_weight, 0, (size_t)numbers * sizeof(T));
+    return true;
   }
 
   // As many numbers as a block has.
@@ -162,7 +185,7 @@ struct WholeRows {
   void forward(const Work& work, const char* x, char* out, const char* next, T inverse,
                bool past_cache) const {
     const T *weight = work.weight, *c = work.tables, *s = c + repeated * width;
-    for_blocks([&](int64_t j, int64_t at) __attribute__((always_inline)) {
+    for_blocks([=](int64_t j, int64_t at) __attribute__((always_inline)) {
       const Block given = read(x + j * width * size), w = load_block(weight + j * width);
       Block n;
       for (int i = 0; i < vectors; ++i) n.v[i] = given.v[i] * w.v[i];
@@ -171,7 +194,7 @@ struct WholeRows {
       else
         for (int i = 0; i < vectors; ++i) n.v[i] = n.v[i] * inverse;
       write(out + j * width * size, n, past_cache);
-      __builtin_prefetch(next + j * width * size);
+      __builtin_prefetch(next + j * width * size, 0, 2);
     });
   }
 
@@ -193,6 +216,7 @@ struct WholeRows {
         if constexpr (OF_WEIGHT) sum.v[i] = fma(g.v[i], given.v[i] * inverse, sum.v[i]);
       }
       store_block(to_xhat + j * width, to);
+      __builtin_prefetch(next + j * width * size, 0, 2);
       if constexpr (OF_WEIGHT) store_block(to_weight + j * width, sum);
     });
     V total = products.v[0];
@@ -205,8 +229,7 @@ struct WholeRows {
       for (int i = 0; i < vectors; ++i)
         made.v[i] = fma(given.v[i], V{} - along, to.v[i]) * inverse;
       write(out + j * width * size, made, past_cache);
-      __builtin_prefetch(next + j * width * size);
-      __builtin_prefetch(next_grad + j * width * size);
+      __builtin_prefetch(next_grad + j * width * size, 0, 2);
     }
   }
 
