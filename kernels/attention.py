@@ -45,7 +45,7 @@ BOTTOM_RIGHT = tl.constexpr(2)
 def span(ptr, batch, rows, longest, KIND: tl.constexpr):
     """Where the sequence of a sample begins, and its length."""
     begin = tl.full([], 0, tl.int64)
-    length = tl.to_tensor(rows).to(tl.int32)
+    length = tl.cast(rows, tl.int32)
     if KIND == LENGTHS:
         number = tl.load(ptr + batch).to(tl.int64)
         length = tl.minimum(tl.maximum(number, 0), rows).to(tl.int32)

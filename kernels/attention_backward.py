@@ -201,7 +201,7 @@ def attention_query_gradient_kernel(
     batch = (place // num_blocks // H).to(tl.int64)
     begin, length = span(q_span_ptr, batch, L, longest_q, Q_KIND)
     rows = first_row + tl.arange(0, BLOCK_M)
-    stored = length if Q_KIND == BEGINS else tl.to_tensor(L)
+    stored = length if Q_KIND == BEGINS else tl.cast(L, tl.int32)
     if first_row < stored:
         stride_ql = multiple(stride_ql, FACTOR)
         stride_gl = multiple(stride_gl, FACTOR)
@@ -437,7 +437,7 @@ def attention_key_gradient_kernel(
     batch = (place // num_blocks // kv_heads).to(tl.int64)
     begin, length = span(k_span_ptr, batch, S, longest_k, K_KIND)
     columns = first_key + tl.arange(0, BLOCK_N)
-    stored = length if K_KIND == BEGINS else tl.to_tensor(S)
+    stored = length if K_KIND == BEGINS else tl.cast(S, tl.int32)
     if first_key < stored:
         stride_ks = multiple(stride_ks, FACTOR)
         stride_vs = multiple(stride_vs, FACTOR)

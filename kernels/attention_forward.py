@@ -206,7 +206,7 @@ def attention_forward_kernel(
     begin, length = span(q_span_ptr, batch, L, longest_q, Q_KIND)
     rows = first_row + tl.arange(0, BLOCK_M)
     # What is stored: of a sequence among others nothing beyond it.
-    stored = length if Q_KIND == BEGINS else tl.to_tensor(L)
+    stored = length if Q_KIND == BEGINS else tl.cast(L, tl.int32)
     if first_row < stored:
         stride_ql = multiple(stride_ql, FACTOR)
         q_ptr += batch * multiple(stride_qb, FACTOR) + head * multiple(stride_qh, FACTOR)
