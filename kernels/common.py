@@ -51,6 +51,17 @@ def at_most(registers: int) -> dict[str, int]:
     return {"maxnreg": registers} if backend == "cuda" else {}
 
 
+def device_kind() -> str:
+    """What devices have in common that share a choice, such as ``"sm_90"`` or ``"gfx942"``."""
+    backend, arch, _ = device_limits(triton.runtime.driver.active.get_current_device())
+    return f"sm_{arch}" if backend == "cuda" else str(arch)
+
+
+def pipelined() -> bool:
+    """Whether a loop's loads can be on their way to shared memory before it is their turn."""
+    return not interpreting() and device_kind().startswith("sm_")
+
+
 def num_threads(number: int) -> dict[str, int]:
     """Launch option: so many threads per program, whatever the device calls a warp."""
     warp = 32 if interpreting() else triton.runtime.driver.active.get_current_target().warp_size
