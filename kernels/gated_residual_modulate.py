@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mmfast.kernels.common import (
     at_most,
+    ceil_div,
     common_multiple,
     device_limits,
     load_used,
@@ -511,7 +512,7 @@ def forward(
     stand_in = x.new_empty(0, dtype=wide)
     sizes = row_sizes(channels, _TILE, _WIDEST)
     sizes["BLOCK_N"] = max(1, sizes["BLOCK_N"])
-    tiles = triton.cdiv(batch * length, sizes["BLOCK_N"])
+    tiles = ceil_div(batch * length, sizes["BLOCK_N"])
     stages, registers = 1, 128
     if sizes["WIDTH"] == sizes["BLOCK_D"]:
         stages = _stages(x, sizes, 2)
@@ -575,7 +576,7 @@ def backward(
     }  # fmt: skip
     weights, biases = views(weight)[0], views(bias)[0]
     each = length // frames
-    parts = triton.cdiv(each, _PART)
+    parts = ceil_div(each, _PART)
     direct = parts == 1
     modulated = needs["TO_GATE"] or needs["TO_SHIFT"] or needs["TO_SCALE"]
     kept = affine or (modulated and not direct)
@@ -594,7 +595,7 @@ def backward(
 
     if norm is not None and sizes["WIDTH"] > sizes["BLOCK_D"]:
         row = x.new_empty(batch, length, 2, dtype=wide)
-        modulation_row_sums_kernel[(triton.cdiv(batch * length, sizes["BLOCK_N"]),)](
+        modulation_row_sums_kernel[(ceil_div(batch * length, sizes["BLOCK_N"]),)](
             given["passed"][0], given["x"][0], means, rstds, given["scale"][0], weights, row,
             batch * length, length, each, channels, *of("passed", "x", "scale"),
             NORM=NORMS[norm], **has, FACTOR=factor, **sizes, **_threads(sizes, x, 8, 128),
@@ -614,7 +615,7 @@ def backward(
         ),
     )  # fmt: skip
     if kept and not direct:
-        blocks = triton.cdiv(channels, _COLUMNS)
+        blocks = ceil_div(channels, _COLUMNS)
         modulation_frame_sums_kernel[(batch * frames * blocks,)](
             part, given["gate"][0], given["scale"][0], weights, biases, *to[2:],
             channels, frames, parts, *of("gate", "scale"),
@@ -623,7 +624,7 @@ def backward(
             FACTOR=factor, BLOCK=_COLUMNS, **num_threads(64),
         )  # fmt: skip
     if affine:
-        modulation_affine_kernel[(triton.cdiv(channels, _COLUMNS),)](
+        modulation_affine_kernel[(ceil_div(channels, _COLUMNS),)](
             part, outputs.get("weight", x), outputs.get("bias", x), channels, batch * frames, parts,
             TO_WEIGHT="weight" in outputs, TO_BIAS="bias" in outputs,
             BLOCK_N=_FRAMES, BLOCK=_COLUMNS, **num_threads(128),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmfast.kernels.common import (
     at_most,
+    ceil_div,
     common_multiple,
     device_kind,
     multiple,
@@ -361,7 +362,7 @@ class _Tables:
         num_dims = q.shape[3]
         half = rotation == "half" and rotary_dim > 0
         rest = num_dims - rotary_dim if half else 0
-        pairs = rotary_dim // 2 if half else triton.cdiv(num_dims, 2)
+        pairs = rotary_dim // 2 if half else ceil_div(num_dims, 2)
         self.eps = eps
         self.sizes: dict[str, Any] = {
             "NORM": norm,
@@ -383,7 +384,7 @@ class _Tables:
             block_n, tiles = triton.next_power_of_2(heads), batch * length
         else:
             block_n = max(1, _TILE // triton.next_power_of_2(block_e))
-            tiles = triton.cdiv(batch * length * heads, block_n)
+            tiles = ceil_div(batch * length * heads, block_n)
         strides = [s for view in (x, *views) for s in view.stride()[:3]]
         threads = 128 * min(max(block_n * block_e // 1024, 1), 4)
         ahead = pipelined() and x.dtype != torch.float64
@@ -466,8 +467,8 @@ def qk_norm_rope_bwd(
             # With which nothing is spilled.
             few = launch["HALF"] and norm == "rms"
             launch |= at_most(128 if launch["num_warps"] > 8 else 80 if few else 104)
-        each = triton.cdiv(tiles, _MOST_PARTS)
-        programs = triton.cdiv(tiles, each)
+        each = ceil_div(tiles, _MOST_PARTS)
+        programs = ceil_div(tiles, each)
         parts = [
             None if row is None else row.new_empty((programs, row.numel()), dtype=tables.wide)
             for row in asked

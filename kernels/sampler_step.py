@@ -7,6 +7,7 @@ Everything is loaded before anything is stored: out may be x, and slots of the h
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from mmfast.kernels.common import (
     add_term,
     at_most,
+    ceil_div,
     common_multiple,
     first_stride,
     load_used,
@@ -33,6 +35,8 @@ from mmfast.schedule.layout import HISTORY, Layout, M, N, P, X, slots_of
 # multiprocessor is without.
 _EACH = 4
 _OPTIONAL = ("unconditional", "noise", "variance", "denoised", "model_input")
+
+_slots_of = functools.cache(slots_of)
 
 _LOW = tl.constexpr(Layout.LOW)
 _HIGH = tl.constexpr(Layout.HIGH)
@@ -293,15 +297,15 @@ def sampler_step(
     given = [out, history, denoised, model_input]
     targets = [None if t is None else lying_together(t, 1 + (t is history)) for t in given]
     strides = [first_stride(t) for t in (*sources, targets[0])]
-    slots = slots_of(table.shape[1])
+    slots = _slots_of(table.shape[1])
     kept = targets[1] if slots else None
     strides += [first_stride(kept), 0 if kept is None else first_stride(kept[0])]
     strides += [first_stride(t) for t in targets[2:]]
     block = 1024 if x.dtype != torch.float64 else 512 if slots <= 4 else 256
     per_sample = seed is not None and seed.dim() > 0 and batch > 1
-    blocks = triton.cdiv(numbers, block)
+    blocks = ceil_div(numbers, block)
     each = max(1, min(_EACH, batch * blocks // num_programs(x.device, 4 * _EACH)))
-    sampler_step_kernel[(batch * triton.cdiv(blocks, each),)](
+    sampler_step_kernel[(batch * ceil_div(blocks, each),)](
         *sources[:3], guidance_scale, None if guidance is None else guidance.contiguous(),
         table.contiguous(), step, sources[3], None if seed is None else seed.contiguous(),
         sources[4], None if threshold is None else threshold.contiguous(), targets[0], kept,
