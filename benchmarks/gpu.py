@@ -34,6 +34,7 @@ STEPS: Mapping[str, Step] = {
             "tests/test_gpu.py",
             "tests/test_ops.py",
             "tests/test_triton.py",
+            "tests/test_triton_hopper.py",
         ),
         150.0,
     ),

@@ -89,6 +89,7 @@ def made_up(**more) -> offline.Compiled:
         "spills": 0,
         "matrix_instructions": {"wgmma.mma_async": 8},
         "loads": {("some.py", 1): collections.Counter({128: 3, 32: 1})},
+        "copies": 0,
         "specialisation": "",
         "assembly": "",
         "binary": b"",
