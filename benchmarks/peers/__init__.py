@@ -86,13 +86,14 @@ def as_many_bytes(index: torch.dtype) -> Peer:
     indices written; z and the gradient read, another one written."""
 
     def make(z: Tensor, gradient: Tensor, *_: Any) -> Callable[[], Any]:
-        def run() -> tuple[Tensor, ...]:
-            return z.clone(), z.new_zeros(z.shape[0], dtype=index), torch.add(z, gradient)
-
-        return run
+        codes, indices, made = z.clone(), z.new_zeros(z.shape[0], dtype=index), z.clone()
+        return lambda: (codes.copy_(z), indices.zero_(), torch.add(z, gradient, out=made))
 
     return Peer(
-        make, cut=False, floor=True, note="a copy, zeros and an addition of the sizes it moves"
+        make,
+        cut=False,
+        floor=True,
+        note="a copy, zeros and an addition of the sizes it moves, into memory that is there",
     )
 
 

@@ -5,8 +5,8 @@
 #include <tuple>
 
 #include "cpu/glue.h"
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -73,9 +73,8 @@ std::tuple<Tensor, Tensor> finite_scalar_quantize(const Tensor& given,
   const std::optional<Tensor> noise = for_rows(given_noise);
   const Spec spec(counts, variant, hard_clamp);
   FiniteScalarQuantizeArgs args = arguments(z, spec, hard_clamp, noise);
-  Tensor quantized = on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim())));
-  Tensor indices =
-      on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim() - 1), ScalarType::Int));
+  Tensor quantized = new_output(z, sizes_of(z, z.dim()));
+  Tensor indices = new_output(z, sizes_of(z, z.dim() - 1), ScalarType::Int);
   args.quantized = (char*)quantized.data_ptr();
   args.indices = (int32_t*)indices.data_ptr();
   STD_TORCH_CHECK(kernels().finite_scalar_quantize(args, parallel()),
@@ -89,7 +88,7 @@ Tensor finite_scalar_quantize_bwd(const Tensor& given_grad, const Tensor& given,
   const Tensor z = mmfast::for_rows(given), grad = mmfast::for_rows(given_grad);
   const std::optional<Tensor> noise = for_rows(given_noise);
   const Spec spec(counts, variant, hard_clamp);
-  Tensor result = on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim())));
+  Tensor result = new_output(z, sizes_of(z, z.dim()));
   FiniteScalarQuantizeBwdArgs args{arguments(z, spec, hard_clamp, noise), rows_of(grad, 0, 0),
                                    (char*)result.data_ptr()};
   STD_TORCH_CHECK(kernels().finite_scalar_quantize_bwd(args, parallel()),

@@ -56,6 +56,7 @@ class State:
         self.history: Tensor | None = None
         self.ready: Ready | None = None
         self.shown = False  # whether views of the history may be known outside
+        self.resized: dict[int, Tensor] = {}  # what takes the place of slots, in another shape
 
     def holds(self, has: dict[str, Any]) -> bool:
         """Whether a scheduler with these attributes is still as it was."""
@@ -67,6 +68,22 @@ class State:
             and watched._version == seen
             and also._version == known
         )
+
+    def slot(self, slot: int) -> Tensor:
+        """What the history has in a slot."""
+        assert self.history is not None
+        found = self.resized.get(slot)
+        return self.history[slot] if found is None else found
+
+    def write(self, slot: int, value: Tensor) -> None:
+        """Put a value into a slot; one of another shape waits for samples of its shape."""
+        assert self.history is not None
+        place = self.history[slot]
+        if value.shape == place.shape:
+            self.resized.pop(slot, None)
+            place.copy_(value)
+        else:
+            self.resized[slot] = value.to(place, copy=True)
 
     def enter(self, scheduler: Any, index: Index, options: Options) -> Program:
         """The program for steps that begin at ``index``."""
@@ -88,6 +105,7 @@ class State:
         if program is not self.program:
             self.coefficients = {}
         self.ready = None
+        self.resized.clear()
         self.program, self.options, self.begin = program, options, begin
         return program
 
