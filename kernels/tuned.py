@@ -150,7 +150,7 @@ class Tuned:
     def choose(self, constants: Mapping[str, Any]) -> triton.Config:
         """By the table, else the first that fits."""
         kind = "interpreter" if interpreting() else device_kind()
-        key = kind, tuple(sorted(constants.items()))
+        key = kind, tuple(constants.items())
         if key not in self._chosen:
             fitting = self.candidates(constants)
             known = self.known(kind, self.key_of(constants))
