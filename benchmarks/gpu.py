@@ -63,6 +63,7 @@ STEPS: Mapping[str, Step] = {
     "tests, memory": _tests("tests/test_gpu.py", "-k", "memory_checker", seconds=60.0, last=True),
     "tests, others": _tests(
         "tests/test_triton.py",
+        "tests/test_triton_hopper.py",
         "tests/test_ops.py",
         "-k",
         "not test_samples and not TestOnTheGpu",

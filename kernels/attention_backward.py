@@ -11,8 +11,6 @@ L x S for each head.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +18,7 @@ from torch import Tensor
 from mmfast.kernels.attention import (
     BEGINS,
     BOTTOM_RIGHT,
+    LENGTHS,
     LOG2_E,
     NOT_CAUSAL,
     Limits,
@@ -32,19 +31,74 @@ from mmfast.kernels.attention import (
     kept,
     limited,
     load_tile,
-    options,
     product,
+    source_of_tiles,
     span,
     store_tile,
+    tile,
 )
 from mmfast.kernels.attention_forward import lse_strides
-from mmfast.kernels.common import dot, multiple, rounded
+from mmfast.kernels.attention_tiles import (
+    facts,
+    key_gradient_configs,
+    precision,
+    query_gradient_configs,
+)
+from mmfast.kernels.common import dot, multiple, rounded, scratch
+from mmfast.kernels.tuned import Tuned
 
 
 @triton.jit
 def _logarithm(b_lse):
     """To the base 2; of rows that attend to nothing such that no probability is left."""
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E)
+
+
+@triton.jit
+def _query_block(
+    acc_1, acc_2, b_q1, b_q2, b_g1, b_g2, b_lse, b_delta, k_1, k_2, v_1, v_2, scores_ptr, stride_ks,
+    stride_vs, start, rows, queries, length, causal_offset, mask_ptr, stride_ml, stride_ms, seed,
+    offset, first, dropout_p, growth, factor,
+    E: tl.constexpr, EV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E1: tl.constexpr,
+    BLOCK_E2: tl.constexpr, BLOCK_V1: tl.constexpr, BLOCK_V2: tl.constexpr, BOUNDED: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, STORE: tl.constexpr,
+    TMA: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of keys."""
+    columns = start + tl.arange(0, BLOCK_N)
+    b_k1 = tile(k_1, start, stride_ks, length, BLOCK_N, 0, BLOCK_E1, E, BOUNDED, TMA)
+    b_k2 = b_k1
+    if BLOCK_E2 > 0:
+        b_k2 = tile(k_2, start, stride_ks, length, BLOCK_N, BLOCK_E1, BLOCK_E2, E, BOUNDED, TMA)
+    b_v1 = tile(v_1, start, stride_vs, length, BLOCK_N, 0, BLOCK_V1, EV, BOUNDED, TMA)
+    b_v2 = b_v1
+    if BLOCK_V2 > 0:
+        b_v2 = tile(v_2, start, stride_vs, length, BLOCK_N, BLOCK_V1, BLOCK_V2, EV, BOUNDED, TMA)
+    b_s = product(b_q1, b_q2, b_k1, b_k2, b_lse.dtype, BLOCK_E2 > 0, PRECISION)
+    if AHEAD:
+        # So that the exponentials can be made meanwhile.
+        b_gp = product(b_g1, b_g2, b_v1, b_v2, b_lse.dtype, BLOCK_V2 > 0, PRECISION)
+    b_s = limited(
+        b_s * factor, rows[:, None], columns[None, :], queries, length, causal_offset,
+        mask_ptr, stride_ml, stride_ms, BOUNDED, CAUSAL, MASK,
+    )  # fmt: skip
+    b_p = tl.exp2(b_s - b_lse[:, None])
+    if not AHEAD:
+        b_gp = product(b_g1, b_g2, b_v1, b_v2, b_lse.dtype, BLOCK_V2 > 0, PRECISION)
+    if DROPOUT:
+        b_gp = growth * kept(
+            b_gp, seed, offset, first, rows[:, None], columns[None, :], length, dropout_p
+        )
+    b_gs = b_p * (b_gp - b_delta[:, None])
+    if STORE:
+        p_scores = scores_ptr + (rows.to(tl.int64)[:, None] * length + columns[None, :])
+        inside = (rows < queries)[:, None] & (columns < length)[None, :]
+        tl.store(p_scores, b_gs, mask=inside)
+    b_gs = rounded(b_gs, b_k1.dtype)
+    acc_1 = dot(b_gs, b_k1, acc_1, PRECISION)
+    if BLOCK_E2 > 0:
+        acc_2 = dot(b_gs, b_k2, acc_2, PRECISION)
+    return acc_1, acc_2
 
 
 @triton.jit
@@ -56,7 +110,8 @@ def _query_gradient(
     FACTOR: tl.constexpr, KIND: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E1: tl.constexpr, BLOCK_E2: tl.constexpr,
     BLOCK_V1: tl.constexpr, BLOCK_V2: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, STORE: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All keys of a stream."""
     stride_ks = multiple(stride_ks, FACTOR)
@@ -67,42 +122,33 @@ def _query_gradient(
     k_ptr += begin * stride_ks
     v_ptr += begin * stride_vs
     causal_offset = 0
+    full = length // BLOCK_N * BLOCK_N
     high = length
     if CAUSAL != NOT_CAUSAL:
         if CAUSAL == BOTTOM_RIGHT:
             causal_offset = length - queries
+        full = tl.maximum(tl.minimum(length, first_row + causal_offset + 1), 0) // BLOCK_N * BLOCK_N
         high = tl.maximum(tl.minimum(length, first_row + BLOCK_M + causal_offset), 0)
+    full = tl.where(first_row < queries, full, 0)
     high = tl.where(first_row < queries, high, 0)
-    for start in tl.range(0, high, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        b_k1 = load_tile(k_ptr, columns, stride_ks, length, 0, BLOCK_E1, E, True)
-        b_k2 = b_k1
-        if BLOCK_E2 > 0:
-            b_k2 = load_tile(k_ptr, columns, stride_ks, length, BLOCK_E1, BLOCK_E2, E, True)
-        b_v1 = load_tile(v_ptr, columns, stride_vs, length, 0, BLOCK_V1, EV, True)
-        b_v2 = b_v1
-        if BLOCK_V2 > 0:
-            b_v2 = load_tile(v_ptr, columns, stride_vs, length, BLOCK_V1, BLOCK_V2, EV, True)
-        b_s = product(b_q1, b_q2, b_k1, b_k2, b_lse.dtype, BLOCK_E2 > 0, PRECISION) * factor
-        b_s = limited(
-            b_s, rows[:, None], columns[None, :], queries, length, causal_offset,
-            mask_ptr, stride_ml, stride_ms, True, CAUSAL, MASK,
-        )  # fmt: skip
-        b_p = tl.exp2(b_s - b_lse[:, None])
-        b_gp = product(b_g1, b_g2, b_v1, b_v2, b_lse.dtype, BLOCK_V2 > 0, PRECISION)
-        if DROPOUT:
-            b_gp = growth * kept(
-                b_gp, seed, offset, first, rows[:, None], columns[None, :], length, dropout_p
-            )
-        b_gs = b_p * (b_gp - b_delta[:, None])
-        if STORE:
-            p_scores = scores_ptr + (rows.to(tl.int64)[:, None] * length + columns[None, :])
-            inside = (rows < queries)[:, None] & (columns < length)[None, :]
-            tl.store(p_scores, b_gs, mask=inside)
-        b_gs = rounded(b_gs, k_ptr.dtype.element_ty)
-        acc_1 = dot(b_gs, b_k1, acc_1, PRECISION)
-        if BLOCK_E2 > 0:
-            acc_2 = dot(b_gs, b_k2, acc_2, PRECISION)
+    k_1 = source_of_tiles(k_ptr, stride_ks, length, BLOCK_N, BLOCK_E1, E, TMA)
+    v_1 = source_of_tiles(v_ptr, stride_vs, length, BLOCK_N, BLOCK_V1, EV, TMA)
+    k_2 = k_1
+    v_2 = v_1
+    if BLOCK_E2 > 0:
+        k_2 = source_of_tiles(k_ptr, stride_ks, length, BLOCK_N, BLOCK_E2, E, TMA)
+    if BLOCK_V2 > 0:
+        v_2 = source_of_tiles(v_ptr, stride_vs, length, BLOCK_N, BLOCK_V2, EV, TMA)
+    # If AHEAD, blocks of keys of which all take part are without a mask.
+    for bounded in tl.static_range(0 if AHEAD else 1, 2):
+        for start in tl.range(full if AHEAD and bounded else 0, high if bounded else full, BLOCK_N):
+            acc_1, acc_2 = _query_block(
+                acc_1, acc_2, b_q1, b_q2, b_g1, b_g2, b_lse, b_delta, k_1, k_2, v_1, v_2,
+                scores_ptr, stride_ks, stride_vs, start, rows, queries, length, causal_offset,
+                mask_ptr, stride_ml, stride_ms, seed, offset, first, dropout_p, growth, factor, E,
+                EV, BLOCK_N, BLOCK_E1, BLOCK_E2, BLOCK_V1, BLOCK_V2, bounded == 1, CAUSAL, MASK,
+                DROPOUT, STORE, TMA, AHEAD, PRECISION,
+            )  # fmt: skip
     return acc_1, acc_2
 
 
@@ -191,6 +237,8 @@ def attention_query_gradient_kernel(
     BLOCK_E2: tl.constexpr,
     BLOCK_V1: tl.constexpr,
     BLOCK_V2: tl.constexpr,
+    TMA: tl.constexpr,  # tiles come by descriptors
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = lse_ptr.dtype.element_ty
@@ -246,7 +294,8 @@ def attention_query_gradient_kernel(
             k_span_ptr, batch, kv_head, first_row, rows, length, S, longest_k, stride_kb, stride_kh,
             stride_ks, stride_vb, stride_vh, stride_vs, mask_ptr, stride_ml, stride_ms, seed,
             offset, first, dropout_p, grown, factor, FACTOR, K_KIND, E, EV, BLOCK_M, BLOCK_N,
-            BLOCK_E1, BLOCK_E2, BLOCK_V1, BLOCK_V2, CAUSAL, MASK, DROPOUT, STORE, PRECISION,
+            BLOCK_E1, BLOCK_E2, BLOCK_V1, BLOCK_V2, CAUSAL, MASK, DROPOUT, STORE, TMA, AHEAD,
+            PRECISION,
         )  # fmt: skip
         if TWO:
             acc_1, acc_2 = _query_gradient(
@@ -254,8 +303,8 @@ def attention_query_gradient_kernel(
                 k2_span_ptr, batch, kv_head, first_row, rows, length, T, T, stride_k2b, stride_k2h,
                 stride_k2s, stride_v2b, stride_v2h, stride_v2s, mask_ptr, stride_ml, stride_ms,
                 seed, offset, first, dropout_p, grown, factor, FACTOR, K2_KIND, E, EV, BLOCK_M,
-                BLOCK_N, BLOCK_E1, BLOCK_E2, BLOCK_V1, BLOCK_V2, CAUSAL, MASK, DROPOUT, False,
-                PRECISION,
+                BLOCK_N, BLOCK_E1, BLOCK_E2, BLOCK_V1, BLOCK_V2, CAUSAL, MASK, DROPOUT, False, TMA,
+                AHEAD, PRECISION,
             )  # fmt: skip
         stride_dl = multiple(stride_dl, FACTOR)
         dq_ptr += batch * multiple(stride_db, FACTOR) + head * multiple(stride_dh, FACTOR)
@@ -270,6 +319,61 @@ def attention_query_gradient_kernel(
 
 
 @triton.jit
+def _key_block(
+    dk_1, dk_2, dv_1, dv_2, b_k1, b_k2, b_v1, b_v2, q_1, q_2, g_1, g_2, p_lse, p_delta, stride_ql,
+    stride_gl, start, columns, num_keys, length_k, length, causal_offset, mask_ptr, stride_ml,
+    stride_ms, seed, offset, first, dropout_p, growth, factor,
+    E: tl.constexpr, EV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E1: tl.constexpr,
+    BLOCK_E2: tl.constexpr, BLOCK_V1: tl.constexpr, BLOCK_V2: tl.constexpr, BOUNDED: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr,
+    AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of queries. Tiles are [keys, queries]."""
+    rows = start + tl.arange(0, BLOCK_M)
+    b_q1 = tile(q_1, start, stride_ql, length, BLOCK_M, 0, BLOCK_E1, E, True, TMA)
+    b_q2 = b_q1
+    if BLOCK_E2 > 0:
+        b_q2 = tile(q_2, start, stride_ql, length, BLOCK_M, BLOCK_E1, BLOCK_E2, E, True, TMA)
+    b_lse = tl.load(p_lse + rows, mask=rows < length, other=float("-inf"))
+    b_delta = tl.load(p_delta + rows, mask=rows < length, other=0.0)
+    b_s = product(b_k1, b_k2, b_q1, b_q2, b_lse.dtype, BLOCK_E2 > 0, PRECISION)
+    if not AHEAD:
+        b_s = limited(
+            b_s * factor, rows[None, :], columns[:, None], length, length_k, causal_offset,
+            mask_ptr, stride_ml, stride_ms, BOUNDED, CAUSAL, MASK,
+        )  # fmt: skip
+        b_p = tl.exp2(b_s - _logarithm(b_lse)[None, :])
+    b_g1 = tile(g_1, start, stride_gl, length, BLOCK_M, 0, BLOCK_V1, EV, True, TMA)
+    b_g2 = b_g1
+    if BLOCK_V2 > 0:
+        b_g2 = tile(g_2, start, stride_gl, length, BLOCK_M, BLOCK_V1, BLOCK_V2, EV, True, TMA)
+    b_gp = product(b_v1, b_v2, b_g1, b_g2, b_lse.dtype, BLOCK_V2 > 0, PRECISION)
+    if AHEAD:
+        # Here, so that the exponentials can be made while that product is.
+        b_s = limited(
+            b_s * factor, rows[None, :], columns[:, None], length, length_k, causal_offset,
+            mask_ptr, stride_ml, stride_ms, BOUNDED, CAUSAL, MASK,
+        )  # fmt: skip
+        b_p = tl.exp2(b_s - _logarithm(b_lse)[None, :])
+    b_left = b_p
+    if DROPOUT:
+        b_one = growth * kept(
+            b_p * 0 + 1, seed, offset, first, rows[None, :], columns[:, None], num_keys, dropout_p
+        )
+        b_left = b_p * b_one
+        b_gp = b_gp * b_one
+    b_left = rounded(b_left, b_g1.dtype)
+    dv_1 = dot(b_left, b_g1, dv_1, PRECISION)
+    if BLOCK_V2 > 0:
+        dv_2 = dot(b_left, b_g2, dv_2, PRECISION)
+    b_gs = rounded(b_p * (b_gp - b_delta[None, :]), b_q1.dtype)
+    dk_1 = dot(b_gs, b_q1, dk_1, PRECISION)
+    if BLOCK_E2 > 0:
+        dk_2 = dot(b_gs, b_q2, dk_2, PRECISION)
+    return dk_1, dk_2, dv_1, dv_2
+
+
+@triton.jit
 def _key_gradient(
     dk_1, dk_2, dv_1, dv_2, b_k1, b_k2, b_v1, b_v2, q_ptr, grad_ptr, lse_ptr, delta_ptr, span_ptr,
     batch, kv_head, first_key, columns, num_keys, length_k, num_queries, longest, H, GROUP,
@@ -278,9 +382,9 @@ def _key_gradient(
     FACTOR: tl.constexpr, KIND: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E1: tl.constexpr, BLOCK_E2: tl.constexpr,
     BLOCK_V1: tl.constexpr, BLOCK_V2: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All queries of a stream, of all heads of the group. Tiles are [keys, queries]."""
+    """All queries of a stream, of all heads of the group."""
     stride_ql = multiple(stride_ql, FACTOR)
     stride_gl = multiple(stride_gl, FACTOR)
     begin, length = span(span_ptr, batch, num_queries, longest, KIND)
@@ -294,6 +398,12 @@ def _key_gradient(
     grad_ptr += batch * multiple(stride_gb, FACTOR) + begin * stride_gl
     place_l = batch * stride_lb + begin
     high = tl.where(first_key < length_k, length, 0)
+    # If AHEAD, only blocks that causality cuts have a mask. What keys beyond the last leave is not
+    # used, and queries beyond it have no probabilities.
+    full = low
+    if CAUSAL != NOT_CAUSAL:
+        full = tl.maximum(first_key + BLOCK_N - 1 - causal_offset + BLOCK_M - 1, 0)
+        full = tl.maximum(tl.minimum(full // BLOCK_M * BLOCK_M, high), low)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         p_q = q_ptr + head * multiple(stride_qh, FACTOR)
@@ -301,41 +411,26 @@ def _key_gradient(
         p_lse = lse_ptr + place_l + head * stride_lh
         p_delta = delta_ptr + place_l + head * stride_lh
         first = (batch * H + head) * num_queries * num_keys
-        for start in tl.range(low, high, BLOCK_M):
-            rows = start + tl.arange(0, BLOCK_M)
-            b_q1 = load_tile(p_q, rows, stride_ql, length, 0, BLOCK_E1, E, True)
-            b_q2 = b_q1
-            if BLOCK_E2 > 0:
-                b_q2 = load_tile(p_q, rows, stride_ql, length, BLOCK_E1, BLOCK_E2, E, True)
-            b_lse = tl.load(p_lse + rows, mask=rows < length, other=float("-inf"))
-            b_delta = tl.load(p_delta + rows, mask=rows < length, other=0.0)
-            b_s = product(b_k1, b_k2, b_q1, b_q2, b_lse.dtype, BLOCK_E2 > 0, PRECISION) * factor
-            b_s = limited(
-                b_s, rows[None, :], columns[:, None], length, length_k, causal_offset,
-                mask_ptr + head * stride_mh, stride_ml, stride_ms, True, CAUSAL, MASK,
-            )  # fmt: skip
-            b_p = tl.exp2(b_s - _logarithm(b_lse)[None, :])
-            b_g1 = load_tile(p_grad, rows, stride_gl, length, 0, BLOCK_V1, EV, True)
-            b_g2 = b_g1
-            if BLOCK_V2 > 0:
-                b_g2 = load_tile(p_grad, rows, stride_gl, length, BLOCK_V1, BLOCK_V2, EV, True)
-            b_gp = product(b_v1, b_v2, b_g1, b_g2, b_lse.dtype, BLOCK_V2 > 0, PRECISION)
-            b_left = b_p
-            if DROPOUT:
-                b_one = growth * kept(
-                    b_p * 0 + 1, seed, offset, first, rows[None, :], columns[:, None], num_keys,
-                    dropout_p,
+        q_1 = source_of_tiles(p_q, stride_ql, length, BLOCK_M, BLOCK_E1, E, TMA)
+        g_1 = source_of_tiles(p_grad, stride_gl, length, BLOCK_M, BLOCK_V1, EV, TMA)
+        q_2 = q_1
+        g_2 = g_1
+        if BLOCK_E2 > 0:
+            q_2 = source_of_tiles(p_q, stride_ql, length, BLOCK_M, BLOCK_E2, E, TMA)
+        if BLOCK_V2 > 0:
+            g_2 = source_of_tiles(p_grad, stride_gl, length, BLOCK_M, BLOCK_V2, EV, TMA)
+        cut: tl.constexpr = CAUSAL != NOT_CAUSAL
+        for whole in tl.static_range(0 if cut or not AHEAD else 1, 2 if AHEAD else 1):
+            for start in tl.range(
+                full if whole else low, high if whole or not AHEAD else full, BLOCK_M
+            ):
+                dk_1, dk_2, dv_1, dv_2 = _key_block(
+                    dk_1, dk_2, dv_1, dv_2, b_k1, b_k2, b_v1, b_v2, q_1, q_2, g_1, g_2, p_lse,
+                    p_delta, stride_ql, stride_gl, start, columns, num_keys, length_k, length,
+                    causal_offset, mask_ptr + head * stride_mh, stride_ml, stride_ms, seed, offset,
+                    first, dropout_p, growth, factor, E, EV, BLOCK_M, BLOCK_E1, BLOCK_E2, BLOCK_V1,
+                    BLOCK_V2, whole == 0, CAUSAL, MASK, DROPOUT, TMA, AHEAD, PRECISION,
                 )  # fmt: skip
-                b_left = b_p * b_one
-                b_gp = b_gp * b_one
-            b_left = rounded(b_left, grad_ptr.dtype.element_ty)
-            dv_1 = dot(b_left, b_g1, dv_1, PRECISION)
-            if BLOCK_V2 > 0:
-                dv_2 = dot(b_left, b_g2, dv_2, PRECISION)
-            b_gs = rounded(b_p * (b_gp - b_delta[None, :]), q_ptr.dtype.element_ty)
-            dk_1 = dot(b_gs, b_q1, dk_1, PRECISION)
-            if BLOCK_E2 > 0:
-                dk_2 = dot(b_gs, b_q2, dk_2, PRECISION)
     return dk_1, dk_2, dv_1, dv_2
 
 
@@ -426,6 +521,8 @@ def attention_key_gradient_kernel(
     BLOCK_E2: tl.constexpr,
     BLOCK_V1: tl.constexpr,
     BLOCK_V2: tl.constexpr,
+    TMA: tl.constexpr,  # tiles come by descriptors
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = lse_ptr.dtype.element_ty
@@ -471,7 +568,7 @@ def attention_key_gradient_kernel(
             stride_qb, stride_qh, stride_ql, stride_gb, stride_gh, stride_gl, stride_lb, stride_lh,
             mask_ptr, stride_mh, stride_ml, stride_ms, seed, offset, dropout_p, grown, factor,
             FACTOR, Q_KIND, E, EV, BLOCK_M, BLOCK_N, BLOCK_E1, BLOCK_E2, BLOCK_V1, BLOCK_V2, CAUSAL,
-            MASK, DROPOUT, PRECISION,
+            MASK, DROPOUT, TMA, AHEAD, PRECISION,
         )  # fmt: skip
         if TWO:
             dk_1, dk_2, dv_1, dv_2 = _key_gradient(
@@ -480,8 +577,14 @@ def attention_key_gradient_kernel(
                 GROUP, stride_q2b, stride_q2h, stride_q2l, stride_g2b, stride_g2h, stride_g2l,
                 stride_l2b, stride_l2h, mask_ptr, stride_mh, stride_ml, stride_ms, seed, offset,
                 dropout_p, grown, factor, FACTOR, Q2_KIND, E, EV, BLOCK_M, BLOCK_N, BLOCK_E1,
-                BLOCK_E2, BLOCK_V1, BLOCK_V2, CAUSAL, MASK, DROPOUT, PRECISION,
+                BLOCK_E2, BLOCK_V1, BLOCK_V2, CAUSAL, MASK, DROPOUT, TMA, AHEAD, PRECISION,
             )  # fmt: skip
+        if AHEAD and K_KIND == LENGTHS:
+            used = (columns < length)[:, None]
+            dk_1 = tl.where(used, dk_1, 0.0)
+            dk_2 = tl.where(used, dk_2, 0.0)
+            dv_1 = tl.where(used, dv_1, 0.0)
+            dv_2 = tl.where(used, dv_2, 0.0)
         stride_dks = multiple(stride_dks, FACTOR)
         stride_dvs = multiple(stride_dvs, FACTOR)
         dk_ptr += batch * multiple(stride_dkb, FACTOR) + kv_head * multiple(stride_dkh, FACTOR)
@@ -500,6 +603,21 @@ def attention_key_gradient_kernel(
         if BLOCK_V2 > 0:
             b_out = rounded(dv_2, out_dtype)
             store_tile(dv_ptr, columns, stride_dvs, stored, b_out, BLOCK_V1, BLOCK_V2, EV)
+
+
+_KEY = ["E", "EV", "MASK", "CAUSAL", "TWO", "BITS", "LONG"]
+query_kernel = Tuned(
+    attention_query_gradient_kernel,
+    [triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False, "AHEAD": False})],
+    _KEY,
+    query_gradient_configs,
+)
+key_kernel = Tuned(
+    attention_key_gradient_kernel,
+    [triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False, "AHEAD": False})],
+    _KEY,
+    key_gradient_configs,
+)
 
 
 def query_gradient(
@@ -525,19 +643,19 @@ def query_gradient(
     (k, v, of_keys), (k2, v2, of_keys2) = streams[0], streams[-1]
     sizes = blocks(width, value_width)
     given, constants = limits.arguments(query)
-    chosen = options(query.dtype, sizes, "query_gradient", constants["MASK"])
-    launch: dict[str, Any] = {**sizes, **chosen, **constants}
     strided = (query, grad_out, out, k, v, k2, v2, grad_query)
-    num_programs = triton.cdiv(tokens.longest, chosen["BLOCK_M"]) * heads * batch
-    attention_query_gradient_kernel[(num_programs,)](
-        query, grad_out, out, k, v, k2, v2, grad_query, lse, delta,
-        delta if grad_scores is None else grad_scores, tokens.pointer(query),
-        of_keys.pointer(query), of_keys2.pointer(query), *given, limits.growth, scale, heads,
-        heads // max(k.shape[1], 1), tokens.rows, of_keys.rows, of_keys2.rows, tokens.longest,
-        of_keys.longest, *(n for t in strided for n in head_strides(t)), *lse_strides(lse),
-        FACTOR=factor_of(*strided), Q_KIND=tokens.kind, K_KIND=of_keys.kind, K2_KIND=of_keys2.kind,
-        TWO=len(keys) > 1, STORE=grad_scores is not None, **launch,
-    )  # fmt: skip
+    with scratch(query.device):
+        query_kernel[lambda meta: (triton.cdiv(tokens.longest, meta["BLOCK_M"]) * heads * batch,)](
+            query, grad_out, out, k, v, k2, v2, grad_query, lse, delta,
+            delta if grad_scores is None else grad_scores, tokens.pointer(query),
+            of_keys.pointer(query), of_keys2.pointer(query), *given, limits.growth, scale, heads,
+            heads // max(k.shape[1], 1), tokens.rows, of_keys.rows, of_keys2.rows, tokens.longest,
+            of_keys.longest, *(n for t in strided for n in head_strides(t)), *lse_strides(lse),
+            FACTOR=factor_of(*strided), Q_KIND=tokens.kind, K_KIND=of_keys.kind,
+            K2_KIND=of_keys2.kind, TWO=len(keys) > 1, STORE=grad_scores is not None,
+            PRECISION=precision(query.dtype), **sizes, **constants,
+            facts=facts(query.dtype, scale, tokens.longest, of_keys.longest, of_keys2.rows),
+        )  # fmt: skip
 
 
 def key_gradient(
@@ -562,16 +680,18 @@ def key_gradient(
     (q, g, lse, delta, of_queries), (q2, g2, lse2, delta2, of_queries2) = streams[0], streams[-1]
     sizes = blocks(width, value_width)
     given, constants = limits.arguments(key)
-    chosen = options(key.dtype, sizes, "key_gradient", constants["MASK"])
-    launch: dict[str, Any] = {**sizes, **chosen, **constants}
     strided = (key, value, q, g, q2, g2, grad_key, grad_value)
-    num_programs = triton.cdiv(tokens.longest, chosen["BLOCK_N"]) * kv_heads * batch
-    attention_key_gradient_kernel[(num_programs,)](
-        key, value, q, g, q2, g2, grad_key, grad_value, lse, delta, lse2, delta2,
-        tokens.pointer(key), of_queries.pointer(key), of_queries2.pointer(key), *given,
-        limits.growth, scale, heads, heads // kv_heads, of_queries.rows, tokens.rows,
-        of_queries2.rows, of_queries.longest, tokens.longest,
-        *(n for t in strided for n in head_strides(t)), *lse_strides(lse), *lse_strides(lse2),
-        FACTOR=factor_of(*strided), K_KIND=tokens.kind, Q_KIND=of_queries.kind,
-        Q2_KIND=of_queries2.kind, TWO=len(queries) > 1, **launch,
-    )  # fmt: skip
+    with scratch(key.device):
+        key_kernel[lambda meta: (triton.cdiv(tokens.longest, meta["BLOCK_N"]) * kv_heads * batch,)](
+            key, value, q, g, q2, g2, grad_key, grad_value, lse, delta, lse2, delta2,
+            tokens.pointer(key), of_queries.pointer(key), of_queries2.pointer(key), *given,
+            limits.growth, scale, heads, heads // kv_heads, of_queries.rows, tokens.rows,
+            of_queries2.rows, of_queries.longest, tokens.longest,
+            *(n for t in strided for n in head_strides(t)), *lse_strides(lse), *lse_strides(lse2),
+            FACTOR=factor_of(*strided), K_KIND=tokens.kind, Q_KIND=of_queries.kind,
+            Q2_KIND=of_queries2.kind, TWO=len(queries) > 1, PRECISION=precision(key.dtype), **sizes,
+            **constants,
+            facts=facts(
+                key.dtype, scale, of_queries.longest, of_queries2.rows, tokens.longest
+            ),
+        )  # fmt: skip

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import _allocation
 
 
 @functools.cache
@@ -42,6 +45,22 @@ def device_limits(index: Any) -> tuple[str, Any, int]:
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(index)
     return target.backend, target.arch, int(properties["max_shared_mem"])
+
+
+@contextlib.contextmanager
+def scratch(device: torch.device) -> Iterator[None]:
+    """Launches inside the block have memory for descriptors that kernels make; Triton has none of
+    its own."""
+    allocator = _allocation._allocator
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    before = allocator.set(allocate)
+    try:
+        yield
+    finally:
+        allocator.reset(before)
 
 
 def at_most(registers: int) -> dict[str, int]:
