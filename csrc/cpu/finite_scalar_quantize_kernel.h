@@ -241,8 +241,9 @@ struct FiniteScalar {
     T last[most_numbers]{}, last_noise[most_numbers]{}, last_out[most_numbers];
     std::memcpy(last, z, (size_t)rest * sizeof(T));
     if (noise) std::memcpy(last_noise, noise + whole * width, (size_t)rest * sizeof(T));
-    const __m512i found = sixteen_rows<false>(quantize, last, noise ? last_noise : nullptr, last_out);
-    _mm512_mask_storeu_epi32(indices + whole, (__mmask16)((1 << (rows - whole)) - 1), found);
+    _mm512_mask_storeu_epi32(
+        indices + whole, (__mmask16)((1 << (rows - whole)) - 1),
+        sixteen_rows<false>(quantize, last, noise ? last_noise : nullptr, last_out));
     std::memcpy(out, last_out, (size_t)rest * sizeof(T));
   }
 

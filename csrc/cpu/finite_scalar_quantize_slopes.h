@@ -1,4 +1,4 @@
-// Slopes of tanh. AVX-512 finds a polynomial for each number near zero by permutations of registers.
+// Slopes of tanh: AVX-512 finds a polynomial for each number near zero by permutations.
 #pragma once
 #include "cpu/finite_scalar_quantize.h"
 #include "cpu/sixteen.h"

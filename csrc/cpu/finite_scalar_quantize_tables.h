@@ -56,7 +56,7 @@ class Halving {
   using I = Sixteen<float>::I;
 
  public:
-  // firsts, middles: [phases][16], the places of level 0, and the thresholds there of the first step.
+  // firsts, middles: [phases][16], places of level 0, and the thresholds there of the first step.
   Halving(const HalvingTables& tables, const int32_t* firsts, const float* middles)
       : firsts_(firsts), middles_(middles) {
     for (int k = 0; k < STEPS - 1; ++k) read(tables.thresholds[k], thresholds_[k]);
@@ -97,7 +97,7 @@ class Halving {
 };
 
 // Indices of sixteen rows at a time. Their places, 16 bits each in as few vectors as hold them, are
-// permuted to pairs of neighbouring dimensions, a row in each lane, which one instruction multiplies
+// permuted to pairs of neighbouring dimensions, a row in each lane; one instruction multiplies them
 // by their bases and adds.
 class RowIndices {
  public:
@@ -145,8 +145,8 @@ class RowIndices {
   bool factored_ = false;  // whether a basis takes more than 15 bits
   uint32_t above_ = 0;
   int32_t bases_[most_words], factors_[most_words];
-  // Where, and in which words, the numbers of a pair of dimensions are; the first of the tables is of
-  // two words together.
+  // Where, and in which words, the numbers of a pair of dimensions are; the first of the tables is
+  // of two words together.
   alignas(64) uint16_t places_[most_words][most_words][32]{};
   uint32_t masks_[most_words][most_words]{};
 

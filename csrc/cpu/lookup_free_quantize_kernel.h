@@ -150,7 +150,7 @@ struct LookupFree {
     std::free(buffer);
   }
 
-  // The first bit of a code is the highest of its index. positive: `all` bits, and 8 bytes to spare.
+  // The first bit of a code is the highest of its index. positive: `all` bits and 8 spare bytes.
   void write_indices(const T* z, const char* positive, int64_t all, int64_t rows,
                      int64_t* indices) const {
     const int64_t codes = rows * args.codebooks;
