@@ -1154,6 +1154,35 @@ def test_copies_and_pickles() -> None:
         assert _error(_run(other), want) == 0
 
 
+def _tau(t: float) -> float:
+    return 1.0 if 200 <= t <= 800 else 0.0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+@pytest.mark.parametrize("name", FILES)
+def test_copies_go_on_with_a_run(name: str, copied: Any) -> None:
+    steps = 8
+    if name == "DPMSolverSinglestepScheduler":
+        steps = 7  # three steps in, a group of two is open
+    options = {"tau_func": _tau} if name == "SASolverScheduler" else {}  # theirs is no global one
+    scheduler = CLASSES[name](**options)
+    scheduler.set_timesteps(steps)
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    for t in scheduler.timesteps[:3]:
+        x = scheduler.step(_model(x), t, x, return_dict=False)[0]
+    other = copied(scheduler)
+    results = []
+    for each in (scheduler, other):
+        torch.manual_seed(0)
+        y = x
+        for t in each.timesteps[3:]:
+            y = each.step(_model(y), t, y, return_dict=False)[0]
+        results.append(y)
+    assert torch.equal(*results)
+    # Where timesteps of the first were, others may lie; the copy goes by its own.
+    assert other._tabled.addresses.keys() != scheduler._tabled.addresses.keys()
+
+
 def test_what_can_not_be_patched() -> None:
     class Own(diffusers.DDPMScheduler):
         pass

@@ -3,7 +3,9 @@
 import copy
 import io
 import multiprocessing
+import os
 import random
+import resource
 import subprocess
 import sys
 import threading
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import mmfast
-from mmfast import backends, memory
+from mmfast import backends, library, memory
 
 pytestmark = [
     pytest.mark.skipif(bool(backends.extension_missing()), reason="needs the extension"),
@@ -78,6 +80,31 @@ def test_empty_cache_leaves_what_is_in_use():
     memory.empty_cache()
     assert memory.kept_bytes() == 0
     assert torch.equal(used, expected)
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_empty_cache_gives_back_what_lies_behind_a_hole():
+    hole, used, guard = _noise(16 * MIB), _noise(16 * MIB), _noise(MIB)
+    del hole
+    memory.empty_cache()
+    del used  # one range with the hole now, and its pages are the last
+    hole = library.new_output(guard, [16 * MIB], torch.float32)
+    before = _resident()
+    memory.empty_cache()
+    assert memory.kept_bytes() == 0
+    assert before - _resident() > 56 * MIB
+    assert hole.data_ptr() < guard.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.complex64, torch.complex128, torch.uint32])
+def test_dtypes_that_no_kernel_writes_are_torchs(dtype):
+    out = memory.empty_like(torch.empty(MIB, dtype=dtype))
+    assert out.dtype == dtype
+    out.untyped_storage().resize_(0)  # kept memory could not
 
 
 def test_outputs_start_with_cache_lines_at_different_places():
@@ -208,6 +235,24 @@ def test_the_environment_says_how_much_is_kept(mib, kept):
     ).stdout
     assert (int(printed) > 0) == kept
     assert int(printed) <= mib * MIB
+
+
+def test_no_addresses_are_reserved_where_they_are_limited():
+    program = (
+        "import mmfast\n"
+        "out = mmfast.randn((1 << 19,), seed=0)\n"
+        "print(out.untyped_storage().resizable())\n"
+    )
+    limit = 1 << 40  # far more than the machine's memory
+    printed = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PATH": ""},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert printed == "True\n"
 
 
 def test_an_amount_that_is_no_number_is_refused():

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -21,8 +22,14 @@ int64_t memory_of_the_machine() { return sysconf(_SC_PHYS_PAGES) * sysconf(_SC_P
 int64_t most_kept() {
   constexpr int64_t mib = 1 << 20;
   const char* given = std::getenv("MMFAST_KEPT_MIB");
-  if (given) return std::max(0ll, std::atoll(given)) * mib;
+  if (given) return std::clamp<int64_t>(std::atoll(given), 0, memory_of_the_machine() / mib) * mib;
   return std::min(memory_of_the_machine() / 32, 1024 * mib);
+}
+
+// Whether the process may have only so many addresses: the arena would take them from others.
+bool addresses_are_limited() {
+  rlimit limit;
+  return getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
 }
 
 // One range of addresses, as large as the machine's memory, of which the lowest that fits is taken:
@@ -30,7 +37,7 @@ int64_t most_kept() {
 class Arena {
  public:
   Arena() : most_(most_kept()) {
-    if (most_ == 0) return;
+    if (most_ == 0 || addresses_are_limited()) return;
     const int64_t size = memory_of_the_machine() / large_page * large_page;
     void* mapped = mmap(nullptr, size + large_page, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -86,14 +93,18 @@ class Arena {
  private:
   struct Range {
     int64_t size;
-    int64_t kept;  // of it, whose pages may be there
+    int64_t kept;  // from its start, whose pages may be there
   };
   using Place = std::map<int64_t, Range>::iterator;
 
   void join(Place first, Place second) {
     if (second == free_.end() || first->first + first->second.size != second->first) return;
-    first->second.size += second->second.size;
-    first->second.kept += second->second.kept;
+    Range& all = first->second;
+    if (second->second.kept) {
+      kept_ += all.size - all.kept;  // what lies between counts as kept: it is given back with them
+      all.kept = all.size + second->second.kept;
+    }
+    all.size += second->second.size;
     free_.erase(second);
   }
 

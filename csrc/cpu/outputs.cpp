@@ -5,6 +5,7 @@
 namespace mmfast {
 namespace {
 
+// 0 for dtypes that no kernel writes.
 int64_t bytes_of_number(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
   switch (dtype) {
@@ -14,7 +15,10 @@ int64_t bytes_of_number(torch::headeronly::ScalarType dtype) {
     case ScalarType::Int: return 4;
     case ScalarType::Half:
     case ScalarType::BFloat16: return 2;
-    default: return 1;
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Bool: return 1;
+    default: return 0;
   }
 }
 
