@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import transformers
 from benchmarks.peers import Peer, needs
 from benchmarks.peers.joint_attention import joined, mask_of
 
@@ -221,6 +222,16 @@ def _product(precision: str, x: Tensor, codebook: Tensor, metric: str) -> Callab
     return run
 
 
+def _by_blocks(make: Callable[..., Callable[[], Any]]) -> Mapping[str, Peer]:
+    """A transformer that is compiled."""
+    peer = Peer(
+        functools.partial(make, transformers.compiled),
+        cut=False,
+        note="the blocks, one after the other; compiling is not timed",
+    )
+    return {"torch.compile": peer}
+
+
 def _bytes(size: int) -> Callable[..., int]:
     return lambda x, codebook, metric: size * math.prod((x.shape[0], codebook.shape[0]))
 
@@ -236,6 +247,8 @@ _PEERS: Mapping[str, Mapping[str, Peer]] = {
         f"concatenated {name}": Peer(_joint(backend), cut=False)
         for name, backend in BACKENDS.items()
     },
+    "dit_eval": _by_blocks(transformers.evaluation),
+    "dit_step": _by_blocks(transformers.step),
     "joint_attention_bwd": {
         f"concatenated {name}": Peer(_joint_backward(backend), cut=False)
         for name, backend in BACKENDS.items()

@@ -26,7 +26,7 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from mmfast.files import replacing
-from mmfast.kernels.common import device_limits, interpreting
+from mmfast.kernels.common import device_kind, interpreting
 
 FILE = Path(__file__).with_name("tuned.json")
 _LAUNCH = ("num_warps", "num_stages")
@@ -76,12 +76,6 @@ def save(table: Table, path: Path = FILE) -> None:
     }
     with replacing(path) as file:
         file.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def device_kind() -> str:
-    """What devices have in common that share a choice, such as ``"sm_90"`` or ``"gfx942"``."""
-    backend, arch, _ = device_limits(triton.runtime.driver.active.get_current_device())
-    return f"sm_{arch}" if backend == "cuda" else str(arch)
 
 
 def source_of(kernel: JITFunction) -> str:

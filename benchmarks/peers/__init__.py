@@ -109,6 +109,16 @@ def traffic(name: str) -> Peer:
     return Peer(make, cut=False, floor=True, note="the same bytes, read twice and written once")
 
 
+def compiled(function: Callable[..., Any], dynamic: bool | None = True) -> Callable[..., Any]:
+    """By torch.compile; on a GPU for the very sizes, without which its reductions are slower."""
+    import torch._dynamo.config as limits
+
+    # One formulation has many sizes and dtypes; beyond the limit it would run as it is.
+    limits.recompile_limit, limits.accumulated_recompile_limit = 256, 4096
+    made: Any = torch.compile(function, dynamic=False if torch.cuda.is_available() else dynamic)
+    return made
+
+
 def written_plainly(plain: Callable[..., Any], **options: Any) -> dict[str, Peer]:
     """``plain`` as it is, and compiled.
 
@@ -118,7 +128,7 @@ def written_plainly(plain: Callable[..., Any], **options: Any) -> dict[str, Peer
     return {
         "plain torch": Peer(lambda *arguments: lambda: plain(*arguments), cut=False, **options),
         "torch.compile": Peer(
-            lambda *arguments: functools.partial(torch.compile(plain, dynamic=True), *arguments),
+            lambda *arguments: functools.partial(compiled(plain), *arguments),
             cut=False,
             note="of the plain formulation; compiling is not timed",
             **options,
