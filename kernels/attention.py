@@ -88,6 +88,19 @@ def source_of_tiles(
 
 
 @triton.jit
+def sources_of_tiles(
+    ptr, stride, length, ROWS: tl.constexpr, BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr,
+    WIDTH: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Of both parts of a head; the first again where there is no second."""
+    first = source_of_tiles(ptr, stride, length, ROWS, BLOCK_1, WIDTH, TMA)
+    second = first
+    if BLOCK_2 > 0:
+        second = source_of_tiles(ptr, stride, length, ROWS, BLOCK_2, WIDTH, TMA)
+    return first, second
+
+
+@triton.jit
 def tile(
     source, start, stride, length, ROWS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, BOUNDED: tl.constexpr, TMA: tl.constexpr,
@@ -103,6 +116,19 @@ def tile(
         if BOUNDED == BOTH:
             rows = tl.where(rows < 0, length, rows)
         return load_tile(source, rows, stride, length, FIRST, BLOCK, WIDTH, BOUNDED)
+
+
+@triton.jit
+def tiles(
+    source_1, source_2, start, stride, length, ROWS: tl.constexpr, BLOCK_1: tl.constexpr,
+    BLOCK_2: tl.constexpr, WIDTH: tl.constexpr, BOUNDED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Of both parts of a head, likewise."""
+    first = tile(source_1, start, stride, length, ROWS, 0, BLOCK_1, WIDTH, BOUNDED, TMA)
+    second = first
+    if BLOCK_2 > 0:
+        second = tile(source_2, start, stride, length, ROWS, BLOCK_1, BLOCK_2, WIDTH, BOUNDED, TMA)
+    return first, second
 
 
 @triton.jit
@@ -151,6 +177,12 @@ def limited(
             allowed = allowed & (columns <= rows + causal_offset)
         b_s = tl.where(allowed, b_s, float("-inf"))
     return b_s
+
+
+@triton.jit
+def logarithm(b_lse):
+    """To the base 2; of rows that attend to nothing such that no probability is left."""
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E)
 
 
 @triton.jit

@@ -29,12 +29,13 @@ from mmfast.kernels.attention import (
     kept,
     limited,
     product,
-    source_of_tiles,
+    sources_of_tiles,
     span,
     store_tile,
     tile,
+    tiles,
 )
-from mmfast.kernels.attention_tiles import facts, forward_configs, precision
+from mmfast.kernels.attention_tiles import KEY, facts, forward_configs, precision
 from mmfast.kernels.common import dot, multiple, rounded, scratch
 from mmfast.kernels.tuned import Tuned
 
@@ -70,12 +71,9 @@ def _block(
     block's are made. ALONE: there are none from a block ``before``.
     """
     columns = start + tl.arange(0, BLOCK_N)
-    b_k1 = tile(k_1, start, stride_ks, num_columns, BLOCK_N, 0, BLOCK_E1, E, BOUNDED, TMA)
-    b_k2 = b_k1
-    if BLOCK_E2 > 0:
-        b_k2 = tile(
-            k_2, start, stride_ks, num_columns, BLOCK_N, BLOCK_E1, BLOCK_E2, E, BOUNDED, TMA
-        )
+    b_k1, b_k2 = tiles(
+        k_1, k_2, start, stride_ks, num_columns, BLOCK_N, BLOCK_E1, BLOCK_E2, E, BOUNDED, TMA
+    )
     b_s = product(b_q1, b_q2, b_k1, b_k2, total.dtype, BLOCK_E2 > 0, PRECISION)
     if AHEAD and not ALONE:
         acc_1, acc_2 = _values(
@@ -148,14 +146,8 @@ def _stream(
     # Beyond the queries nothing is asked.
     full = tl.where(first_row < queries, full, 0)
     high = tl.where(first_row < queries, high, 0)
-    k_1 = source_of_tiles(k_ptr, stride_ks, length, BLOCK_N, BLOCK_E1, E, TMA)
-    v_1 = source_of_tiles(v_ptr, stride_vs, length, BLOCK_N, BLOCK_V1, EV, TMA)
-    k_2 = k_1
-    v_2 = v_1
-    if BLOCK_E2 > 0:
-        k_2 = source_of_tiles(k_ptr, stride_ks, length, BLOCK_N, BLOCK_E2, E, TMA)
-    if BLOCK_V2 > 0:
-        v_2 = source_of_tiles(v_ptr, stride_vs, length, BLOCK_N, BLOCK_V2, EV, TMA)
+    k_1, k_2 = sources_of_tiles(k_ptr, stride_ks, length, BLOCK_N, BLOCK_E1, BLOCK_E2, E, TMA)
+    v_1, v_2 = sources_of_tiles(v_ptr, stride_vs, length, BLOCK_N, BLOCK_V1, BLOCK_V2, EV, TMA)
     shrink = tl.full([BLOCK_M], 1.0, total.dtype)
     waiting = tl.zeros([BLOCK_M, BLOCK_N if AHEAD else 1], tl.int16)
     last = (high + BLOCK_N - 1) // BLOCK_N * BLOCK_N - BLOCK_N
@@ -295,14 +287,10 @@ def attention_forward_kernel(
         stride_ql = multiple(stride_ql, FACTOR)
         q_ptr += batch * multiple(stride_qb, FACTOR) + head * multiple(stride_qh, FACTOR)
         q_ptr += begin * stride_ql
-        q_1 = source_of_tiles(q_ptr, stride_ql, length, BLOCK_M, BLOCK_E1, E, TMA)
-        b_q1 = tile(q_1, first_row, stride_ql, length, BLOCK_M, 0, BLOCK_E1, E, True, TMA)
-        b_q2 = b_q1
-        if BLOCK_E2 > 0:
-            q_2 = source_of_tiles(q_ptr, stride_ql, length, BLOCK_M, BLOCK_E2, E, TMA)
-            b_q2 = tile(
-                q_2, first_row, stride_ql, length, BLOCK_M, BLOCK_E1, BLOCK_E2, E, True, TMA
-            )
+        q_1, q_2 = sources_of_tiles(q_ptr, stride_ql, length, BLOCK_M, BLOCK_E1, BLOCK_E2, E, TMA)
+        b_q1, b_q2 = tiles(
+            q_1, q_2, first_row, stride_ql, length, BLOCK_M, BLOCK_E1, BLOCK_E2, E, True, TMA
+        )
         mask_ptr += batch * stride_mb + head * stride_mh
         factor = (tl.full([], scale, tl.float64) * LOG2_E).to(dtype)
         seed = 0
@@ -352,7 +340,7 @@ def attention_forward_kernel(
 forward = Tuned(
     attention_forward_kernel,
     [triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False, "AHEAD": False, "SPECIAL": False})],
-    ["E", "EV", "MASK", "CAUSAL", "TWO", "BITS", "LONG"],
+    KEY,
     forward_configs,
 )
 

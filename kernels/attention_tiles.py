@@ -25,6 +25,7 @@ from mmfast.kernels.attention import (
 )
 from mmfast.kernels.common import device_limits, interpreting
 
+KEY = ["E", "EV", "MASK", "CAUSAL", "TWO", "BITS", "LONG"]  # of what tuned.json has
 _LONG = 1024  # keys or queries from which on descriptors are worth making
 
 

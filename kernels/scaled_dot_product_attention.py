@@ -1,4 +1,5 @@
-"""Attention in Triton with PyTorch's signature: ``kernels/attention_forward.py`` and backward."""
+"""Attention in Triton with PyTorch's signature, of the kernels in ``attention_forward.py``,
+``attention_query_gradient.py`` and ``attention_key_gradient.py``."""
 
 from __future__ import annotations
 
@@ -10,13 +11,9 @@ import torch
 from torch import Tensor
 
 from mmfast.kernels.attention import NOT_CAUSAL, TOP_LEFT, Limits, Tokens, offline_variant
-from mmfast.kernels.attention_backward import (
-    key_gradient,
-    key_kernel,
-    query_gradient,
-    query_kernel,
-)
 from mmfast.kernels.attention_forward import attention_forward, forward
+from mmfast.kernels.attention_key_gradient import key_gradient, key_kernel
+from mmfast.kernels.attention_query_gradient import query_gradient, query_kernel
 from mmfast.kernels.tuned import Problem, Tuned
 from mmfast.ops.attention import new_like, new_lse
 

@@ -16,8 +16,9 @@ if backends.interpreting():
 
 from mmfast.kernels import attention_tiles, offline
 from mmfast.kernels.attention import Limits, Tokens
-from mmfast.kernels.attention_backward import key_kernel, query_kernel
 from mmfast.kernels.attention_forward import attention_forward, forward
+from mmfast.kernels.attention_key_gradient import key_kernel
+from mmfast.kernels.attention_query_gradient import query_kernel
 from mmfast.kernels.scaled_dot_product_attention import (
     HEAD_SIZES,
     scaled_dot_product_attention,

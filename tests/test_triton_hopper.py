@@ -32,8 +32,9 @@ elif not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9
     pytest.skip("needs a Hopper, or TRITON_INTERPRET=1", allow_module_level=True)
 import triton
 
-from mmfast.kernels.attention_backward import key_kernel, query_kernel
 from mmfast.kernels.attention_forward import forward
+from mmfast.kernels.attention_key_gradient import key_kernel
+from mmfast.kernels.attention_query_gradient import query_kernel
 from mmfast.kernels.scaled_dot_product_attention import HEAD_SIZES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
