@@ -17,6 +17,7 @@ pip := $(python) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) 
 extras := triton,test,bench,train,examples,integrations,lint
 # pytest exits with 5 when TEST_ARGS select nothing in a file.
 none_selected := $(if $(TEST_ARGS),|| test $$$$? -eq 5)
+interpreted := tests/test_triton.py tests/test_triton_hopper.py
 workers := --numprocesses auto --maxprocesses 8 --dist worksteal
 sources := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
@@ -61,8 +62,8 @@ test: $(built)
 	    export OMP_WAIT_POLICY=passive; \
 	    unset PYTHONDONTWRITEBYTECODE; \
 	    set -ex; \
-	    $(python) -m pytest $(workers) --ignore=tests/test_triton.py $(TEST_ARGS); \
-	    TRITON_INTERPRET=1 $(python) -m pytest $(workers) tests/test_triton.py $(TEST_ARGS) \
+	    $(python) -m pytest $(workers) $(addprefix --ignore=,$(interpreted)) $(TEST_ARGS); \
+	    TRITON_INTERPRET=1 $(python) -m pytest $(workers) $(interpreted) $(TEST_ARGS) \
 	        $(none_selected); \
 	fi
 

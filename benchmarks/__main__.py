@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import math
 import os
 import re
 import sys
@@ -48,8 +50,14 @@ def main() -> int:
     """The command; returns its exit status: 1 if a result of mmfast was wrong."""
     options = _parse()
     device = torch.device(options.device)
-    folder = options.out or _HERE / "results" / machine.slug(device)
     console = Console(width=None if sys.stdout.isatty() else 160)
+    if options.report:
+        written = report.write(Results.load(options.report), options.report)
+        console.print(f"{written}: the report")
+        return 0
+    if device.type == "cuda":
+        gpu.build()
+    folder = options.out or _HERE / "results" / machine.slug(device)
     results = _start(device, folder, options.resume)
     spent = Spent()
     with _truths(options.truths) as truths:
@@ -95,12 +103,23 @@ def _measure(
     saved = begun = time.perf_counter()
     everything = not (options.bare or options.only or options.subjects)
     done = {f"{r.op}/{r.case}" for r in results.rows}
+
+    def left() -> float:
+        """Seconds."""
+        return 60 * (options.minutes or math.inf) + begun - time.perf_counter()
+
+    def prepare(last: bool) -> None:
+        if device.type == "cuda" and everything:
+            coming = [case.key for case in chosen if case.key not in done]
+            for _ in gpu.prepare(
+                results, lambda what: tell(what, 0), folder, coming, gpu.STEPS, last, left()
+            ):
+                results.save(folder)
+
     if not options.bare:
         console.print(report.summary(results), highlight=False)
     with _progress(console, len(chosen) + 3) as tell:
-        if device.type == "cuda" and everything:
-            for _ in gpu.prepare(results, lambda what: tell(what, 0)):
-                results.save(folder)
+        prepare(last=False)
         for count in counts if not options.bare else ():
             tell("ceilings", 0)
             with timing.threads(count), spent.on("ceilings", ROUNDS):
@@ -110,21 +129,27 @@ def _measure(
             if case.key in done:
                 tell("", 1)
                 continue
-            if options.minutes and time.perf_counter() - begun > 60 * options.minutes:
-                left = sum(c.key not in done for c in chosen[chosen.index(case) :])
-                console.print(f"{left} cases are left: the same with --resume goes on with them")
+            if left() < 0:
+                rest = sum(c.key not in done for c in chosen[chosen.index(case) :])
+                console.print(f"{rest} cases are left: the same with --resume goes on with them")
                 break
             # Libraries stay: looking through all of them again before each case's rounds would take
             # a fifth of a second.
             gc.collect()
             gc.freeze()
             results.replace(_measured(case, device, counts, options, tell, spent, truths))
+            if device.type == "cuda" and gpu.is_lost(device):
+                # Every call of this process would fail from now on.
+                results.save(folder)
+                console.print(f"{case.key} has lost the device: the rest is for a new process")
+                gpu.again({}, "--resume", "--minutes", f"{max(left() / 60, 0.01):.3f}")
             if time.perf_counter() - saved > _SAVE_EVERY:
                 results.save(folder)
                 saved = time.perf_counter()
             tell("", 1)
         if any(case.key not in done for case in chosen):
             results.save(folder)
+        prepare(last=True)
         if device.type == "cpu" and everything:
             with spent.on("lower instruction sets", ROUNDS):
                 of = 1 if options.quick else len(levels.CASES) if options.full else _LEVEL_CASES
@@ -166,6 +191,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
     parser.add_argument("--resume", action="store_true", help="keep what the folder has already")
     parser.add_argument("--readme", action="store_true", help="put the table into the README")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FOLDER",
+        help=f"only write the report and plots of the {FILE} that is there, of whatever machine",
+    )
     parser.add_argument("--bare", action="store_true", help=f"write {FILE}, no report or tables")
     parser.add_argument("--truths", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
@@ -224,7 +255,9 @@ def _start(device: torch.device, folder: Path, resume: bool) -> Results:
     facts = machine.facts(device)
     if resume and (folder / FILE).exists():
         found = Results.load(folder)
-        if found.facts != facts:
+        # Of GPUs others of the kind go on where one was taken away.
+        names = gpu.SAME if device.type == "cuda" else {**found.facts, **facts}
+        if any(found.facts.get(name) != facts.get(name) for name in names):
             raise SystemExit(f"error: {folder / FILE} is of another machine or other versions")
         return found
     return Results(facts)
@@ -237,7 +270,8 @@ def _measured(case: Case, device: torch.device, *others: Any) -> list[contest.Ro
     try:
         return _run(case, device, *others)
     except Exception as error:
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
         return [contest.failed(case, error)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory, peers, timing
+from benchmarks import gpu, memory, peers, timing
 from benchmarks.cases import SHIFTED, Case
 from benchmarks.modules import Step
 from benchmarks.results import Row
@@ -107,12 +108,12 @@ def run(
     most = max(threads)
     tell("reference")
     with spent.on(case.key, TRUTH), timing.threads(most):
-        arguments = case.make(device)
+        arguments = gpu.arguments_of(case.make, device)
         truth, reference = _truth(case, arguments, device, truths)
     entries: list[Entry] = []
     rows = []
     with timing.threads(most):
-        for subject in (s for s in _contenders(case) if wanted(s.name)):
+        for subject in (s for s in contenders(case) if wanted(s.name)):
             tell(subject.name)
             entry: Entry | str
             with spent.on(case.key, FIRST, subject.name):
@@ -163,7 +164,8 @@ def _times(
     return times
 
 
-def _contenders(case: Case) -> list[Subject]:
+def contenders(case: Case) -> list[Subject]:
+    """Who may take part in it."""
     found = subjects(case.op)
     if case.sweep is None and case.data != SHIFTED:
         return found
@@ -195,7 +197,8 @@ def _entered(case: Case, subject: Subject, *others: Any) -> Entry | str:
     try:
         return enter(case, subject, *others)
     except Exception as error:
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
         return _reason(error)
 
 

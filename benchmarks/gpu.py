@@ -1,56 +1,126 @@
-"""What a run on a GPU does before it takes times: the tests there, and the search for tiles."""
+"""What a run on a GPU does beside taking times: the tests there, the search for tiles, compiling.
+
+The machine may be lent for minutes: what says most comes first, everything is kept as it comes, and
+what was cut off is taken up by ``--resume``.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.results import Results
 
 _HERE = Path(__file__).parent.parent
 _GOOD = "done"
 MINUTES = 7.5  # of a whole run, by default
+_PROCESSES = min(12, os.cpu_count() or 1)
+_GRACE = 8.0  # seconds for what is cut off to say how far it came
+_TALLY = re.compile(r"\d+ (?:passed|failed|error)")
+# What must agree with what a folder has for a run to go on there: other machines of the kind may.
+SAME = ("device", "device_type", "versions", "gpu")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command to run, and how many seconds it may take."""
+    """A command to run, how many seconds it may take, and whether it waits until times are taken.
+
+    Attributes:
+        told: it reads the names of the cases to come, a line for each.
+    """
 
     command: tuple[str, ...]
     seconds: float
+    last: bool = False
+    told: bool = False
 
 
+def _tests(*what: str, seconds: float, last: bool = False) -> Step:
+    """More of them fail than anybody reads: what breaks every kernel is known after twenty."""
+    words = ("pytest", "-p", "no:cacheprovider", "--quiet", "--tb=short", "--maxfail=20")
+    return Step((*words, f"--numprocesses={_PROCESSES}", *what), seconds, last)
+
+
+_ON_THE_GPU = ("tests/test_triton.py::TestOnTheGpu", "tests/test_gpu.py")
 STEPS: Mapping[str, Step] = {
-    "tests": Step(
-        (
-            "pytest",
-            "--quiet",
-            "--numprocesses=8",
-            "--maxfail=20",
-            "tests/test_gpu.py",
-            "tests/test_ops.py",
-            "tests/test_triton.py",
-        ),
-        150.0,
+    "tests, parity": _tests("tests/test_triton.py", "-k", "test_samples", seconds=75.0),
+    "tests, device": _tests(*_ON_THE_GPU, "-k", "not memory_checker", seconds=60.0),
+    "tuning": Step(("mmfast.kernels.tuned", "--write"), 45.0),
+    "compiling": Step(("benchmarks.warm", "--processes", str(_PROCESSES)), 60.0, told=True),
+    "tests, memory": _tests("tests/test_gpu.py", "-k", "memory_checker", seconds=60.0, last=True),
+    "tests, others": _tests(
+        "tests/test_triton.py",
+        "tests/test_triton_hopper.py",
+        "tests/test_ops.py",
+        "-k",
+        "not test_samples and not TestOnTheGpu",
+        seconds=150.0,
+        last=True,
     ),
-    "tuning": Step(("mmfast.kernels.tuned", "--write"), 60.0),
 }
 
 
+def build() -> None:
+    """Install the package as it lies here, if Python does not find the kernels, and begin anew.
+
+    Without the C++ kernels, which no GPU runs and which take minutes: ``make`` has built them.
+    """
+    if importlib.util.find_spec("mmfast.kernels") is not None:
+        return
+    pip = ("pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ".")
+    environment = {**os.environ, "MMFAST_NO_EXTENSION": "1"}
+    ran = subprocess.run([sys.executable, "-m", *pip], cwd=_HERE, env=environment)
+    if ran.returncode or os.environ.get("MMFAST_BUILT"):
+        raise SystemExit("error: mmfast.kernels is not here, and could not be installed")
+    again({"MMFAST_BUILT": "1"})
+
+
+def again(environment: Mapping[str, str], *words: str) -> None:
+    """This command from its beginning, with ``words`` more."""
+    sys.stdout.flush()
+    os.execve(sys.executable, [*sys.orig_argv, *words], {**os.environ, **environment})
+
+
 def prepare(
-    results: Results, tell: Callable[[str], None], steps: Mapping[str, Step] = STEPS
+    results: Results,
+    tell: Callable[[str], None],
+    folder: Path,
+    cases: Sequence[str],
+    steps: Mapping[str, Step] = STEPS,
+    last: bool = False,
+    left: float = 1e9,
 ) -> Iterator[str]:
     """Take the steps that ``results`` do not know as done, and note what came of them there;
-    yields the name of each one that was taken."""
+    yields the name of each one that was taken. What they print is in the folder.
+
+    Args:
+        cases: names of those that will be timed.
+        last: take those for the end, instead of the others.
+        left: seconds; steps that would not have half of their time are left out.
+    """
+    end = time.perf_counter() + left
     for name, step in steps.items():
-        if results.checks.get(name, "").startswith(_GOOD):
+        if step.last != last or results.checks.get(name, "").startswith(_GOOD):
+            continue
+        seconds = min(step.seconds, end - time.perf_counter())
+        if seconds < step.seconds / 2:
             continue
         tell(name)
-        results.checks[name] = _run(step)
+        log = folder / (re.sub(r"\W+", "_", name) + ".txt")
+        results.checks[name] = _run(step, seconds, log, "\n".join(cases) if step.told else "")
         yield name
 
 
@@ -61,18 +131,77 @@ def failures(results: Results) -> list[str]:
     ]
 
 
-def _run(step: Step) -> str:
+def _run(step: Step, seconds: float, log: Path, told: str) -> str:
     start = time.perf_counter()
-    try:
-        ran = subprocess.run(
+    log.parent.mkdir(parents=True, exist_ok=True)
+    cut = ""
+    with open(log, "w") as file:
+        # A group of its own, of which nothing is left that would disturb what is timed.
+        ran = subprocess.Popen(
             [sys.executable, "-m", *step.command],
             cwd=_HERE,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=step.seconds,
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        return f"cut off after {step.seconds:.0f} s"
-    lines = (ran.stdout + ran.stderr).strip().splitlines() or [""]
+        try:
+            ran.communicate(told, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            cut = f"cut off after {seconds:.0f} s"
+            ran.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                ran.wait(_GRACE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ran.pid, signal.SIGKILL)
+            ran.wait()
+    lines = log.read_text(errors="replace").strip().splitlines() or [""]
+    said = next((line for line in reversed(lines) if _TALLY.search(line)), lines[-1])
     how = _GOOD if ran.returncode == 0 else f"failed with {ran.returncode}"
-    return f"{how} in {time.perf_counter() - start:.0f} s: {lines[-1]}"
+    return f"{cut or how + f' in {time.perf_counter() - start:.0f} s'}: {said}"
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether an error has made the device useless to this process."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+class Drawn(TorchFunctionMode):
+    """Random numbers are drawn where they are needed: a CPU takes seconds for those of one case."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._generators: dict[int, torch.Generator] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        options = dict(options or {})
+        if function in (torch.randn, torch.rand) and options.get("device") is None:
+            options["device"] = self._device
+            given = options.pop("generator", None)
+            if given is not None:
+                seed = given.initial_seed()
+                if seed not in self._generators:
+                    made = torch.Generator(self._device).manual_seed(seed)
+                    self._generators[seed] = made
+                options["generator"] = self._generators[seed]
+        return function(*arguments, **options)
+
+
+def arguments_of(make: Callable[[torch.device], Any], device: torch.device) -> Any:
+    """Those of a case, made on its device where that can be."""
+    if device.type != "cuda":
+        return make(device)
+    try:
+        with Drawn(device):
+            return make(device)
+    except (RuntimeError, TypeError):
+        return make(device)  # it puts them together with some of the CPU's

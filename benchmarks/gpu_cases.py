@@ -7,6 +7,7 @@ definitions can be tried where no GPU is.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -347,4 +348,5 @@ def _whole(sizes: Sizes) -> Iterator[Case]:
         "DiT-XL/2", DIT.width, DIT.heads, depth, sizes(32), sizes(256), torch.bfloat16
     )
     for op in transformers.OPS:
-        yield cases._transformer(op, setting)
+        case = cases._transformer(op, setting)
+        yield dataclasses.replace(case, quick=True, full=False, compiled=True)

@@ -44,9 +44,8 @@ _DIT_LENGTH = 256
 def goals(results: Results) -> list[Goal]:
     """Every goal whose cases were measured."""
     rows = [r for r in results.rows if r.seconds is not None]
-    copy = max((rates.get("copy GB/s", 0.0) for rates in results.ceilings.values()), default=0.0)
     return [
-        *_bandwidth(rows, copy),
+        *_bandwidth(rows, copied(results)),
         *_host(rows),
         *_products(rows),
         *_peers(rows),
@@ -56,6 +55,11 @@ def goals(results: Results) -> list[Goal]:
         *_whole(rows),
         *_right(rows),
     ]
+
+
+def copied(results: Results) -> float:
+    """GB/s of the copy in the same run, read and written; 0 where it was not measured."""
+    return max((rates.get("copy GB/s", 0.0) for rates in results.ceilings.values()), default=0.0)
 
 
 def device_seconds(row: Row) -> float:

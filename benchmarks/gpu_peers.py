@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import transformers
 from benchmarks.peers import Peer, needs
 from benchmarks.peers.joint_attention import joined, mask_of
 
@@ -161,22 +162,43 @@ def _attention(make: Callable[..., Any], mask: int) -> dict[str, Peer]:
     return found
 
 
-def _joint(backend: SDPBackend) -> Callable[..., Callable[[], tuple[Tensor, Tensor]]]:
+def _together(streams: list[Tensor], lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Streams put together, with a dense mask."""
+    image, text = streams[:3], streams[3:]
+    mask = mask_of(image[0], text[0], lengths)
+    query, key, value = joined(image, text)
+    out = _sdpa(query, key, mask, False, scale)(query, key, value)
+    first, second = out.split([image[0].shape[2], text[0].shape[2]], 2)
+    if mask is not None:
+        second = second * mask[:, :, 0, image[0].shape[2] :, None]
+    return first, second
 
+
+def _joint(backend: SDPBackend) -> Callable[..., Callable[[], tuple[Tensor, Tensor]]]:
     def make(*arguments: Any) -> Callable[[], tuple[Tensor, Tensor]]:
         *streams, lengths, scale = arguments
-        image, text = list(streams[:3]), list(streams[3:])
 
         def run() -> tuple[Tensor, Tensor]:
-            mask = mask_of(image[0], text[0], lengths)
             with sdpa_kernel([backend]):
-                query, key, value = joined(image, text)
-                out = _sdpa(query, key, mask, False, scale)(query, key, value)
-            first, second = out.split([image[0].shape[2], text[0].shape[2]], 2)
-            if mask is not None:
-                second = second * mask[:, :, 0, image[0].shape[2] :, None]
-            return first, second
+                return _together(streams, lengths, scale)
+
+        return run
+
+    return make
+
+
+def _joint_backward(backend: SDPBackend) -> Callable[..., Callable[[], tuple[Tensor, ...]]]:
+    """Gradients of all six, in the op's order."""
+
+    def make(*arguments: Any) -> Callable[[], tuple[Tensor, ...]]:
+        *grads, lengths, scale = (*arguments[:2], *arguments[-2:])
+        leaves = [t.detach().clone().requires_grad_() for t in arguments[2:8]]
+        with sdpa_kernel([backend]):
+            outputs = _together(leaves, lengths, scale)
+
+        def run() -> tuple[Tensor, ...]:
+            with sdpa_kernel([backend]):
+                return torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
         return run
 
@@ -200,6 +222,16 @@ def _product(precision: str, x: Tensor, codebook: Tensor, metric: str) -> Callab
     return run
 
 
+def _by_blocks(make: Callable[..., Callable[[], Any]]) -> Mapping[str, Peer]:
+    """A transformer that is compiled."""
+    peer = Peer(
+        functools.partial(make, transformers.compiled),
+        cut=False,
+        note="the blocks, one after the other; compiling is not timed",
+    )
+    return {"torch.compile": peer}
+
+
 def _bytes(size: int) -> Callable[..., int]:
     return lambda x, codebook, metric: size * math.prod((x.shape[0], codebook.shape[0]))
 
@@ -213,6 +245,12 @@ _PEERS: Mapping[str, Mapping[str, Peer]] = {
     "scaled_dot_product_attention_bwd": _attention(_backward, 6),
     "joint_attention": {
         f"concatenated {name}": Peer(_joint(backend), cut=False)
+        for name, backend in BACKENDS.items()
+    },
+    "dit_eval": _by_blocks(transformers.evaluation),
+    "dit_step": _by_blocks(transformers.step),
+    "joint_attention_bwd": {
+        f"concatenated {name}": Peer(_joint_backward(backend), cut=False)
         for name, backend in BACKENDS.items()
     },
     "nearest_code": {

@@ -17,6 +17,9 @@ from benchmarks.timing import best
 from mmfast import backends, info
 
 _ROUNDS = 5
+# Of products, and bytes of a copy, by the kind of device.
+_PRODUCT = {"cpu": 1536, "cuda": 8192}
+_COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -121,13 +124,13 @@ def _tf32() -> Iterator[None]:
 
 
 def _matmul(device: torch.device, dtype: torch.dtype) -> float:
-    size = 8192 if device.type == "cuda" else 1536
+    size = _PRODUCT[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / best(lambda: torch.mm(a, b), device, _ROUNDS) / 1e9
 
 
 def _copy(device: torch.device) -> float:
-    size = 1 << 30 if device.type == "cuda" else 1 << 27
+    size = _COPIED[device.type]
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / best(lambda: target.copy_(source), device, _ROUNDS) / 1e9

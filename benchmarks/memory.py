@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import mmfast.memory
 from benchmarks.timing import once
 
 
@@ -40,7 +41,8 @@ def _reset_peak() -> bool:
     if sys.platform != "linux":
         return False
     try:
-        # Freed memory that the allocator keeps would hide what is taken from it.
+        # Freed memory that an allocator keeps would hide what is taken from it.
+        mmfast.memory.empty_cache()
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # resets the high-water mark

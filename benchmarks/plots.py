@@ -35,6 +35,10 @@ def draw(results: Results, folder: Path) -> list[Path]:
     figures = {**(_of_rows(rows, results.facts) if rows else {}), "training": _training(results)}
     figures["samplers"] = _samplers(rows)
     figures["steps"] = _steps(rows)
+    if results.facts["device_type"] != "cpu":
+        from benchmarks import gpu_plots
+
+        figures["streams"] = gpu_plots.streams(results)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures.items():

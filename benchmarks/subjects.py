@@ -127,6 +127,6 @@ def _backend(op: Op, backend: Backend) -> Peer:
 
 
 def _compiled(plain: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
-    compiled = torch.compile(plain, dynamic=True)
+    compiled = peers.compiled(plain)
 
     return lambda *arguments: functools.partial(compiled, *arguments)

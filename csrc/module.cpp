@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "cpu/kept_memory.h"
 
 namespace py = pybind11;
 
@@ -30,6 +31,9 @@ PYBIND11_MODULE(_C, m) {
       "matrix_products", [](int64_t rounds) { return mmfast::kernels().matrix_products(rounds); },
       py::arg("rounds"), py::call_guard<py::gil_scoped_release>(),
       "Run rounds of products of bfloat16 matrices; the multiply-adds they were, 0 without AMX.");
+  m.def("kept_bytes", &mmfast::kept_bytes, "Bytes of outputs that died, kept for the next ones.");
+  m.def("release_kept_memory", &mmfast::release_kept_memory, "Give them back to the system.");
+  m.attr("LEAST_KEPT") = mmfast::least_kept;
   m.def("isa", [] { return mmfast::kernels().isa; }, "The instruction set in use.");
   m.def("supported_isas", &mmfast::supported_isas, "The instruction sets this processor has.");
 }

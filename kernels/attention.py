@@ -1,12 +1,9 @@
-"""What the attention kernels share: tiles of heads, scores, which keys take part, sizes of tiles.
+"""What the attention kernels share: tiles of heads, scores, which keys take part.
 
 A head size is split into two powers of two, 72 into 64 + 16, so that little is multiplied for
 nothing; only the second part needs a mask for its columns. Scores are kept as logarithms to the
 base 2. Sequences are those of a dense tensor, or the first tokens of each sample, or lie one behind
 the other.
-
-Sizes of tiles decide the order of the sums, and with it the last bits: they depend on head sizes,
-dtype, kind of mask and of device alone, and nothing is tuned.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels import philox
-from mmfast.kernels.common import common_multiple, device_limits, dot, interpreting
+from mmfast.kernels.common import common_multiple, dot
 
 MOST_DIMS = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -30,6 +27,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 DENSE = tl.constexpr(0)
 LENGTHS = tl.constexpr(1)  # the first tokens of each sample
 BEGINS = tl.constexpr(2)  # one behind the other
+
+BOTH = tl.constexpr(2)  # ends of a sequence, that bound a tile of it
 
 NO_MASK = tl.constexpr(0)
 BOOL_MASK = tl.constexpr(1)
@@ -45,7 +44,7 @@ BOTTOM_RIGHT = tl.constexpr(2)
 def span(ptr, batch, rows, longest, KIND: tl.constexpr):
     """Where the sequence of a sample begins, and its length."""
     begin = tl.full([], 0, tl.int64)
-    length = tl.to_tensor(rows).to(tl.int32)
+    length = tl.cast(rows, tl.int32)
     if KIND == LENGTHS:
         number = tl.load(ptr + batch).to(tl.int64)
         length = tl.minimum(tl.maximum(number, 0), rows).to(tl.int32)
@@ -73,6 +72,63 @@ def load_tile(
         return tl.load(p, mask=(rows < length)[:, None], other=0.0)
     else:
         return tl.load(p)
+
+
+@triton.jit
+def source_of_tiles(
+    ptr, stride, length, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """What :func:`tile` reads: of a sequence at ``ptr`` its descriptor, or the pointer itself."""
+    if TMA:
+        shape = [tl.maximum(length, 1), WIDTH]
+        return tl.make_tensor_descriptor(ptr, shape, [stride.to(tl.int64), 1], [ROWS, BLOCK])
+    else:
+        return ptr
+
+
+@triton.jit
+def sources_of_tiles(
+    ptr, stride, length, ROWS: tl.constexpr, BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr,
+    WIDTH: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Of both parts of a head; the first again where there is no second."""
+    first = source_of_tiles(ptr, stride, length, ROWS, BLOCK_1, WIDTH, TMA)
+    second = first
+    if BLOCK_2 > 0:
+        second = source_of_tiles(ptr, stride, length, ROWS, BLOCK_2, WIDTH, TMA)
+    return first, second
+
+
+@triton.jit
+def tile(
+    source, start, stride, length, ROWS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, BOUNDED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, BLOCK] from row ``start`` and column FIRST on, BOUNDED as above.
+
+    Where that is BOTH, or by descriptors, there are zeros before the first row too.
+    """
+    if TMA:
+        return source.load([start, FIRST])
+    else:
+        rows = start + tl.arange(0, ROWS)
+        if BOUNDED == BOTH:
+            rows = tl.where(rows < 0, length, rows)
+        return load_tile(source, rows, stride, length, FIRST, BLOCK, WIDTH, BOUNDED)
+
+
+@triton.jit
+def tiles(
+    source_1, source_2, start, stride, length, ROWS: tl.constexpr, BLOCK_1: tl.constexpr,
+    BLOCK_2: tl.constexpr, WIDTH: tl.constexpr, BOUNDED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Of both parts of a head, likewise."""
+    first = tile(source_1, start, stride, length, ROWS, 0, BLOCK_1, WIDTH, BOUNDED, TMA)
+    second = first
+    if BLOCK_2 > 0:
+        second = tile(source_2, start, stride, length, ROWS, BLOCK_1, BLOCK_2, WIDTH, BOUNDED, TMA)
+    return first, second
 
 
 @triton.jit
@@ -124,6 +180,12 @@ def limited(
 
 
 @triton.jit
+def logarithm(b_lse):
+    """To the base 2; of rows that attend to nothing such that no probability is left."""
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E)
+
+
+@triton.jit
 def kept(b_x, seed, offset, first, rows, columns, num_columns, dropout_p):
     """b_x where dropout leaves it, else 0. ``first``: number of the head's first element."""
     element = first + rows.to(tl.int64) * num_columns + columns
@@ -171,7 +233,12 @@ def head_strides(t: Tensor) -> tuple[int, int, int]:
 
 
 def factor_of(*tensors: Tensor) -> int:
-    """Of which all strides are multiples: what tells the compiler how wide it may load."""
+    """Of which all strides are multiples: what tells the compiler how wide it may load.
+
+    Descriptors need it too, and that tensors begin where 16 bytes may, and rows do not repeat.
+    """
+    if any(t.data_ptr() % 16 or (t.stride(2) == 0 and t.shape[2] > 1) for t in tensors):
+        return 1
     return common_multiple(*(n for t in tensors for n in head_strides(t)))
 
 
@@ -198,103 +265,6 @@ def check_widths(*widths: int) -> None:
     if max(widths) > MOST_DIMS:
         got = ", ".join(map(str, widths))
         raise ValueError(f"the Triton kernels take head sizes up to {MOST_DIMS}, got {got}")
-
-
-def options(dtype: torch.dtype, sizes: dict[str, int], kernel: str, mask: int) -> dict[str, Any]:
-    """Rows of tiles, how products are made, and how the kernel is launched.
-
-    Args:
-        kernel: ``"forward"``, ``"query_gradient"`` or ``"key_gradient"``.
-        mask: its kind.
-    """
-    if interpreting():
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee"}
-    backend, arch, _ = device_limits(triton.runtime.driver.active.get_current_device())
-    bits = torch.finfo(dtype).bits
-    arch = arch if backend == "cuda" else None
-    rows, columns, warps, stages = (
-        mask and bits == 16 and _masked_tiles(sizes, kernel, arch, mask < BOOL_OF_KEYS.value)
-    ) or _tiles(bits, sizes, kernel, arch)
-    made = {
-        "BLOCK_M": rows,
-        "BLOCK_N": columns,
-        "PRECISION": "tf32x3" if bits == 32 and backend == "cuda" else "ieee",
-    }
-    return made | {"num_warps": warps, "num_stages": min(stages, 2) if backend == "hip" else stages}
-
-
-def _tiles(
-    bits: int, sizes: dict[str, int], kernel: str, arch: int | None
-) -> tuple[int, int, int, int]:
-    """Queries, keys, warps and stages: the largest whose sums stay in registers.
-
-    Args:
-        arch: NVIDIA's number, or None for AMD.
-    """
-    width = max(sizes["BLOCK_E1"] + sizes["BLOCK_E2"], sizes["BLOCK_V1"] + sizes["BLOCK_V2"])
-    split = sizes["BLOCK_E2"] + sizes["BLOCK_V2"] > 0
-    # Products of a whole group of warps want 64 rows: queries, or keys where these are the rows.
-    grouped = arch is not None and arch >= 90
-    is_keys = kernel == "key_gradient"
-    warps = 4 if width <= 64 else 8
-    if bits == 64:
-        return 16, 16, 4, 1
-    if bits == 32:
-        if width > 128:
-            return 16, 16, 4, 1
-        if not grouped:
-            return 32, 16 if split else 32, 4, 1
-        return (32, 64, 8, 1) if is_keys else (64, 32, 8 if split and arch >= 100 else 4, 1)
-    if kernel == "forward":
-        if width > 128:
-            return 64, 32, 8, 2
-        # On AMD a thread of fewer has more registers, which columns that are masked need.
-        few = arch is None and width > 96 and max(sizes["E"], sizes["EV"]) < width
-        return 128, 64, 4 if few else warps, 3
-    if width > 128:
-        return 32, 32, 8, 1
-    if arch is None and (is_keys or width > 96):
-        return 32, 64, 4, 2
-    if is_keys and grouped and width > 64:
-        return 32, 64, 8, 2
-    if is_keys and not grouped:
-        return (32, 32, 4, 2) if split else (32, 64, warps, 2)
-    if is_keys and arch is not None and arch >= 100:
-        return 64, 64, 8, 2
-    return 64, 64, warps, 2
-
-
-def _masked_tiles(
-    sizes: dict[str, int], kernel: str, arch: int | None, pairs: bool
-) -> tuple[int, int, int, int] | None:
-    """Likewise, of 16 bits, where a mask needs registers; None where they are as without.
-
-    Args:
-        pairs: it has a number for each pair of query and key, not only for each key.
-    """
-    width = max(sizes["BLOCK_E1"] + sizes["BLOCK_E2"], sizes["BLOCK_V1"] + sizes["BLOCK_V2"])
-    split = sizes["BLOCK_E2"] + sizes["BLOCK_V2"] > 0
-    if width > 128:
-        return None
-    if arch is not None and arch < 90:
-        if kernel == "forward":
-            if width > (64 if pairs else 96):
-                return 64, 32, 8, 2
-            return (128, 32, 8, 2) if pairs else None
-        if kernel == "query_gradient":
-            return 64, 32, 4 if width <= 64 else 8, 2
-        return (16, 64, 4, 1) if split else (32, 32, 4 if width <= 64 else 8, 2)
-    if kernel == "forward" and width <= 64 and arch is not None and (pairs or arch >= 100):
-        return 128, 64, 8, 3
-    if arch is None and kernel == "forward" and width > 96:
-        return 64 if pairs else 128, 64, 4, 2
-    if arch is None or not pairs:
-        return None
-    if kernel == "forward" and width > 96:
-        return (128, 32, 8, 3) if arch < 100 else (64, 64, 8, 2)
-    # Keys are the rows of products, of which a group of warps wants 64.
-    many = kernel == "key_gradient" and width > (96 if arch < 100 else 64)
-    return (16, 64, 8, 2) if many else None
 
 
 def mask_arguments(mask: Tensor | None, other: Tensor) -> tuple[tuple[Any, ...], int]:

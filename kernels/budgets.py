@@ -36,7 +36,7 @@ class Needs:
     spilled: int = 0  # bytes per thread
     shared: int = 0  # bytes per program
     matrix: int = 1 << 30  # instructions
-    wide: int = 1 << 30  # loads of 128 bits or more
+    wide: int = 1 << 30  # loads of 128 bits or more, and copies of whole tiles
 
     @classmethod
     def of(cls, compiled: Compiled) -> Needs:
@@ -47,7 +47,7 @@ class Needs:
             compiled.spills or 0,
             compiled.shared,
             sum(compiled.matrix_instructions.values()),
-            sum(bits >= 128 for bits in widths),
+            sum(bits >= 128 for bits in widths) + compiled.copies,
         )
 
     def worst(self, other: Needs) -> Needs:
@@ -147,7 +147,7 @@ class Budgets:
 def _worst(compiled: Iterable[Compiled]) -> dict[tuple[str, str], Needs]:
     found: dict[tuple[str, str], Needs] = {}
     for one in compiled:
-        key = one.kernel, one.target.name
+        key = one.way(), one.target.name
         found[key] = found.get(key, Needs()).worst(Needs.of(one))
     return found
 
@@ -174,7 +174,7 @@ def markdown(budgets: Budgets) -> str:
     for name, rows in sorted(budgets.variants.items(), key=lambda item: _in_order(item[0])):
         for kernel, row in rows.items():
             cells = (_cell(row[t]) if t in row else "" for t in targets)
-            lines.append(f"| {name} | {kernel.removesuffix('_kernel')} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {kernel.replace('_kernel', '')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import _allocation
 
 
+@functools.cache
 def interpreting() -> bool:
     """Whether Triton interprets kernels, on CPU tensors. Fixed when Triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -43,6 +47,22 @@ def device_limits(index: Any) -> tuple[str, Any, int]:
     return target.backend, target.arch, int(properties["max_shared_mem"])
 
 
+@contextlib.contextmanager
+def scratch(device: torch.device) -> Iterator[None]:
+    """Launches inside the block have memory for descriptors that kernels make; Triton has none of
+    its own."""
+    allocator = _allocation._allocator
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    before = allocator.set(allocate)
+    try:
+        yield
+    finally:
+        allocator.reset(before)
+
+
 def at_most(registers: int) -> dict[str, int]:
     """Launch option. Left to itself ptxas may spill to reach a rounder number."""
     if interpreting():
@@ -51,10 +71,27 @@ def at_most(registers: int) -> dict[str, int]:
     return {"maxnreg": registers} if backend == "cuda" else {}
 
 
+def device_kind() -> str:
+    """What devices have in common that share a choice, such as ``"sm_90"`` or ``"gfx942"``."""
+    backend, arch, _ = device_limits(triton.runtime.driver.active.get_current_device())
+    return f"sm_{arch}" if backend == "cuda" else str(arch)
+
+
+def pipelined() -> bool:
+    """Whether a loop's loads can be on their way to shared memory before it is their turn."""
+    return not interpreting() and device_kind().startswith("sm_")
+
+
 def num_threads(number: int) -> dict[str, int]:
     """Launch option: so many threads per program, whatever the device calls a warp."""
-    warp = 32 if interpreting() else triton.runtime.driver.active.get_current_target().warp_size
+    warp = 32 if interpreting() else _warp_size(triton.runtime.driver.active.get_current_device())
     return {"num_warps": number // warp}
+
+
+@functools.cache
+def _warp_size(index: Any) -> int:
+    """Of device ``index``, the current one; asking takes longer than the rest of a launch."""
+    return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
 def strides(t: Tensor) -> tuple[int, ...]:
@@ -64,6 +101,8 @@ def strides(t: Tensor) -> tuple[int, ...]:
 
 def lying_together(t: Tensor, first: int) -> Tensor:
     """t, or a copy of it where the numbers of dimensions [first, dim) do not follow each other."""
+    if t.is_contiguous():
+        return t
     expected = 1
     for size, stride in zip(reversed(t.shape[first:]), reversed(t.stride()[first:]), strict=True):
         if size != 1 and stride != expected:
@@ -74,7 +113,7 @@ def lying_together(t: Tensor, first: int) -> Tensor:
 
 def first_stride(t: Tensor | None) -> int:
     """Stride of the first dimension. That of a single one would be but another number."""
-    return t.stride(0) if t is not None and t.shape[0] > 1 else 0
+    return t.stride(0) if t is not None and t.size(0) > 1 else 0
 
 
 def tile_sizes(num_dims: int, tile: int, widest: int, most_rows: int = 256) -> dict[str, int]:
@@ -89,7 +128,12 @@ def row_sizes(num_dims: int, tile: int, widest: int = 256) -> dict[str, int]:
     Where it is once, the compiler sees that, and keeps a tile that is read twice.
     """
     sizes = tile_sizes(num_dims, tile, widest)
-    return sizes | {"WIDTH": triton.cdiv(max(1, num_dims), sizes["BLOCK_D"]) * sizes["BLOCK_D"]}
+    return sizes | {"WIDTH": ceil_div(max(1, num_dims), sizes["BLOCK_D"]) * sizes["BLOCK_D"]}
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's is for kernels: on the host it takes as long as a launch."""
+    return -(-a // b)
 
 
 def common_multiple(*numbers: int) -> int:

@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.common import common_multiple, first_stride, multiple, num_threads, rounded
+from mmfast.kernels.common import (
+    ceil_div,
+    common_multiple,
+    first_stride,
+    multiple,
+    num_threads,
+    rounded,
+)
 
 _BLOCK = 1024
 _ROOT = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
@@ -147,7 +154,7 @@ def gated_activation(x: Tensor, value: Tensor | None, activation: str, layout: s
     assert rows is not None
     num, width = rows.shape
     strides = [first_stride(rows), first_stride(of)]
-    gated_activation_kernel[(num * triton.cdiv(width, _BLOCK),)](
+    gated_activation_kernel[(num * ceil_div(width, _BLOCK),)](
         rows, of, to, width, *strides, ACTIVATION=activation,
         FACTOR=common_multiple(width, *strides), BLOCK=_BLOCK, **num_threads(128),
     )  # fmt: skip
@@ -176,7 +183,7 @@ def gated_activation_bwd(
     assert rows is not None
     num, width = rows.shape
     strides = [*map(first_stride, tensors[:3]), first_stride(out)]
-    gated_activation_bwd_kernel[(num * triton.cdiv(width, _BLOCK),)](
+    gated_activation_bwd_kernel[(num * ceil_div(width, _BLOCK),)](
         *tensors, width, *strides, ACTIVATION=activation,
         FACTOR=common_multiple(width, *strides), BLOCK=_BLOCK, **num_threads(128),
     )  # fmt: skip

@@ -29,11 +29,15 @@ from torch import Tensor
 
 from mmfast.kernels.common import (
     at_most,
+    ceil_div,
     common_multiple,
+    device_limits,
     load_used,
     lying_together,
     multiple,
+    num_programs,
     num_threads,
+    pipelined,
     rounded,
     row_sizes,
     sum_columns,
@@ -114,24 +118,39 @@ def gated_residual_modulate_kernel(
     EPS: tl.constexpr,
     ADDS: tl.constexpr, GATED: tl.constexpr, TANH: tl.constexpr, NORM: tl.constexpr,
     SHIFTS: tl.constexpr, SCALES: tl.constexpr, WEIGHTS: tl.constexpr, BIASED: tl.constexpr,
-    FACTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
+    FACTOR: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = rstd_ptr.dtype.element_ty
     C = multiple(C, FACTOR)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # [BN, 1]
-    m_n = row < rows
-    b = row // L
-    token = row % L
-    frame = token // EACH
-    x_row = b * multiple(xb, FACTOR) + token * multiple(xn, FACTOR)
-    y_row = b * multiple(yb, FACTOR) + token * multiple(yn, FACTOR)
-    g_row = b * multiple(gb, FACTOR) + frame * multiple(gf, FACTOR)
-    h_row = b * multiple(hb, FACTOR) + frame * multiple(hf, FACTOR)
-    s_row = b * multiple(sb, FACTOR) + frame * multiple(sf, FACTOR)
-    # Nothing is stored before all is read: a tile that is a whole row is then read but once.
-    if NORM != _NONE:
-        b_mean = tl.zeros([BLOCK_N, 1], dtype)
-        if NORM == _LAYER:
+    # The next rows are on their way while these are added up.
+    for tile in tl.range(
+        tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.num_programs(0), num_stages=STAGES
+    ):
+        row = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]  # [BN, 1]
+        m_n = row < rows
+        b = row // L
+        token = row % L
+        frame = token // EACH
+        x_row = b * multiple(xb, FACTOR) + token * multiple(xn, FACTOR)
+        y_row = b * multiple(yb, FACTOR) + token * multiple(yn, FACTOR)
+        g_row = b * multiple(gb, FACTOR) + frame * multiple(gf, FACTOR)
+        h_row = b * multiple(hb, FACTOR) + frame * multiple(hf, FACTOR)
+        s_row = b * multiple(sb, FACTOR) + frame * multiple(sf, FACTOR)
+        # Nothing is stored before all is read: a tile that is a whole row is then read but once.
+        if NORM != _NONE:
+            b_mean = tl.zeros([BLOCK_N, 1], dtype)
+            if NORM == _LAYER:
+                for c in range(0, WIDTH, BLOCK_D):
+                    o_c = c + tl.arange(0, BLOCK_D)[None, :]
+                    m = m_n & (o_c < C)
+                    b_sum = _sums_of(
+                        x_ptr, y_ptr, gate_ptr, x_row + o_c, y_row + o_c, g_row + o_c, m, dtype,
+                        ADDS, GATED, TANH,
+                    )  # fmt: skip
+                    b_mean += sum_columns(b_sum.to(dtype))
+                b_mean = b_mean / C
+            b_square = tl.zeros([BLOCK_N, 1], dtype)
             for c in range(0, WIDTH, BLOCK_D):
                 o_c = c + tl.arange(0, BLOCK_D)[None, :]
                 m = m_n & (o_c < C)
@@ -139,9 +158,9 @@ def gated_residual_modulate_kernel(
                     x_ptr, y_ptr, gate_ptr, x_row + o_c, y_row + o_c, g_row + o_c, m, dtype,
                     ADDS, GATED, TANH,
                 )  # fmt: skip
-                b_mean += sum_columns(b_sum.to(dtype))
-            b_mean = b_mean / C
-        b_square = tl.zeros([BLOCK_N, 1], dtype)
+                b_less = tl.where(m, b_sum.to(dtype) - b_mean, 0.0)
+                b_square += sum_columns(b_less * b_less)
+            b_rstd = 1.0 / tl.sqrt(b_square / C + EPS)
         for c in range(0, WIDTH, BLOCK_D):
             o_c = c + tl.arange(0, BLOCK_D)[None, :]
             m = m_n & (o_c < C)
@@ -149,34 +168,24 @@ def gated_residual_modulate_kernel(
                 x_ptr, y_ptr, gate_ptr, x_row + o_c, y_row + o_c, g_row + o_c, m, dtype,
                 ADDS, GATED, TANH,
             )  # fmt: skip
-            b_less = tl.where(m, b_sum.to(dtype) - b_mean, 0.0)
-            b_square += sum_columns(b_less * b_less)
-        b_rstd = 1.0 / tl.sqrt(b_square / C + EPS)
-    for c in range(0, WIDTH, BLOCK_D):
-        o_c = c + tl.arange(0, BLOCK_D)[None, :]
-        m = m_n & (o_c < C)
-        b_sum = _sums_of(
-            x_ptr, y_ptr, gate_ptr, x_row + o_c, y_row + o_c, g_row + o_c, m, dtype,
-            ADDS, GATED, TANH,
-        )  # fmt: skip
+            if NORM != _NONE:
+                b_out = (b_sum.to(dtype) - b_mean) * b_rstd
+                if WEIGHTS:
+                    b_out *= tl.load(weight_ptr + o_c, mask=o_c < C, other=0.0).to(dtype)
+                if BIASED:
+                    b_out += tl.load(bias_ptr + o_c, mask=o_c < C, other=0.0).to(dtype)
+                if SCALES:
+                    b_scale = tl.load(scale_ptr + s_row + o_c, mask=m, other=0.0).to(dtype)
+                    b_out *= 1.0 + b_scale
+                if SHIFTS:
+                    b_out += tl.load(shift_ptr + h_row + o_c, mask=m, other=0.0).to(dtype)
+                tl.store(out_ptr + row * C + o_c, rounded(b_out, out_ptr.dtype.element_ty), mask=m)
+            if ADDS:
+                tl.store(residual_ptr + row * C + o_c, b_sum, mask=m)
+        if NORM == _LAYER:
+            tl.store(mean_ptr + row, b_mean, mask=m_n)
         if NORM != _NONE:
-            b_out = (b_sum.to(dtype) - b_mean) * b_rstd
-            if WEIGHTS:
-                b_out *= tl.load(weight_ptr + o_c, mask=o_c < C, other=0.0).to(dtype)
-            if BIASED:
-                b_out += tl.load(bias_ptr + o_c, mask=o_c < C, other=0.0).to(dtype)
-            if SCALES:
-                b_scale = tl.load(scale_ptr + s_row + o_c, mask=m, other=0.0).to(dtype)
-                b_out *= 1.0 + b_scale
-            if SHIFTS:
-                b_out += tl.load(shift_ptr + h_row + o_c, mask=m, other=0.0).to(dtype)
-            tl.store(out_ptr + row * C + o_c, rounded(b_out, out_ptr.dtype.element_ty), mask=m)
-        if ADDS:
-            tl.store(residual_ptr + row * C + o_c, b_sum, mask=m)
-    if NORM == _LAYER:
-        tl.store(mean_ptr + row, b_mean, mask=m_n)
-    if NORM != _NONE:
-        tl.store(rstd_ptr + row, b_rstd, mask=m_n)
+            tl.store(rstd_ptr + row, b_rstd, mask=m_n)
 
 
 @triton.jit
@@ -282,7 +291,7 @@ def gated_residual_modulate_bwd_kernel(
     SCALES: tl.constexpr, WEIGHTS: tl.constexpr, BIASED: tl.constexpr,
     TO_X: tl.constexpr, TO_Y: tl.constexpr, TO_GATE: tl.constexpr, TO_SHIFT: tl.constexpr,
     TO_SCALE: tl.constexpr, AFFINE: tl.constexpr, KEPT: tl.constexpr, DIRECT: tl.constexpr,
-    FACTOR: tl.constexpr, PART: tl.constexpr,
+    FACTOR: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = rstd_ptr.dtype.element_ty
@@ -301,7 +310,7 @@ def gated_residual_modulate_bwd_kernel(
     if TO_Y:
         g_row = b * multiple(gb, FACTOR) + frame * multiple(gf, FACTOR)
         b_gate = _gate(gate_ptr, g_row + o_c, m_c, dtype, TANH)
-    for first in range(0, PART, BLOCK_N):
+    for first in tl.range(0, PART, BLOCK_N, num_stages=STAGES):
         o_t = part * PART + first + tl.arange(0, BLOCK_N)[:, None]  # [BN, 1], in the frame
         m_n = o_t < EACH
         m = m_n & m_c
@@ -458,8 +467,22 @@ class _Views:
         return common_multiple(*self._strides)
 
 
-def _threads(sizes: dict[str, int], registers: int) -> dict[str, int]:
-    return num_threads(256 if sizes["BLOCK_D"] > 1024 else 128) | at_most(registers)
+def _threads(sizes: dict[str, int], x: Tensor, each: int, registers: int) -> dict[str, int]:
+    """Launch options for ``each`` numbers of a row in a thread; more registers for float64."""
+    threads = 128 * max(1, min(sizes["BLOCK_D"] // each // 128, 4))
+    return num_threads(threads) | at_most(255 if x.dtype == torch.float64 else registers)
+
+
+def _stages(x: Tensor, sizes: dict[str, int], most: int) -> int:
+    """Of a loop whose rows are copied to shared memory ahead of their time, as many as there is
+    room for; 1: they are not."""
+    if not pipelined() or x.element_size() > 4:
+        return 1
+    _, arch, shared = device_limits(triton.runtime.driver.active.get_current_device())
+    tensors = 4 * sizes["BLOCK_N"] * sizes["BLOCK_D"] * x.element_size()
+    # Elsewhere the addresses of more are spilled.
+    most = most if arch == 90 else 2 if sizes["BLOCK_D"] < _WIDEST else 1
+    return max(1, min(most, shared // tensors))
 
 
 def forward(
@@ -489,7 +512,18 @@ def forward(
     stand_in = x.new_empty(0, dtype=wide)
     sizes = row_sizes(channels, _TILE, _WIDEST)
     sizes["BLOCK_N"] = max(1, sizes["BLOCK_N"])
-    gated_residual_modulate_kernel[(triton.cdiv(batch * length, sizes["BLOCK_N"]),)](
+    tiles = ceil_div(batch * length, sizes["BLOCK_N"])
+    stages, registers = 1, 128
+    if sizes["WIDTH"] == sizes["BLOCK_D"]:
+        stages = _stages(x, sizes, 2)
+    if stages > 1:
+        registers = 64 if sizes["BLOCK_D"] > 1024 else 96
+    options = _threads(sizes, x, 8, registers)
+    if stages > 1:
+        # As many programs as there is room for, with so many registers each.
+        room = 65536 // (32 * options["num_warps"] * registers)
+        tiles = min(tiles, num_programs(x.device, room))
+    gated_residual_modulate_kernel[(tiles,)](
         *(t for t, *_ in given), views(weight)[0], views(bias)[0],
         x if residual is None else residual, x if out is None else out,
         stand_in if mean is None else mean, stand_in if rstd is None else rstd,
@@ -497,7 +531,7 @@ def forward(
         *(stride for _, *strides in given for stride in strides),
         EPS=eps, ADDS=y is not None, GATED=gate is not None, TANH=tanh, NORM=NORMS[norm],
         SHIFTS=shift is not None, SCALES=scale is not None, WEIGHTS=weight is not None,
-        BIASED=bias is not None, FACTOR=views.factor(), **sizes, **_threads(sizes, 128),
+        BIASED=bias is not None, FACTOR=views.factor(), STAGES=stages, **sizes, **options,
     )  # fmt: skip
 
 
@@ -542,7 +576,7 @@ def backward(
     }  # fmt: skip
     weights, biases = views(weight)[0], views(bias)[0]
     each = length // frames
-    parts = triton.cdiv(each, _PART)
+    parts = ceil_div(each, _PART)
     direct = parts == 1
     modulated = needs["TO_GATE"] or needs["TO_SHIFT"] or needs["TO_SCALE"]
     kept = affine or (modulated and not direct)
@@ -561,10 +595,10 @@ def backward(
 
     if norm is not None and sizes["WIDTH"] > sizes["BLOCK_D"]:
         row = x.new_empty(batch, length, 2, dtype=wide)
-        modulation_row_sums_kernel[(triton.cdiv(batch * length, sizes["BLOCK_N"]),)](
+        modulation_row_sums_kernel[(ceil_div(batch * length, sizes["BLOCK_N"]),)](
             given["passed"][0], given["x"][0], means, rstds, given["scale"][0], weights, row,
             batch * length, length, each, channels, *of("passed", "x", "scale"),
-            NORM=NORMS[norm], **has, FACTOR=factor, **sizes, **_threads(sizes, 128),
+            NORM=NORMS[norm], **has, FACTOR=factor, **sizes, **_threads(sizes, x, 8, 128),
         )  # fmt: skip
     to = [outputs.get(name, x) for name in ("x", "y", "gate", "shift", "scale")]
     grid = (batch * frames * parts * (sizes["WIDTH"] // sizes["BLOCK_D"]),)
@@ -575,10 +609,13 @@ def backward(
         *of("own", "passed", "x", "y", "gate", "scale"),
         ADDS=own is not None, GATED=gate is not None, TANH=tanh, NORM=NORMS[norm], **has,
         BIASED=bias is not None, **needs, AFFINE=affine, KEPT=kept,
-        DIRECT=direct and modulated, FACTOR=factor, PART=_PART, **sizes, **_threads(sizes, 255),
+        DIRECT=direct and modulated, FACTOR=factor, PART=_PART, STAGES=_stages(x, sizes, 3),
+        **sizes, **_threads(
+            sizes, x, 4 if x.dtype == torch.float32 else 8, 128 if sizes["BLOCK_D"] > 1024 else 168
+        ),
     )  # fmt: skip
     if kept and not direct:
-        blocks = triton.cdiv(channels, _COLUMNS)
+        blocks = ceil_div(channels, _COLUMNS)
         modulation_frame_sums_kernel[(batch * frames * blocks,)](
             part, given["gate"][0], given["scale"][0], weights, biases, *to[2:],
             channels, frames, parts, *of("gate", "scale"),
@@ -587,7 +624,7 @@ def backward(
             FACTOR=factor, BLOCK=_COLUMNS, **num_threads(64),
         )  # fmt: skip
     if affine:
-        modulation_affine_kernel[(triton.cdiv(channels, _COLUMNS),)](
+        modulation_affine_kernel[(ceil_div(channels, _COLUMNS),)](
             part, outputs.get("weight", x), outputs.get("bias", x), channels, batch * frames, parts,
             TO_WEIGHT="weight" in outputs, TO_BIAS="bias" in outputs,
             BLOCK_N=_FRAMES, BLOCK=_COLUMNS, **num_threads(128),
@@ -696,6 +733,7 @@ def offline_variants() -> list[Any]:
             (1152, torch.bfloat16, 1, False, True),
             (72, torch.bfloat16, 4, True, False),
             (3072, torch.bfloat16, 1, False, False),
+            (3072, torch.float32, 1, False, False),
             (5120, torch.bfloat16, 64, True, False),
             (16384, torch.bfloat16, 1, True, False),
             *((1536, dtype, 64, False, False) for dtype in floats),

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mmfast.kernels.attention import Limits, Tokens, offline_variant
-from mmfast.kernels.attention_backward import key_gradient, query_gradient
 from mmfast.kernels.attention_forward import attention_forward
+from mmfast.kernels.attention_key_gradient import key_gradient
+from mmfast.kernels.attention_query_gradient import query_gradient
 from mmfast.ops.attention import new_like, new_lse
 
 

@@ -36,9 +36,7 @@ def _add(total, b_x, b_c, METRIC: tl.constexpr):
 
 
 @triton.jit
-def _summed(
-    p_x, m_x, p_c, m_c, D, stride_xd, stride_cd, METRIC: tl.constexpr, dtype: tl.constexpr
-):
+def _summed(p_x, m_x, p_c, m_c, D, stride_xd, stride_cd, METRIC: tl.constexpr, dtype: tl.constexpr):
     """Squared distances (METRIC 0), negated products, or sums of absolute products (3), [A, B], of
     rows p_x [A, 1] and p_c [A, B] or [1, B], dimension by dimension."""
     total = tl.zeros((m_x & m_c).shape, dtype)

@@ -47,7 +47,11 @@ def _halves(b_x, scale):
     b_left = b_x - b_high.to(tl.float32)
     b_low = b_left.to(tl.float16)
     b_rest = b_left - b_low.to(tl.float32)
-    square, left, rest = tl.sum(b_x * b_x, 1), tl.sum(b_left * b_left, 1), tl.sum(b_rest * b_rest, 1)
+    square, left, rest = (
+        tl.sum(b_x * b_x, 1),
+        tl.sum(b_left * b_left, 1),
+        tl.sum(b_rest * b_rest, 1),
+    )
     return b_high, b_low, square, left, rest
 
 
@@ -406,7 +410,9 @@ def nearest_code_screen_kernel(
                 if AGAIN:
                     # Where the second best is near as well, any of the place's groups may be.
                     b_behind = tl.max(tl.where(b_here, second, -3e38), 1)
-                    entry = tl.where(b_behind >= limit, -1 - place * MOST_PLACES * 2 - PLACES, entry)
+                    entry = tl.where(
+                        b_behind >= limit, -1 - place * MOST_PLACES * 2 - PLACES, entry
+                    )
                 tl.store(p_near + 1 + i, entry, mask=some & (i < number))
                 best = tl.where(b_here, -3e38, best)
             rest_of_them = unsure & (some == 0)

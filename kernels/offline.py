@@ -73,6 +73,9 @@ class Variant:
     quick: bool = False
 
 
+_WAYS = ("TMA", "AHEAD", "SPECIAL")  # compile-time arguments of the attention kernels
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What came of one kernel with one configuration."""
@@ -88,6 +91,7 @@ class Compiled:
     matrix_instructions: dict[str, int]
     # Widths in bits of the loads from global memory, by file's name and line.
     loads: dict[tuple[str, int], collections.Counter[int]]
+    copies: int  # of whole tiles, by descriptors
     specialisation: str = field(repr=False)  # equal for launches that share the code
     assembly: str = field(repr=False)
     binary: bytes = field(repr=False)
@@ -100,6 +104,10 @@ class Compiled:
             if text in _line(name, line)
             for bits in widths
         }
+
+    def way(self) -> str:
+        """The kernel, and by which of its ways for Hopper, if it has several."""
+        return ", ".join([self.kernel, *(n for n in _WAYS if self.constants.get(n) is True)])
 
     def configuration(self) -> str:
         """The constants and the size of the launch, in words."""
@@ -153,8 +161,10 @@ def compiling(target: Target) -> Iterator[list[CompiledKernel]]:
         compiled.append(kernel)
         return kernel
 
-    def every_configuration(self: Tuned, *args: Any, grid: Any, **constants: Any) -> None:
-        for config in self.candidates(constants):
+    def every_configuration(
+        self: Tuned, *args: Any, grid: Any, facts: Any = None, **constants: Any
+    ) -> None:
+        for config in self.candidates({**constants, **(facts or {})}):
             self.launch(config, args, grid, constants)
 
     driver = triton.runtime.driver
@@ -241,6 +251,7 @@ def _describe(kernel: CompiledKernel, target: Target) -> Compiled:
         spills=spills,
         matrix_instructions=dict(collections.Counter(_MATRIX.findall(assembly))),
         loads=_loads(assembly),
+        copies=assembly.count("cp.async.bulk.tensor"),
         specialisation=kernel.hash,
         assembly=assembly,
         binary=binary,
@@ -273,7 +284,7 @@ def complaints(variant: Variant, compiled: Compiled) -> list[str]:
         found.append(f"{compiled.shared} bytes of shared memory")
     if compiled.kernel in variant.matrix and not compiled.matrix_instructions:
         found.append("no matrix instructions")
-    for kernel, text in variant.wide:
+    for kernel, text in variant.wide if not compiled.copies else ():
         if kernel == compiled.kernel and max(widths := compiled.loads_of(text), default=0) < 128:
             found.append(f"{text!r} loads {sorted(widths)} bits")
     return found

@@ -27,8 +27,8 @@ _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
 def words(seed, offset, block):
     """The four words of blocks of four elements, uint32."""
     block = block.to(tl.int64)
-    seed = tl.to_tensor(seed).to(tl.int64)
-    offset = tl.to_tensor(offset).to(tl.int64)
+    seed = tl.cast(seed, tl.int64)
+    offset = tl.cast(offset, tl.int64)
     return tl.philox_impl(
         block.to(tl.uint32),
         (block >> 32).to(tl.uint32),

@@ -13,10 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.common import at_most, common_multiple, multiple, num_threads, rounded
+from mmfast.kernels.common import (
+    at_most,
+    ceil_div,
+    common_multiple,
+    device_kind,
+    multiple,
+    num_programs,
+    num_threads,
+    pipelined,
+    rounded,
+)
 
 _TILE = 2048
-_MOST_PARTS = 512  # of a sum over tokens
+_MOST_PARTS = 384  # of a sum over tokens; programs of the backward, three for a multiprocessor
 
 
 @triton.jit
@@ -163,7 +173,8 @@ def _normed(
 
 
 @triton.jit(do_not_specialize=[
-    "total", "length", "heads", "x_b", "x_l", "x_h", "out_b", "out_l", "out_h", "t_b", "t_l"
+    "tiles", "total", "length", "heads", "x_b", "x_l", "x_h", "out_b", "out_l", "out_h", "t_b",
+    "t_l",
 ])  # fmt: skip
 def qk_norm_rope_kernel(
     x_ptr,  # [B, L, H, E], strides x_*
@@ -172,45 +183,47 @@ def qk_norm_rope_kernel(
     bias_ptr,
     cos_ptr,  # rows of R, or of R / 2 if PAIRS
     sin_ptr,
-    total, length, heads, x_b, x_l, x_h, out_b, out_l, out_h, t_b, t_l, eps,
+    tiles, total, length, heads, x_b, x_l, x_h, out_b, out_l, out_h, t_b, t_l, eps,
     NORM: tl.constexpr, ACROSS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     TOKENS: tl.constexpr, E: tl.constexpr, R: tl.constexpr, FACTOR: tl.constexpr,
-    BLOCK_N: tl.constexpr, P: tl.constexpr, REST: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK_N: tl.constexpr, P: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    place = tl.program_id(0).to(tl.int64)
-    start = place if ACROSS else place * BLOCK_N
-    b, t, h, mask = _places(start, total, length, heads, BLOCK_N, ACROSS, TOKENS)
-    p_x = x_ptr + multiple(b * x_b + t * x_l + h * x_h, FACTOR)
-    p_out = out_ptr + multiple(b * out_b + t * out_l + h * out_h, FACTOR)
-    b_a, b_b = _load_pairs(p_x, mask, E, R, P, HALF, DTYPE)
-    b_rest = tl.zeros([BLOCK_N, 1], DTYPE)
-    if REST:
-        b_rest = _load_rest(p_x, mask, E, R, REST, DTYPE)
-    if NORM != "none":
-        numbers = (E * heads if ACROSS else E + heads * 0).to(DTYPE)
-        b_a, b_b, b_rest, _ = _normed(
-            b_a, b_b, b_rest, mask, numbers, eps, E, R, P, REST, HALF, ACROSS, NORM == "layer"
-        )
-        row = h * E if ACROSS else h * 0
-        if weight_ptr is not None:
-            w_a, w_b = _row_pairs(weight_ptr, h, mask, E, R, P, HALF, ACROSS, DTYPE)
-            b_a, b_b = b_a * w_a, b_b * w_b
-            if REST:
-                b_rest *= _load_rest(weight_ptr + row, mask, E, R, REST, DTYPE)
-        if bias_ptr is not None:
-            w_a, w_b = _row_pairs(bias_ptr, h, mask, E, R, P, HALF, ACROSS, DTYPE)
-            b_a, b_b = b_a + w_a, b_b + w_b
-            if REST:
-                b_rest += _load_rest(bias_ptr + row, mask, E, R, REST, DTYPE)
-    if cos_ptr is not None:
-        o_t = b * t_b + t * t_l
-        b_a, b_b = _rotate(b_a, b_b, cos_ptr, sin_ptr, o_t, mask, R, P, HALF, PAIRS, False)
-    _store_pairs(p_out, b_a, b_b, mask, E, R, P, HALF)
-    if REST:
-        o_r = R + tl.arange(0, REST)[None, :]
-        b_rest = rounded(b_rest, out_ptr.dtype.element_ty)
-        tl.store(p_out + o_r, b_rest, mask=mask & (o_r < E))
+    # The next tiles are on their way while this one is added up.
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+        place = tl.cast(tile, tl.int64)
+        start = place if ACROSS else place * BLOCK_N
+        b, t, h, mask = _places(start, total, length, heads, BLOCK_N, ACROSS, TOKENS)
+        p_x = x_ptr + multiple(b * x_b + t * x_l + h * x_h, FACTOR)
+        p_out = out_ptr + multiple(b * out_b + t * out_l + h * out_h, FACTOR)
+        b_a, b_b = _load_pairs(p_x, mask, E, R, P, HALF, DTYPE)
+        b_rest = tl.zeros([BLOCK_N, 1], DTYPE)
+        if REST:
+            b_rest = _load_rest(p_x, mask, E, R, REST, DTYPE)
+        if NORM != "none":
+            numbers = (E * heads if ACROSS else E + heads * 0).to(DTYPE)
+            b_a, b_b, b_rest, _ = _normed(
+                b_a, b_b, b_rest, mask, numbers, eps, E, R, P, REST, HALF, ACROSS, NORM == "layer"
+            )
+            row = h * E if ACROSS else h * 0
+            if weight_ptr is not None:
+                w_a, w_b = _row_pairs(weight_ptr, h, mask, E, R, P, HALF, ACROSS, DTYPE)
+                b_a, b_b = b_a * w_a, b_b * w_b
+                if REST:
+                    b_rest *= _load_rest(weight_ptr + row, mask, E, R, REST, DTYPE)
+            if bias_ptr is not None:
+                w_a, w_b = _row_pairs(bias_ptr, h, mask, E, R, P, HALF, ACROSS, DTYPE)
+                b_a, b_b = b_a + w_a, b_b + w_b
+                if REST:
+                    b_rest += _load_rest(bias_ptr + row, mask, E, R, REST, DTYPE)
+        if cos_ptr is not None:
+            o_t = b * t_b + t * t_l
+            b_a, b_b = _rotate(b_a, b_b, cos_ptr, sin_ptr, o_t, mask, R, P, HALF, PAIRS, False)
+        _store_pairs(p_out, b_a, b_b, mask, E, R, P, HALF)
+        if REST:
+            o_r = R + tl.arange(0, REST)[None, :]
+            b_rest = rounded(b_rest, out_ptr.dtype.element_ty)
+            tl.store(p_out + o_r, b_rest, mask=mask & (o_r < E))
 
 
 @triton.jit(do_not_specialize=[
@@ -229,7 +242,7 @@ def qk_norm_rope_bwd_kernel(
     total, length, heads, each, x_b, x_l, x_h, g_b, g_l, g_h, out_b, out_l, out_h, t_b, t_l, eps,
     NORM: tl.constexpr, ACROSS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     TOKENS: tl.constexpr, E: tl.constexpr, R: tl.constexpr, FACTOR: tl.constexpr,
-    BLOCK_N: tl.constexpr, P: tl.constexpr, REST: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK_N: tl.constexpr, P: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Each program has ``each`` tiles, one after another."""
     DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -241,7 +254,7 @@ def qk_norm_rope_bwd_kernel(
     ba_sum = tl.zeros([SUMMED, P], DTYPE)
     bb_sum = tl.zeros([SUMMED, P], DTYPE)
     br_sum = tl.zeros([SUMMED, REST if REST else 1], DTYPE)
-    for i in range(0, each):
+    for i in tl.range(0, each, num_stages=STAGES):
         start = program * each + i
         if not ACROSS:
             start *= BLOCK_N
@@ -349,7 +362,7 @@ class _Tables:
         num_dims = q.shape[3]
         half = rotation == "half" and rotary_dim > 0
         rest = num_dims - rotary_dim if half else 0
-        pairs = rotary_dim // 2 if half else triton.cdiv(num_dims, 2)
+        pairs = rotary_dim // 2 if half else ceil_div(num_dims, 2)
         self.eps = eps
         self.sizes: dict[str, Any] = {
             "NORM": norm,
@@ -371,16 +384,22 @@ class _Tables:
             block_n, tiles = triton.next_power_of_2(heads), batch * length
         else:
             block_n = max(1, _TILE // triton.next_power_of_2(block_e))
-            tiles = triton.cdiv(batch * length * heads, block_n)
+            tiles = ceil_div(batch * length * heads, block_n)
         strides = [s for view in (x, *views) for s in view.stride()[:3]]
         threads = 128 * min(max(block_n * block_e // 1024, 1), 4)
+        ahead = pipelined() and x.dtype != torch.float64
         return tiles, sizes | {
             "BLOCK_N": block_n,
             "TOKENS": x.stride(1) < x.stride(2),
             "FACTOR": common_multiple(num_dims, *strides),
+            "STAGES": 2 if ahead else 1,
             **num_threads(threads),
             **at_most(min(65536 // threads, 255)),
         }
+
+
+# Registers of a thread of up to 256, and of more, with which nothing is spilled.
+_ROOM = {"sm_90": (64, 40)}
 
 
 def _total(x: Tensor, across: bool) -> int:
@@ -403,9 +422,17 @@ def qk_norm_rope(
             continue
         x = _with_heads(x)
         tiles, options = tables.of(x, out)
-        qk_norm_rope_kernel[(tiles,)](
+        programs = tiles
+        if options["STAGES"] > 1:
+            # As many as there is room for, with so many registers each.
+            threads = 32 * options["num_warps"]
+            small, large = _ROOM.get(device_kind(), (72, 56))
+            registers = small if threads <= 256 else large
+            options |= at_most(registers)
+            programs = min(tiles, num_programs(x.device, 65536 // (threads * registers)))
+        qk_norm_rope_kernel[(programs,)](
             x, out, _dense(weight, tables.wide), _dense(bias, tables.wide), tables.cos, tables.sin,
-            _total(x, across_heads), *x.shape[1:3], *x.stride()[:3], *out.stride()[:3],
+            tiles, _total(x, across_heads), *x.shape[1:3], *x.stride()[:3], *out.stride()[:3],
             *tables.strides, eps, **options,
         )  # fmt: skip
     return outputs
@@ -436,8 +463,12 @@ def qk_norm_rope_bwd(
             continue
         x, grad = _with_heads(x), _with_heads(grad)
         tiles, launch = tables.of(x, grad, out)
-        each = triton.cdiv(tiles, _MOST_PARTS) if any(r is not None for r in asked) else 1
-        programs = triton.cdiv(tiles, each)
+        if launch["STAGES"] > 1:
+            # With which nothing is spilled.
+            few = launch["HALF"] and norm == "rms"
+            launch |= at_most(128 if launch["num_warps"] > 8 else 80 if few else 104)
+        each = ceil_div(tiles, _MOST_PARTS)
+        programs = ceil_div(tiles, each)
         parts = [
             None if row is None else row.new_empty((programs, row.numel()), dtype=tables.wide)
             for row in asked

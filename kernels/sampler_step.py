@@ -1,4 +1,4 @@
-"""A step of a sampler in Triton: each program does a block of one sample.
+"""A step of a sampler in Triton: each program does some blocks of one sample.
 
 The coefficients are scalars, loaded from the table at the row that a counter on the device names,
 so that a captured graph goes on to the next row by itself. What has the weight 0 is not loaded.
@@ -7,6 +7,7 @@ Everything is loaded before anything is stored: out may be x, and slots of the h
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,18 +18,25 @@ from torch import Tensor
 from mmfast.kernels.common import (
     add_term,
     at_most,
+    ceil_div,
     common_multiple,
     first_stride,
     load_used,
     lying_together,
     multiple,
+    num_programs,
     num_threads,
     rounded,
 )
 from mmfast.kernels.philox import normals, normals_in_order
 from mmfast.schedule.layout import HISTORY, Layout, M, N, P, X, slots_of
 
+# Blocks of a program, which has the row's weights for all of them; of small batches one, so that no
+# multiprocessor is without.
+_EACH = 4
 _OPTIONAL = ("unconditional", "noise", "variance", "denoised", "model_input")
+
+_slots_of = functools.cache(slots_of)
 
 _LOW = tl.constexpr(Layout.LOW)
 _HIGH = tl.constexpr(Layout.HIGH)
@@ -105,9 +113,9 @@ def _uses(p_row, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROW: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "E", "B", "rows", "stride_step", "stride_seed", "stride_guidance", "stride_x", "stride_m",
-        "stride_u", "stride_n", "stride_v", "stride_o", "stride_hs", "stride_hb", "stride_d",
-        "stride_i",
+        "E", "B", "rows", "each", "stride_step", "stride_seed", "stride_guidance", "stride_x",
+        "stride_m", "stride_u", "stride_n", "stride_v", "stride_o", "stride_hs", "stride_hb",
+        "stride_d", "stride_i",
     ]
 )  # fmt: skip
 def sampler_step_kernel(
@@ -129,6 +137,7 @@ def sampler_step_kernel(
     B,
     E,
     rows,
+    each,  # blocks of a program
     stride_step,
     stride_seed,
     stride_guidance,
@@ -154,10 +163,9 @@ def sampler_step_kernel(
     COLUMNS: tl.constexpr = _NEXT + (1 + SLOTS) * WIDTH
     place = tl.program_id(0).to(tl.int64)
     E = multiple(E, FACTOR)
-    b = place // tl.cdiv(E, BLOCK)
-    first = place % tl.cdiv(E, BLOCK) * BLOCK
-    places = first + tl.arange(0, BLOCK)
-    mask = places < E
+    parts = tl.cdiv(tl.cdiv(E, BLOCK), each)
+    b = place // parts
+    begin = place % parts * each * BLOCK
 
     # The row. One that is not there, or asks for what is not there, gives NaN.
     step = tl.load(step_ptr + b * stride_step)
@@ -178,82 +186,87 @@ def sampler_step_kernel(
         p_row, u_ptr, guidance_scale, guidance_ptr, b * stride_guidance
     )
 
-    b_x = load_used(x_ptr + b * multiple(stride_x, FACTOR), places, mask, use_x, DTYPE)
-    b_m = load_used(
-        m_ptr + b * multiple(stride_m, FACTOR), places, mask, use_m & (conditional != 0), DTYPE
-    )
-    b_u = tl.zeros_like(b_x)
-    if u_ptr is not None:
-        use_u = use_m & (unconditional != 0)
-        b_u = load_used(u_ptr + b * multiple(stride_u, FACTOR), places, mask, use_u, DTYPE)
-    b_n = tl.zeros_like(b_x)
-    if n_ptr is not None:
-        b_n = load_used(n_ptr + b * multiple(stride_n, FACTOR), places, mask, use_n, DTYPE)
-    elif seed_ptr is not None:  # noqa: SIM102 (the other condition is on the device)
-        if use_n:
-            seed = tl.load(seed_ptr + b * stride_seed)
-            start = first
-            if stride_seed == 0:
-                start += b * E
-            if FOURS:
-                b_n = normals_in_order(seed, step, start, BLOCK).to(DTYPE)
-            else:
-                b_n = normals(seed, step, start + tl.arange(0, BLOCK)).to(DTYPE)
-    if v_ptr is not None:
-        use_v = use_n & (factor != 0)
-        b_v = load_used(v_ptr + b * multiple(stride_v, FACTOR), places, mask, use_v, DTYPE)
-        b_log = add_term(tl.zeros_like(b_v) + tl.load(p_row + _LOG_SCALE).to(DTYPE), factor, b_v)
-        b_n *= tl.exp(b_log)
-
-    slots = (b_x,)  # and from 1 on those of the history
-    if SLOTS > 0:
-        p_h = h_ptr + b * multiple(stride_hb, FACTOR)
-        for s in tl.static_range(SLOTS):
-            use_h = (used >> (_HISTORY + s)) & 1 != 0
-            p_s = p_h + s * multiple(stride_hs, FACTOR)
-            slots = slots + (load_used(p_s, places, mask, use_h, DTYPE),)  # noqa: RUF005
-
-    sources = (b_x, b_m, b_u, b_n)
-    b_p = prediction(p_row, poison, *sources, conditional, unconditional)
-    # Comparisons that are false for NaN leave it as it is.
-    if threshold_ptr is not None:
-        t = tl.load(threshold_ptr + b).to(DTYPE)
-        b_p = tl.where(b_p > t, t, b_p)
-        b_p = tl.where(b_p < -t, -t, b_p) / t
-    low = tl.load(p_row + _LOW).to(DTYPE)
-    high = tl.load(p_row + _HIGH).to(DTYPE)
-    b_p = tl.where(b_p > high, high, b_p)
-    b_p = tl.where(b_p < low, low, b_p)
-
-    b_next = _sum(p_row + _NEXT, poison, sources, slots, b_p, conditional, unconditional, SLOTS)
-    made = (b_next,)
-    for s in tl.static_range(SLOTS):
-        p_slot = p_row + _NEXT + (1 + s) * WIDTH
-        b_slot = _sum(p_slot, poison, sources, slots, b_p, conditional, unconditional, SLOTS)
-        made = made + (b_slot,)  # noqa: RUF005
-
-    # Another thread may store what this one loads.
-    tl.debug_barrier()
-    if SLOTS > 0:
-        p_h = h_ptr + b * multiple(stride_hb, FACTOR)
-        for s in tl.static_range(SLOTS):
-            written = ((changed >> (s + 1)) & 1 != 0) | (poison != poison)
-            p_s = p_h + s * multiple(stride_hs, FACTOR) + places
-            tl.store(
-                p_s,
-                rounded(made[s + 1], h_ptr.dtype.element_ty),
-                mask=tl.where(written, mask, False),
+    for first in range(begin, tl.minimum(begin + each * BLOCK, E), BLOCK):
+        places = first + tl.arange(0, BLOCK)
+        mask = places < E
+        b_x = load_used(x_ptr + b * multiple(stride_x, FACTOR), places, mask, use_x, DTYPE)
+        b_m = load_used(
+            m_ptr + b * multiple(stride_m, FACTOR), places, mask, use_m & (conditional != 0), DTYPE
+        )
+        b_u = tl.zeros_like(b_x)
+        if u_ptr is not None:
+            use_u = use_m & (unconditional != 0)
+            b_u = load_used(u_ptr + b * multiple(stride_u, FACTOR), places, mask, use_u, DTYPE)
+        b_n = tl.zeros_like(b_x)
+        if n_ptr is not None:
+            b_n = load_used(n_ptr + b * multiple(stride_n, FACTOR), places, mask, use_n, DTYPE)
+        elif seed_ptr is not None:  # noqa: SIM102 (the other condition is on the device)
+            if use_n:
+                seed = tl.load(seed_ptr + b * stride_seed)
+                start = first
+                if stride_seed == 0:
+                    start += b * E
+                if FOURS:
+                    b_n = normals_in_order(seed, step, start, BLOCK).to(DTYPE)
+                else:
+                    b_n = normals(seed, step, start + tl.arange(0, BLOCK)).to(DTYPE)
+        if v_ptr is not None:
+            use_v = use_n & (factor != 0)
+            b_v = load_used(v_ptr + b * multiple(stride_v, FACTOR), places, mask, use_v, DTYPE)
+            b_log = add_term(
+                tl.zeros_like(b_v) + tl.load(p_row + _LOG_SCALE).to(DTYPE), factor, b_v
             )
-    p_out = out_ptr + b * multiple(stride_o, FACTOR) + places
-    tl.store(p_out, rounded(b_next, out_ptr.dtype.element_ty), mask=mask)
-    if d_ptr is not None:
-        p_d = d_ptr + b * multiple(stride_d, FACTOR) + places
-        tl.store(p_d, rounded(b_p, d_ptr.dtype.element_ty), mask=mask)
-    if i_ptr is not None:
-        b_next *= (tl.load(p_row + _INPUT_SCALE) + poison).to(DTYPE)
-        for copy in tl.static_range(COPIES):
-            p_i = i_ptr + (copy * B + b) * multiple(stride_i, FACTOR) + places
-            tl.store(p_i, rounded(b_next, i_ptr.dtype.element_ty), mask=mask)
+            b_n *= tl.exp(b_log)
+
+        slots = (b_x,)  # and from 1 on those of the history
+        if SLOTS > 0:
+            p_h = h_ptr + b * multiple(stride_hb, FACTOR)
+            for s in tl.static_range(SLOTS):
+                use_h = (used >> (_HISTORY + s)) & 1 != 0
+                p_s = p_h + s * multiple(stride_hs, FACTOR)
+                slots = slots + (load_used(p_s, places, mask, use_h, DTYPE),)  # noqa: RUF005
+
+        sources = (b_x, b_m, b_u, b_n)
+        b_p = prediction(p_row, poison, *sources, conditional, unconditional)
+        # Comparisons that are false for NaN leave it as it is.
+        if threshold_ptr is not None:
+            t = tl.load(threshold_ptr + b).to(DTYPE)
+            b_p = tl.where(b_p > t, t, b_p)
+            b_p = tl.where(b_p < -t, -t, b_p) / t
+        low = tl.load(p_row + _LOW).to(DTYPE)
+        high = tl.load(p_row + _HIGH).to(DTYPE)
+        b_p = tl.where(b_p > high, high, b_p)
+        b_p = tl.where(b_p < low, low, b_p)
+
+        b_next = _sum(p_row + _NEXT, poison, sources, slots, b_p, conditional, unconditional, SLOTS)
+        made = (b_next,)
+        for s in tl.static_range(SLOTS):
+            p_slot = p_row + _NEXT + (1 + s) * WIDTH
+            b_slot = _sum(p_slot, poison, sources, slots, b_p, conditional, unconditional, SLOTS)
+            made = made + (b_slot,)  # noqa: RUF005
+
+        # Another thread may store what this one loads.
+        tl.debug_barrier()
+        if SLOTS > 0:
+            p_h = h_ptr + b * multiple(stride_hb, FACTOR)
+            for s in tl.static_range(SLOTS):
+                written = ((changed >> (s + 1)) & 1 != 0) | (poison != poison)
+                p_s = p_h + s * multiple(stride_hs, FACTOR) + places
+                tl.store(
+                    p_s,
+                    rounded(made[s + 1], h_ptr.dtype.element_ty),
+                    mask=tl.where(written, mask, False),
+                )
+        p_out = out_ptr + b * multiple(stride_o, FACTOR) + places
+        tl.store(p_out, rounded(b_next, out_ptr.dtype.element_ty), mask=mask)
+        if d_ptr is not None:
+            p_d = d_ptr + b * multiple(stride_d, FACTOR) + places
+            tl.store(p_d, rounded(b_p, d_ptr.dtype.element_ty), mask=mask)
+        if i_ptr is not None:
+            b_next *= (tl.load(p_row + _INPUT_SCALE) + poison).to(DTYPE)
+            for copy in tl.static_range(COPIES):
+                p_i = i_ptr + (copy * B + b) * multiple(stride_i, FACTOR) + places
+                tl.store(p_i, rounded(b_next, i_ptr.dtype.element_ty), mask=mask)
 
 
 def sampler_step(
@@ -284,17 +297,19 @@ def sampler_step(
     given = [out, history, denoised, model_input]
     targets = [None if t is None else lying_together(t, 1 + (t is history)) for t in given]
     strides = [first_stride(t) for t in (*sources, targets[0])]
-    slots = slots_of(table.shape[1])
+    slots = _slots_of(table.shape[1])
     kept = targets[1] if slots else None
     strides += [first_stride(kept), 0 if kept is None else first_stride(kept[0])]
     strides += [first_stride(t) for t in targets[2:]]
     block = 1024 if x.dtype != torch.float64 else 512 if slots <= 4 else 256
     per_sample = seed is not None and seed.dim() > 0 and batch > 1
-    sampler_step_kernel[(batch * triton.cdiv(numbers, block),)](
+    blocks = ceil_div(numbers, block)
+    each = max(1, min(_EACH, batch * blocks // num_programs(x.device, 4 * _EACH)))
+    sampler_step_kernel[(batch * ceil_div(blocks, each),)](
         *sources[:3], guidance_scale, None if guidance is None else guidance.contiguous(),
         table.contiguous(), step, sources[3], None if seed is None else seed.contiguous(),
         sources[4], None if threshold is None else threshold.contiguous(), targets[0], kept,
-        *targets[2:], batch, numbers, table.shape[0],
+        *targets[2:], batch, numbers, table.shape[0], each,
         step.stride(0) if step.dim() and batch > 1 else 0, int(per_sample),
         2 if guidance is not None and guidance.shape[0] > 1 else 0, *strides, SLOTS=slots,
         ROW=triton.next_power_of_2(table.shape[1]),

@@ -1,15 +1,20 @@
-"""Attention in Triton with PyTorch's signature: ``kernels/attention_forward.py`` and backward."""
+"""Attention in Triton with PyTorch's signature, of the kernels in ``attention_forward.py``,
+``attention_query_gradient.py`` and ``attention_key_gradient.py``."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmfast.kernels.attention import NOT_CAUSAL, TOP_LEFT, Limits, Tokens, offline_variant
-from mmfast.kernels.attention_backward import key_gradient, query_gradient
-from mmfast.kernels.attention_forward import attention_forward
+from mmfast.kernels.attention_forward import attention_forward, forward
+from mmfast.kernels.attention_key_gradient import key_gradient, key_kernel
+from mmfast.kernels.attention_query_gradient import query_gradient, query_kernel
+from mmfast.kernels.tuned import Problem, Tuned
 from mmfast.ops.attention import new_like, new_lse
 
 HEAD_SIZES = (64, 72, 80, 88, 96, 112, 128)  # of today's models
@@ -85,6 +90,46 @@ def scaled_dot_product_attention_bwd(
     return grad_query, grad_key, grad_value, grad_mask
 
 
+def _problems(
+    kernel: Tuned, backward: bool, device: torch.device, divisor: int = 1
+) -> Iterator[Problem]:
+    """Of head sizes that models have, as long as an image's tokens are and as a small image's."""
+    for width in (72, 64, 128, 96):
+        for batch, heads, length in ((1, 16, 4096), (64, 16, 256)):
+            shape = max(1, batch // divisor), heads // min(heads, divisor), length, width
+            yield _problem(kernel, backward, torch.randn(4, *shape).to(device, torch.bfloat16))
+
+
+def _problem(kernel: Tuned, backward: bool, made: Tensor) -> Problem:
+    grad, *qkv = made
+    scale = qkv[0].shape[3] ** -0.5
+    others = None, 0.0, False, scale, None, None
+    out, lse = scaled_dot_product_attention(*qkv, *others)
+
+    def call() -> tuple[Tensor, ...]:
+        if not backward:
+            return scaled_dot_product_attention(*qkv, *others)[:1]
+        return scaled_dot_product_attention_bwd(grad, *qkv, out, lse, *others, False)[:3]
+
+    @functools.cache
+    def expected() -> tuple[Tensor, ...]:
+        leaves = [t.float().requires_grad_() for t in qkv]
+        wanted = torch.nn.functional.scaled_dot_product_attention(*leaves, scale=scale)
+        return torch.autograd.grad(wanted, leaves, grad.float()) if backward else (wanted.detach(),)
+
+    def right(found: tuple[Tensor, ...]) -> bool:
+        pairs = zip(found, expected(), strict=True)
+        return all(bool((a.float() - b).norm() <= 0.02 * b.norm()) for a, b in pairs)
+
+    return Problem(kernel.seen_in(call), call, right)
+
+
+tuning = [
+    (kernel, functools.partial(_problems, kernel, backward))
+    for kernel, backward in ((forward, False), (query_kernel, True), (key_kernel, True))
+]
+
+
 def offline_variants() -> list[Any]:
     """What ``python -m mmfast.kernels.offline`` compiles."""
 
@@ -118,6 +163,10 @@ def offline_variants() -> list[Any]:
             for kind in ("mask", "dense mask")
             for e in (64, 72, 128)
         ),
-        *(variant(72, bfloat16, b, False, causal=True) for b in (False, True)),
+        *(
+            variant(e, bfloat16, b, False, causal=True)
+            for e in (64, 72, 128)
+            for b in (False, True)
+        ),
         variant(72, bfloat16, False, False, dropout_p=0.1),
     ]

@@ -12,11 +12,13 @@ import argparse
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -24,7 +26,7 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from mmfast.files import replacing
-from mmfast.kernels.common import device_limits, interpreting
+from mmfast.kernels.common import device_kind, interpreting
 
 FILE = Path(__file__).with_name("tuned.json")
 _LAUNCH = ("num_warps", "num_stages")
@@ -76,12 +78,6 @@ def save(table: Table, path: Path = FILE) -> None:
         file.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def device_kind() -> str:
-    """What devices have in common that share a choice, such as ``"sm_90"`` or ``"gfx942"``."""
-    backend, arch, _ = device_limits(triton.runtime.driver.active.get_current_device())
-    return f"sm_{arch}" if backend == "cuda" else str(arch)
-
-
 def source_of(kernel: JITFunction) -> str:
     """Hash of its source, of the functions it calls, and of the constants that they take."""
     seen: dict[str, str] = {}
@@ -105,7 +101,7 @@ class Tuned:
 
     Args:
         configs: those to choose from, by default the first that fits.
-        key: names of compile-time arguments on which the choice depends.
+        key: names of compile-time arguments, and of facts, on which the choice depends.
         fitting: those of ``configs`` that fit the device for given arguments.
     """
 
@@ -118,7 +114,7 @@ class Tuned:
     ) -> None:
         self.kernel, self.configs, self.key, self.fitting = kernel, configs, key, fitting
         self.forced: triton.Config | None = None
-        self._chosen: dict[tuple[str, str], triton.Config] = {}
+        self._chosen: dict[tuple[str, tuple[tuple[str, Any], ...]], triton.Config] = {}
 
     @property
     def name(self) -> str:
@@ -128,9 +124,13 @@ class Tuned:
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         return functools.partial(self.run, grid=grid)
 
-    def run(self, *args: Any, grid: Any, **constants: Any) -> Any:
-        """Launch it. Arguments that depend on the configuration are functions of all constants."""
-        return self.launch(self.forced or self.choose(constants), args, grid, constants)
+    def run(
+        self, *args: Any, grid: Any, facts: Mapping[str, Any] | None = None, **constants: Any
+    ) -> Any:
+        """Launch it. Arguments that depend on the configuration are functions of all constants;
+        ``facts`` are not the kernel's, but what the choice depends on as well."""
+        config = self.forced or self.choose({**constants, **(facts or {})})
+        return self.launch(config, args, grid, constants)
 
     def launch(
         self, config: triton.Config, args: Sequence[Any], grid: Any, constants: Mapping[str, Any]
@@ -152,11 +152,12 @@ class Tuned:
 
     def choose(self, constants: Mapping[str, Any]) -> triton.Config:
         """By the table, else the first that fits."""
-        key = "interpreter" if interpreting() else device_kind(), self.key_of(constants)
+        kind = "interpreter" if interpreting() else device_kind()
+        key = kind, tuple(constants.items())
         if key not in self._chosen:
             fitting = self.candidates(constants)
-            found = (c for c in fitting if numbers(c) == self.known(*key))
-            self._chosen[key] = next(found, fitting[0])
+            known = self.known(kind, self.key_of(constants))
+            self._chosen[key] = next((c for c in fitting if numbers(c) == known), fitting[0])
         return self._chosen[key]
 
     def known(self, kind: str, key: str) -> dict[str, int] | None:
@@ -165,6 +166,18 @@ class Tuned:
         if entry is None or entry.source != source_of(self.kernel):
             return None
         return entry.choices.get(key)
+
+    def seen_in(self, call: Callable[[], Any]) -> dict[str, Any]:
+        """Constants and facts of the last launch in a call."""
+        seen: dict[str, Any] = {}
+
+        def remember(constants: Mapping[str, Any]) -> triton.Config:
+            seen.update(constants)
+            return type(self).choose(self, constants)
+
+        with mock.patch.object(self, "choose", remember):
+            call()
+        return seen
 
     @contextmanager
     def forcing(self, config: triton.Config) -> Iterator[None]:
@@ -188,20 +201,41 @@ def _table() -> Table:
 
 @dataclass(frozen=True)
 class Problem:
-    """A call of which the kernel is a large part, and the constants that it launches it with."""
+    """A call of which the kernel is a large part.
+
+    Attributes:
+        constants: that it launches the kernel with, and facts.
+        call: of which the time is taken.
+        right: whether it returned what it should; None where all configurations return the same.
+    """
 
     constants: Mapping[str, Any]
     call: Callable[[], Any]
+    right: Callable[[Any], bool] | None = None
 
 
 def fastest(
     kernel: Tuned, problem: Problem, seconds: Callable[[Callable[[], Any]], float]
 ) -> dict[str, int]:
-    """The configuration that fits and takes the least ``seconds`` of the problem's call."""
+    """The configuration that fits and takes the least ``seconds`` of the problem's call.
+
+    One that cannot be launched, or whose result is wrong, is passed over with a warning.
+
+    Raises:
+        RuntimeError: there is no other.
+    """
     times: list[tuple[float, triton.Config]] = []
     for config in kernel.candidates(problem.constants):
         with kernel.forcing(config):
-            times.append((seconds(problem.call), config))
+            try:
+                if problem.right is not None and not problem.right(problem.call()):
+                    raise ArithmeticError("its result is wrong")
+                times.append((seconds(problem.call), config))
+            except (ArithmeticError, RuntimeError, triton.TritonError) as error:
+                what = f"{kernel.name}, {kernel.key_of(problem.constants)}: {numbers(config)}"
+                warnings.warn(f"{what} is passed over: {error}", stacklevel=2)
+    if not times:
+        raise RuntimeError(f"{kernel.name}: none of its configurations works here")
     _, best = min(times, key=lambda pair: pair[0])
     return numbers(best)
 
@@ -210,7 +244,7 @@ def search(
     table: Table,
     kernel: Tuned,
     kind: str,
-    problems: Sequence[Problem],
+    problems: Iterable[Problem],
     seconds: Callable[[Callable[[], Any]], float],
     again: bool = False,
 ) -> Iterator[Table]:
@@ -243,7 +277,7 @@ def lines(table: Table, kernels: Sequence[Tuned]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the table, or search on the GPU that is here and write it."""
-    from mmfast.kernels import nearest_code
+    from mmfast.kernels import nearest_code, scaled_dot_product_attention
 
     parser = argparse.ArgumentParser(prog="python -m mmfast.kernels.tuned", description=__doc__)
     parser.add_argument("--write", action="store_true", help="search on this GPU, and keep it")
@@ -251,16 +285,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, default=FILE, help="default: %(default)s")
     given = parser.parse_args(arguments)
     table = load(given.table)
-    kernel, problems = nearest_code.tuning
+    tuning = [nearest_code.tuning, *scaled_dot_product_attention.tuning]
     if given.write:
         if not torch.cuda.is_available():
             parser.error("--write needs a GPU, and there is none")
-        made = problems(torch.device("cuda"))
-        seconds = triton.testing.do_bench
-        for found in search(table, kernel, device_kind(), made, seconds, given.again):
-            save(found, given.table)
-        table = load(given.table)
-    print(*lines(table, [kernel]), sep="\n")
+        for kernel, problems in tuning:
+            made = problems(torch.device("cuda"))
+            seconds = triton.testing.do_bench
+            for found in search(table, kernel, device_kind(), made, seconds, given.again):
+                save(found, given.table)
+            table = load(given.table)
+    print(*lines(table, [kernel for kernel, _ in tuning]), sep="\n")
     return 0
 
 

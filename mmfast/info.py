@@ -17,7 +17,13 @@ from mmfast.registry import OPS
 from mmfast.version import __version__
 
 # What changes how mmfast, its backends or their threads behave.
-_VARIABLES = ("MMFAST_ISA", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+_VARIABLES = (
+    "MMFAST_ISA",
+    "MMFAST_KEPT_MIB",
+    "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+)
 
 
 def collect() -> dict[str, Any]:

@@ -120,6 +120,18 @@ def define(op: Op) -> None:
         _functions[op.name] = _function(op.name, op.backward, _overloads[op.name])
 
 
+def _new_output(like: torch.Tensor, sizes: list[int], dtype: torch.dtype) -> torch.Tensor:
+    return like.new_empty(sizes, dtype=dtype)
+
+
+# Room for an output; in the extension's memory where its kernels would put theirs.
+_library.define("new_output(Tensor like, int[] sizes, ScalarType dtype) -> Tensor")
+_library.impl("new_output", _new_output, "CompositeExplicitAutograd")
+_library.impl("new_output", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_fake(f"{NAMESPACE}::new_output", _new_output, lib=_library)
+new_output: Callable[..., torch.Tensor] = torch.ops.mmfast.new_output.default
+
+
 def overload(name: str) -> Callable[..., Any]:
     """The bound ``.default`` overload: the cheapest way into the dispatcher."""
     return _overloads[name]
@@ -133,10 +145,10 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
     if untracked(args):
         with below_autograd():
             return kernel(*args)
-    return (_functions[op.name] if _unwatched(args) else kernel)(*args)
+    return (_functions[op.name] if unwatched(args) else kernel)(*args)
 
 
-def _unwatched(args: tuple[Any, ...]) -> bool:
+def unwatched(args: tuple[Any, ...]) -> bool:
     """Whether nothing but autograd wants to know of a call: no tracer, transform, mode or class."""
     return (
         not torch.compiler.is_compiling()

@@ -6,8 +6,12 @@ at their real sizes, on a device that is not the CPU. With numbers, on the CPU, 
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +31,7 @@ from benchmarks import (
     report,
     tables,
     timing,
+    warm,
 )
 from benchmarks.modules import Step
 from benchmarks.results import Results, Row
@@ -412,21 +417,139 @@ def test_ceilings_ask_for_tf32_and_go_back(monkeypatch):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_steps_before_times_are_taken_once():
-    python = "import sys; print('some'); print('the last line'); sys.exit(%d)"
+def test_steps_before_times_are_taken_once(tmp_path):
+    python = "print('3 passed'); print('the last line'); exec('raise SystemExit(%d)')"
+    slow = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; ' + %r])"
     steps = {
         "good": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0),
         "bad": gpu.Step(("timeit", "-n1", "-r1", python % 3), 60.0),
-        "slow": gpu.Step(("timeit", "-n1", "-r1", "import time; time.sleep(60)"), 0.5),
+        "slow": gpu.Step(("timeit", "-n1", "-r1", slow % "time.sleep(60)"), 0.5),
+        "late": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0, last=True),
     }
     results, told = Results(FACTS), []
-    assert list(gpu.prepare(results, told.append, steps)) == list(steps) == told
+
+    def taken(**more) -> list[str]:
+        return list(gpu.prepare(results, told.append, tmp_path, ["a/b"], steps, **more))
+
+    assert taken() == told == ["good", "bad", "slow"]
     assert results.checks["good"].startswith("done in ")
     assert results.checks["bad"].startswith("failed with ")
-    assert results.checks["slow"] == "cut off after 0 s"
+    assert "3 passed" in results.checks["bad"]
+    assert "the last line" in (tmp_path / "bad.txt").read_text()
+    assert results.checks["slow"].startswith("cut off after 0 s")
     assert [f.partition(":")[0] for f in gpu.failures(results)] == ["bad", "slow"]
-    # What is done need not be done again; the others are.
-    assert list(gpu.prepare(results, told.append, steps)) == ["bad", "slow"]
+    # What is done need not be done again; the others are, where there is time.
+    assert taken() == ["bad", "slow"]
+    assert taken(left=20.0) == ["slow"]
+    assert taken(last=True) == ["late"]
+
+
+def test_names_of_cases_for_what_is_told_them(tmp_path):
+    copies = "import sys; print('|'.join(sys.stdin.read().split()))"
+    step = gpu.Step(("timeit", "-n1", "-r1", copies), 60.0, told=True)
+    results = Results(FACTS)
+    list(gpu.prepare(results, lambda _: None, tmp_path, ["a/b", "c/d"], {"told": step}))
+    assert "a/b|c/d" in (tmp_path / "told.txt").read_text()
+
+
+def test_numbers_are_drawn_on_the_device():
+    def make(device):
+        generator = torch.Generator().manual_seed(3)
+        drawn = torch.randn(4, generator=generator).to(device)
+        return drawn, torch.randn(4, generator=generator).to(device)
+
+    with gpu.Drawn(CPU):
+        first, second = make(CPU)
+    assert torch.equal(first, make(CPU)[0])
+    assert torch.equal(second, make(CPU)[1])
+    # Where there is none, or where the CPU's are among them, it is the CPU that draws.
+    assert torch.equal(gpu.arguments_of(lambda _: make(CPU)[0], CUDA), first)
+
+
+def test_compiling_is_shared_among_processes(monkeypatch, capsys):
+    told = []
+
+    class Process:
+        def __init__(self, command, **_) -> None:
+            assert command[-2:] == ["--device", "cpu"]
+            self.stdin = SimpleNamespace(write=told.append, close=lambda: None)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(sys, "argv", ["warm", "--processes", "2", "--device", "cpu"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a/b\nc/d\ne/f\n"))
+    monkeypatch.setattr(warm.subprocess, "Popen", Process)
+    assert warm.main() == 0
+    assert told == ["a/b\ne/f", "c/d"]
+    assert capsys.readouterr().out == "3 cases in 2 processes, 0 of them failed\n"
+
+
+class Run:
+    """The command on a GPU that is not there, in a process."""
+
+    def __init__(self, folder, *words: str, **environment: str) -> None:
+        command = [sys.executable, "-m", "tests.fake_gpu", "--device", "cuda", "--seconds", "0.02"]
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [*command, "--out", str(folder), *words],
+            cwd=gpu._HERE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def output(self) -> str:
+        said, _ = self.process.communicate(timeout=240)
+        assert self.process.returncode == 0, said
+        return said
+
+    def cut_off_after(self, rows: int) -> list[Row]:
+        """As whoever lends the machine does it, when there are so many."""
+        while self.process.poll() is None:
+            time.sleep(0.02)
+            with contextlib.suppress(FileNotFoundError):
+                found = Results.load(self.folder).rows
+                if len(found) >= rows:
+                    self.process.kill()
+                    self.process.communicate()
+                    return Results.load(self.folder).rows
+        pytest.fail(self.output())
+
+
+def test_a_run_on_a_gpu_that_is_killed_and_goes_on(tmp_path, monkeypatch):
+    """All of it: steps, ceilings, checks, times, goals, report; cut off while a case is measured,
+    and losing its device in another."""
+    kept = Run(tmp_path, FAKE_SLOW="0.3").cut_off_after(1)
+    assert len({r.case for r in kept}) == 1
+    said = Run(tmp_path, "--resume", FAKE_LOST="gated_activation").output()
+    assert "has lost the device" in said
+    results = Results.load(tmp_path)
+    assert results.rows[: len(kept)] == kept
+    ops = ["sampler_step", "gated_activation", "layer_norm_modulate_bwd", "dit_eval"]
+    assert list(dict.fromkeys(r.op for r in results.rows)) == ops
+    for op in ops:
+        subjects_of = {r.subject: r for r in results.rows if r.op == op}
+        names = {"mmfast, patched"} if op == "dit_eval" else {"mmfast (triton)"}
+        for name in {*names, "plain torch", "torch.compile"}:
+            measured_ = subjects_of[name]
+            assert measured_.seconds, measured_
+            assert measured_.match == "", measured_
+    assert all(came.startswith("done") for came in results.checks.values()), results.checks
+    assert set(results.checks) == {"tests", "tuning", "compiling", "others"}
+    assert results.ceilings[1]["copy GB/s"] > 0
+    text = (tmp_path / "report.md").read_text()
+    for line in ("## Goals", "of the copy's bandwidth", "the host's time of a step", "- tuning: "):
+        assert line in text
+    assert (tmp_path / "streams.png").stat().st_size > 1000
+    # What came can be reported anywhere.
+    for name in ("report.md", "streams.png"):
+        (tmp_path / name).unlink()
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--report", str(tmp_path)])
+    assert command.main() == 0
+    assert (tmp_path / "report.md").read_text().partition("All figures")[0].strip() in text
+    assert (tmp_path / "streams.png").exists()
 
 
 def test_checks_survive_the_disk(tmp_path):
@@ -435,17 +558,20 @@ def test_checks_survive_the_disk(tmp_path):
     assert Results.load(tmp_path).checks == results.checks
 
 
-def test_the_commands_that_run_before_are_there():
+def test_the_commands_that_run_before_are_there(monkeypatch, capsys):
+    tuned = pytest.importorskip("mmfast.kernels.tuned")
     for step in gpu.STEPS.values():
         for word in step.command:
-            assert not word.startswith("tests/") or (gpu._HERE / word).is_file()
-    helps = subprocess.run(
-        [sys.executable, "-m", gpu.STEPS["tuning"].command[0], "--help"],
-        capture_output=True,
-        text=True,
-    )
-    assert helps.returncode == 0
-    assert "--write" in helps.stdout
+            assert not word.startswith("tests/") or (gpu._HERE / word.partition("::")[0]).is_file()
+    for name, main in (("mmfast.kernels.tuned", tuned.main), ("benchmarks.warm", warm.main)):
+        (step,) = (s for s in gpu.STEPS.values() if s.command[0] == name)
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit):
+            main()
+        said = capsys.readouterr().out
+        assert all(word in said for word in step.command[1:] if word.startswith("--"))
+    # All of them leave time for times.
+    assert sum(s.seconds for s in gpu.STEPS.values() if not s.last) < 60 * gpu.MINUTES * 0.6
 
 
 def test_a_run_that_is_cut_off_is_resumed(tmp_path, monkeypatch, capsys):

@@ -197,6 +197,48 @@ def test_threads(backend, threads):
     assert torch.equal(part.quantized, one.quantized[17:1234])
 
 
+def test_large_outputs(backend):
+    if backend != "cpp":
+        return  # its kernels write them past the cache
+    z, levels = normal((1 << 20) + 3, 4).requires_grad_(), (8, 5, 5, 5)
+    weight = normal(*z.shape, seed=1)
+    whole = mmfast.finite_scalar_quantize(z, levels)
+    (gradient,) = torch.autograd.grad(whole.quantized, z, weight)
+    for rows in (slice(0, 70000), slice(500000, 570000), slice(z.shape[0] - 70000, None)):
+        part = mmfast.finite_scalar_quantize(z[rows], levels)
+        assert torch.equal(part.quantized, whole.quantized[rows])
+        assert torch.equal(part.indices, whole.indices[rows])
+        (few,) = torch.autograd.grad(part.quantized, z, weight[rows])
+        assert torch.equal(few[rows], gradient[rows])
+
+
+def test_gradients_of_any_size(backend):
+    """Each within its tolerance, and the same whatever numbers are beside it."""
+    device, levels = device_of(backend), (8, 5, 5)
+    z = torch.linspace(-13, 13, 3 * 1111).view(-1, 3).to(device)
+    for numbers in (z, z / 4, z[torch.randperm(1111, generator=torch.Generator().manual_seed(0))]):
+        weight = normal(*z.shape, seed=1).to(device)
+        arguments = (weight, numbers, levels, "bound", False, None)
+        leaf = numbers.clone().requires_grad_()
+        whole = mmfast.finite_scalar_quantize(leaf, levels).quantized
+        (gradient,) = torch.autograd.grad(whole, leaf, weight)
+        assert finite_scalar_quantize.compare_bwd(gradient, arguments) == []
+        for row in (0, 130, 555, 1110):
+            leaf = numbers[row : row + 1].clone().requires_grad_()
+            alone = mmfast.finite_scalar_quantize(leaf, levels).quantized
+            (single,) = torch.autograd.grad(alone, leaf, weight[row : row + 1])
+            assert torch.equal(single[0], gradient[row])
+
+
+@pytest.mark.parametrize("levels", [(40000, 3), (3, 32767), (8,) * 10, (3,) * 16, (3,) * 17])
+def test_many_levels_or_dimensions(backend, levels):
+    """What takes more than 15 bits, and more dimensions than are packed."""
+    for dtype in (torch.float32, WIDE):
+        z = (2 * normal(275, len(levels), dtype=dtype)).to(device_of(backend))
+        got = mmfast.finite_scalar_quantize(z, levels)
+        assert finite_scalar_quantize.compare(got, (z, levels, "bound", False, None)) == []
+
+
 @settings(max_examples=40)
 @given(
     levels=st.one_of(

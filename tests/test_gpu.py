@@ -19,7 +19,10 @@ import small_ops
 import torch
 from cases import normal
 from test_determinism import assert_same_bits
+from test_scaled_dot_product_attention import with_gradients
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmfast
 from mmfast import backends
@@ -201,6 +204,24 @@ def test_captured_on_another_stream(op):
         graph.replay()
     found = op.changed(own) if op.mutates else outputs
     assert_same_bits(found if isinstance(found, tuple) else (found,), wanted)
+
+
+@pytest.mark.parametrize("num_dims", [64, 72, 80, 88, 96, 112, 128])
+@pytest.mark.parametrize("length", [256, 2048])
+def test_attention_errs_at_most_twice_as_much_as_pytorchs_definition(length, num_dims):
+    """In bfloat16, against float64: outputs and gradients."""
+    length = length if DEVICE.type == "cuda" else length // 16
+    shape = 2, 2, length, num_dims
+    tensors = [normal(*shape, seed=i, dtype=torch.bfloat16).to(DEVICE) for i in range(3)]
+    got = with_gradients(mmfast.scaled_dot_product_attention, tensors)
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = with_gradients(functional.scaled_dot_product_attention, tensors)
+        exact = with_gradients(
+            functional.scaled_dot_product_attention, [t.double() for t in tensors]
+        )
+    for a, b, want in zip(got, theirs, exact, strict=True):
+        errors = [(t.double() - want).norm().item() for t in (a, b)]
+        assert errors[0] <= 2 * errors[1]
 
 
 def test_small_ops_are_right():

@@ -780,6 +780,81 @@ def test_histories_can_be_read_and_written() -> None:
         ours.lower_order_nums = 5
 
 
+def _first_frames(scheduler: Any) -> None:
+    """As pipelines do that go on with some frames of a video."""
+    for j, value in enumerate(scheduler.model_outputs):
+        if value is not None:
+            scheduler.model_outputs[j] = value[:, :, [0, -1]]
+    if getattr(scheduler, "last_sample", None) is not None:
+        scheduler.last_sample = scheduler.last_sample[:, :, [0, -1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (
+            "UniPCMultistepScheduler",
+            {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+        ),
+        ("UniPCMultistepScheduler", {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
+        ("UniPCMultistepScheduler", {"predict_x0": False, "final_sigmas_type": "sigma_min"}),
+        ("UniPCMultistepScheduler", {"solver_order": 3}),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    ],
+)
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_a_run_goes_on_with_some_frames(name: str, options: dict[str, Any], after: int) -> None:
+    results = []
+    for library in (diffusers, drop_in):
+        scheduler = getattr(library, name)(**options)
+        scheduler.set_timesteps(8)
+        x = torch.randn(1, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+        for i, t in enumerate(scheduler.timesteps):
+            if i == after:
+                x = x[:, :, [0, -1]]
+                _first_frames(scheduler)
+            x = scheduler.step(_model(x), t, x).prev_sample
+        results.append(x)
+    assert results[1].shape == (1, 3, 2, 4)
+    assert torch.allclose(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_the_last_sample_can_be_read_and_replaced() -> None:
+    theirs, ours = diffusers.UniPCMultistepScheduler(), drop_in.UniPCMultistepScheduler()
+    x = torch.randn(2, 3, 4)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(6)
+        assert scheduler.last_sample is None
+        for t in scheduler.timesteps[:2]:
+            scheduler.step(_model(x), t, x)
+    assert torch.allclose(ours.last_sample, theirs.last_sample, rtol=1e-5, atol=1e-5)
+    other = torch.randn(2, 3, 4)
+    for scheduler in (theirs, ours):
+        scheduler.last_sample = other
+    want, got = (s.step(_model(x), s.timesteps[2], x).prev_sample for s in (theirs, ours))
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(
+        ValueError, match="can be replaced by a tensor until the last step, got None"
+    ):
+        ours.last_sample = None
+
+
+def test_a_memory_of_two_shapes_is_refused() -> None:
+    scheduler = drop_in.UniPCMultistepScheduler()
+    scheduler.set_timesteps(6)
+    x = torch.randn(2, 3, 4)
+    for t in scheduler.timesteps[:3]:
+        scheduler.step(_model(x), t, x)
+    scheduler.last_sample = torch.randn(2, 3, 2)
+    for sample in (x, x[..., :2]):
+        with pytest.raises(ValueError, match=r"remembers tensors of \(2, 3, 2\), \(2, 3, 4\)"):
+            scheduler.step(_model(sample), scheduler.timesteps[3], sample)
+    scheduler.last_sample = torch.randn(2, 3, 4)
+    scheduler.step(_model(x), scheduler.timesteps[3], x)
+    with pytest.raises(ValueError, match=r"samples of shape \(2, 3, 4\), got \(2, 3, 2\)"):
+        scheduler.step(_model(x[..., :2]), scheduler.timesteps[4], x[..., :2])
+
+
 def test_numbers_changed_by_hand() -> None:
     theirs, ours = diffusers.EulerDiscreteScheduler(), drop_in.EulerDiscreteScheduler()
     x = torch.randn(2, 3, 4)
@@ -1077,6 +1152,35 @@ def test_copies_and_pickles() -> None:
     for other in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
         assert type(other) is type(scheduler)
         assert _error(_run(other), want) == 0
+
+
+def _tau(t: float) -> float:
+    return 1.0 if 200 <= t <= 800 else 0.0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+@pytest.mark.parametrize("name", FILES)
+def test_copies_go_on_with_a_run(name: str, copied: Any) -> None:
+    steps = 8
+    if name == "DPMSolverSinglestepScheduler":
+        steps = 7  # three steps in, a group of two is open
+    options = {"tau_func": _tau} if name == "SASolverScheduler" else {}  # theirs is no global one
+    scheduler = CLASSES[name](**options)
+    scheduler.set_timesteps(steps)
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    for t in scheduler.timesteps[:3]:
+        x = scheduler.step(_model(x), t, x, return_dict=False)[0]
+    other = copied(scheduler)
+    results = []
+    for each in (scheduler, other):
+        torch.manual_seed(0)
+        y = x
+        for t in each.timesteps[3:]:
+            y = each.step(_model(y), t, y, return_dict=False)[0]
+        results.append(y)
+    assert torch.equal(*results)
+    # Where timesteps of the first were, others may lie; the copy goes by its own.
+    assert other._tabled.addresses.keys() != scheduler._tabled.addresses.keys()
 
 
 def test_what_can_not_be_patched() -> None:

@@ -208,6 +208,16 @@ def test_many_vectors(backend):
     assert lookup_free_quantize.compare(got[:5], arguments) == []
 
 
+def test_large_outputs(backend):
+    if backend != "cpp":
+        return  # its kernels write them past the cache
+    z = normal((1 << 19) + 3, 8)
+    got = mmfast.lookup_free_quantize(z, group_bits=0)
+    assert torch.equal(got.quantized, torch.where(z > 0, 1.0, -1.0))
+    place = 2 ** torch.arange(7, -1, -1)
+    assert torch.equal(got.indices[:, 0], ((z > 0) * place).sum(1))
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4), (4,)])
 def test_few_vectors(backend, shape):
     z = torch.ones(shape, device=device_of(backend), requires_grad=True)

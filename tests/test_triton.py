@@ -810,6 +810,40 @@ def test_scaled_dot_product_attention_heads_too_wide():
         mmfast.scaled_dot_product_attention(*[torch.zeros(1, 1, 3, 264, device=DEVICE)] * 3)
 
 
+# As on a GPU, where programs go from tile to tile.
+@pytest.mark.skipif(not interpreting(), reason="is so on every GPU")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gated_residual_modulate",
+        "gated_residual_modulate_bwd",
+        "layer_norm_modulate",
+        "gated_residual",
+        "qk_norm_rope",
+        "qk_norm_rope_bwd",
+    ],
+)
+def test_programs_of_many_tiles(name, monkeypatch):
+    from mmfast.kernels import gated_residual_modulate as chain
+    from mmfast.kernels import qk_norm_rope as heads
+
+    monkeypatch.setattr(chain, "_stages", lambda *_: 2)
+    monkeypatch.setattr(heads, "pipelined", lambda: True)
+    monkeypatch.setattr(heads, "device_kind", lambda: "sm_90")
+    monkeypatch.setattr(heads, "_MOST_PARTS", 3)
+    for sample in [s for s in OPS[name].samples() if small(s) and not s.bench]:
+        check_op(OPS[name], *sample.make(DEVICE, torch.float32, 0))
+
+
+def test_sampler_step_many_blocks_of_a_program():
+    from mmfast.ops import sampler_step
+
+    for kind, shape in (("multistep", (2, 4500)), ("sde", (1, 9000))):
+        check_op(
+            OPS["sampler_step"], *sampler_step._sample(kind, shape).make(DEVICE, torch.float32, 0)
+        )
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(interpreting(), reason="not in the interpreter")
 class TestOnTheGpu:

@@ -89,6 +89,7 @@ def made_up(**more) -> offline.Compiled:
         "spills": 0,
         "matrix_instructions": {"wgmma.mma_async": 8},
         "loads": {("some.py", 1): collections.Counter({128: 3, 32: 1})},
+        "copies": 0,
         "specialisation": "",
         "assembly": "",
         "binary": b"",
@@ -164,14 +165,22 @@ def test_what_is_compiled_here_has_budgets_of_its_own():
     assert set(VARIANTS) <= set(BUDGETS.variants) <= {v.name for v in offline.variants()}
     for rows in BUDGETS.variants.values():
         assert rows
-        assert all(set(row) == set(offline.TARGETS) for row in rows.values())
+        # Ways for Hopper are behind a comma.
+        assert all(
+            set(row) == ({"sm_90"} if "," in kernel else set(offline.TARGETS))
+            for kernel, row in rows.items()
+        )
 
 
 @pytest.mark.parametrize("backward", ["", ", backward"])
 @pytest.mark.parametrize("width", HEAD_SIZES)
 def test_attention_multiplies_on_tensor_cores_at_every_head_size(width, backward):
     table = BUDGETS.variants[f"scaled_dot_product_attention: bfloat16, E {width}{backward}"]
-    assert len(table) == (2 if backward else 1)
+    assert len({name.split(",")[0] for name in table}) == (2 if backward else 1)
+    # Hopper has ways of its own, most of them with tiles by descriptors.
+    assert all(("," in name) == (row.keys() == {"sm_90"}) for name, row in table.items())
+    ways = 2 if backward else 3
+    assert sum("TMA" in name or "AHEAD" in name for name in table) == ways * (2 if backward else 1)
     for row in table.values():
         for needs in row.values():
             assert needs.matrix > 0

@@ -193,6 +193,46 @@ def test_other_devices_stay(monkeypatch):
     assert found[SCREEN.name].keys() == {"sm_80", "sm_90"}
 
 
+def test_what_does_not_work_is_passed_over(monkeypatch):
+    """In a search: the fastest is wrong, the next cannot be launched."""
+    kernel = fresh()
+    with offline.compiling(offline.TARGETS["sm_90"]):
+        candidates = kernel.candidates(CONSTANTS)
+
+        def call() -> int:
+            number = candidates.index(kernel.forced)
+            if number == 1:
+                raise RuntimeError("out of something")
+            return number
+
+        def seconds(call) -> float:
+            return float(call())
+
+        right = Problem(CONSTANTS, call, lambda number: number != 0)
+        with pytest.warns(UserWarning, match="passed over: (its result|out of)") as given:
+            assert tuned.fastest(kernel, right, seconds) == tuned.numbers(candidates[2])
+        assert len(given) == 2
+        nothing = Problem(CONSTANTS, call, lambda number: False)
+        warned = pytest.warns(UserWarning, match="passed over")
+        with warned, pytest.raises(RuntimeError, match="none of its"):
+            tuned.fastest(kernel, nothing, seconds)
+
+
+def test_facts_decide_too(table, monkeypatch):
+    monkeypatch.setattr(tuned, "device_kind", lambda: "sm_90")
+    kernel = Recorded()
+    configs = [triton.Config({"BLOCK": size}, num_warps=4, num_stages=2) for size in (64, 128)]
+    launched = Tuned(
+        kernel, configs, ["D"], lambda configs, LONG, **constants: configs if LONG else configs[1:]
+    )
+    table({})
+    for long in (True, False):
+        seen = launched.seen_in(lambda long=long: launched[(3,)]("x", D=5, facts={"LONG": long}))
+        assert seen == {"D": 5, "LONG": long}
+    assert [options["BLOCK"] for _, _, options in kernel.launches] == [64, 128]
+    assert all("LONG" not in options for _, _, options in kernel.launches)
+
+
 def test_problems_cover_every_width():
     made = PROBLEMS(torch.device("meta"))
     assert [p.constants["PADDED_D"] for p in made] == [16, 32, 64, 128, 256, 512]

@@ -86,13 +86,14 @@ def as_many_bytes(index: torch.dtype) -> Peer:
     indices written; z and the gradient read, another one written."""
 
     def make(z: Tensor, gradient: Tensor, *_: Any) -> Callable[[], Any]:
-        def run() -> tuple[Tensor, ...]:
-            return z.clone(), z.new_zeros(z.shape[0], dtype=index), torch.add(z, gradient)
-
-        return run
+        codes, indices, made = z.clone(), z.new_zeros(z.shape[0], dtype=index), z.clone()
+        return lambda: (codes.copy_(z), indices.zero_(), torch.add(z, gradient, out=made))
 
     return Peer(
-        make, cut=False, floor=True, note="a copy, zeros and an addition of the sizes it moves"
+        make,
+        cut=False,
+        floor=True,
+        note="a copy, zeros and an addition of the sizes it moves, into memory that is there",
     )
 
 
@@ -108,6 +109,16 @@ def traffic(name: str) -> Peer:
     return Peer(make, cut=False, floor=True, note="the same bytes, read twice and written once")
 
 
+def compiled(function: Callable[..., Any], dynamic: bool | None = True) -> Callable[..., Any]:
+    """By torch.compile; on a GPU for the very sizes, without which its reductions are slower."""
+    import torch._dynamo.config as limits
+
+    # One formulation has many sizes and dtypes; beyond the limit it would run as it is.
+    limits.recompile_limit, limits.accumulated_recompile_limit = 256, 4096
+    made: Any = torch.compile(function, dynamic=False if torch.cuda.is_available() else dynamic)
+    return made
+
+
 def written_plainly(plain: Callable[..., Any], **options: Any) -> dict[str, Peer]:
     """``plain`` as it is, and compiled.
 
@@ -117,7 +128,7 @@ def written_plainly(plain: Callable[..., Any], **options: Any) -> dict[str, Peer
     return {
         "plain torch": Peer(lambda *arguments: lambda: plain(*arguments), cut=False, **options),
         "torch.compile": Peer(
-            lambda *arguments: functools.partial(torch.compile(plain, dynamic=True), *arguments),
+            lambda *arguments: functools.partial(compiled(plain), *arguments),
             cut=False,
             note="of the plain formulation; compiling is not timed",
             **options,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import Peer, traffic
+from benchmarks.peers import Peer, compiled, traffic
 from benchmarks.peers.gated_activation import plain
 
 
@@ -24,7 +24,7 @@ def _of(forward: Callable[..., Tensor]) -> Callable[..., Callable[[], Any]]:
 
 
 def _compiled(*arguments: Any) -> Tensor:
-    return torch.compile(plain, dynamic=True)(*arguments)
+    return compiled(plain)(*arguments)
 
 
 PEERS = {

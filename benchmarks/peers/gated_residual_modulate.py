@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.peers import Peer, traffic, written_plainly
+from benchmarks.peers import Peer, compiled, traffic, written_plainly
 
 
 def normed(
@@ -60,9 +60,6 @@ def by_autograd(name: str, forward: Callable[..., tuple[Any, Any, Any]]) -> dict
             return lambda: torch.autograd.grad(outputs, wanted, grads, retain_graph=True)[0]
 
         return make
-
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, dynamic=True)
 
     note = "autograd, its forward not timed"
     return {

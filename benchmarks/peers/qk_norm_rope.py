@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import Peer
+from benchmarks.peers import Peer, compiled
 from mmfast.ops import qk_norm_rope
 
 
@@ -59,7 +59,7 @@ def _eager(*arguments: Any) -> Callable[[], Any]:
 
 
 def _compiled(*arguments: Any) -> Callable[[], Any]:
-    given, plain = as_models_have_them(arguments), torch.compile(_plain)
+    given, plain = as_models_have_them(arguments), compiled(_plain, None)
     return lambda: plain(*given)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch
 
-from benchmarks.peers import Peer
+from benchmarks.peers import Peer, compiled
 from benchmarks.peers.qk_norm_rope import PLAIN, as_models_have_them, traffic
 from mmfast.ops import qk_norm_rope
 
@@ -37,7 +37,7 @@ def _eager(*arguments: Any) -> Callable[[], Any]:
 def _compiled(*arguments: Any) -> Callable[[], Any]:
     # Buffers of a graph that is kept may not be reused.
     with functorch.patch(donated_buffer=False):
-        return _autograd(torch.compile(PLAIN), *arguments)
+        return _autograd(compiled(PLAIN, None), *arguments)
 
 
 def _traffic(*arguments: Any) -> Callable[[], Any]:

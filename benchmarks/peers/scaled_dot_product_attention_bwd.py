@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.peers import Peer
+from benchmarks.peers import Peer, compiled
 from mmfast.ops import scaled_dot_product_attention as attention
 
 
@@ -71,7 +71,7 @@ PEERS = {
     "PyTorch": Peer(_made(_pytorch), unsupported=_unsupported, cut=False),
     "plain torch": Peer(_made(_plain), unsupported=_unsupported, workspace=_workspace, cut=False),
     "torch.compile": Peer(
-        _made(torch.compile(_plain, dynamic=True)),
+        _made(compiled(_plain)),
         unsupported=_unsupported,
         workspace=_workspace,
         cut=False,

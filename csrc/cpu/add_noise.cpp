@@ -4,8 +4,8 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 #include "cpu/sample_views.h"
 
 namespace mmfast {
@@ -67,7 +67,7 @@ class Steps {
 };
 
 Tensor like(const Tensor& tensor) {
-  return on_huge_pages(torch::stable::new_empty(tensor, sizes_of(tensor, tensor.dim())));
+  return new_output(tensor, sizes_of(tensor, tensor.dim()));
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_noise(const Tensor& x0, const Tensor& timesteps,
@@ -78,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> add_noise(const Tensor& x0, const Tensor& tim
   const ScalarType wide =
       dtype_of(x0) == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
   Tensor noisy = like(x0);
-  Tensor target = want_target ? like(x0) : torch::stable::new_empty(x0, {0});
-  Tensor weights = torch::stable::new_empty(x0, {samples}, wide);
+  Tensor target = want_target ? like(x0) : new_output(x0, {0});
+  Tensor weights = new_output(x0, {samples}, wide);
 
   const NoisingRows rows(table, timesteps);
   Steps steps(samples);

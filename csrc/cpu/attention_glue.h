@@ -7,6 +7,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/glue.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 
@@ -17,14 +18,13 @@ using torch::headeronly::ScalarType;
 inline Tensor new_heads(const Tensor& query, int64_t width) {
   const int64_t batches = query.size(0), heads = query.size(1), rows = query.size(2);
   if (query.stride(1) >= query.stride(2))
-    return torch::stable::new_empty(query, {batches, heads, rows, width});
-  return torch::stable::transpose(torch::stable::new_empty(query, {batches, rows, heads, width}),
-                                  1, 2);
+    return new_output(query, {batches, heads, rows, width});
+  return torch::stable::transpose(new_output(query, {batches, rows, heads, width}), 1, 2);
 }
 
 inline Tensor new_sums(const Tensor& query, std::initializer_list<int64_t> sizes) {
   const bool wide = dtype_of(query) == Dtype::float64;
-  return torch::stable::new_empty(query, sizes, wide ? ScalarType::Double : ScalarType::Float);
+  return new_output(query, sizes, wide ? ScalarType::Double : ScalarType::Float);
 }
 
 // Views of tensors, which are copied where numbers of a row do not lie together. The copies, and

@@ -4,8 +4,8 @@
 #include <tuple>
 
 #include "cpu/glue.h"
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor> code_statistics(const Tensor& x, const Tensor& indice
     if (with_width) shape.push_back(width);
     return shape;
   };
-  Tensor counts = torch::stable::new_empty(x, sizes(false), dtype);
-  Tensor sums = on_huge_pages(torch::stable::new_empty(x, sizes(true), dtype));
+  Tensor counts = new_output(x, sizes(false), dtype);
+  Tensor sums = new_output(x, sizes(true), dtype);
   const int64_t bytes = wide ? 8 : 4;
   STD_TORCH_CHECK(x.size(heads) < (int64_t(1) << 31),
                   "code_statistics: at most 2^31 - 1 vectors per head, got ", x.size(heads));

@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/linear_glue.h"
 #include "cpu/modulation_views.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -20,7 +21,7 @@ void check_memory_of_norm(bool made) {
 }
 
 Tensor empty_like_of(const Tensor& x, const std::vector<int64_t>& sizes, Dtype dtype) {
-  return on_huge_pages(torch::stable::new_empty(x, sizes, scalar_type(dtype)));
+  return new_output(x, sizes, scalar_type(dtype));
 }
 
 // [B, L, width] beside x.
@@ -29,7 +30,7 @@ Tensor new_rows(const Tensor& x, int64_t width, Dtype dtype) {
 }
 
 // Without elements.
-Tensor nothing(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
+Tensor nothing(const Tensor& x) { return new_output(x, {0}); }
 
 // modulation [B, F, 6 C], or its gradient, taken apart.
 class Modulation {
@@ -267,8 +268,7 @@ Gradients dit_block_bwd(const Tensor& grad, const Tensor& x, const Tensor& modul
     const bool of_bias = i >= of_qkv && (i - of_qkv) % 2 == 1;
     const Tensor& like = *likes[(size_t)i];
     to.push_back(wants((Input)i)
-                     ? on_huge_pages(torch::stable::new_empty(
-                           like, sizes_of(like, of_bias ? 1 : like.dim())))
+                     ? new_output(like, sizes_of(like, of_bias ? 1 : like.dim()))
                      : nothing(x));
   }
   const Modulation to_modulation(wants(of_modulation) ? to[of_modulation] : modulation);

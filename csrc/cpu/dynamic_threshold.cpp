@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 #include "cpu/sample_views.h"
 
 namespace mmfast {
@@ -36,8 +37,8 @@ Tensor dynamic_threshold(const Tensor& x, const Tensor& model_output,
   const int64_t samples = x.size(0), elements = samples ? x.numel() / samples : 0;
   const bool wide = dtype_of(x) == Dtype::float64;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor prediction = torch::stable::new_empty(x, sizes_of(x, x.dim()), dtype);
-  Tensor result = torch::stable::new_empty(x, {samples}, dtype);
+  Tensor prediction = new_output(x, sizes_of(x, x.dim()), dtype);
+  Tensor result = new_output(x, {samples}, dtype);
 
   const Tensor rows = torch::stable::contiguous(table);
   const int64_t columns = rows.size(1), width = 13;

@@ -5,8 +5,8 @@
 #include <tuple>
 
 #include "cpu/glue.h"
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -50,6 +50,48 @@ struct Spec {
   }
 };
 
+// The Spec of this thread's last call, if it had the same arguments: inverse tangents take longer
+// than a few rows.
+const Spec& spec_of(const std::vector<int64_t>& counts, const std::string& variant,
+                    bool hard_clamp) {
+  struct Last {
+    std::vector<int64_t> counts;
+    std::string variant;
+    bool hard_clamp;
+    Spec spec;
+  };
+  thread_local std::optional<Last> last;
+  if (!last || last->counts != counts || last->variant != variant ||
+      last->hard_clamp != hard_clamp) {
+    last.reset();  // its levels point into it
+    last.emplace(counts, variant, hard_clamp, Spec(counts, variant, hard_clamp));
+  }
+  return last->spec;
+}
+
+// Interpolates at the zeros of a Chebyshev polynomial, by Newton's divided differences.
+SlopeTable interpolated() {
+  constexpr int points = SlopeTable::degree + 1;
+  SlopeTable table;
+  for (int segment = 0; segment < SlopeTable::segments; ++segment) {
+    double x[points], divided[points], polynomial[points]{};
+    for (int i = 0; i < points; ++i) {
+      x[i] = std::cos(M_PI * (2 * i + 1) / (2 * points)) / 2;
+      const double cosh = std::cosh((segment + x[i]) * SlopeTable::width);
+      divided[i] = 1 / (cosh * cosh);
+    }
+    for (int order = 1; order < points; ++order)
+      for (int i = points - 1; i >= order; --i)
+        divided[i] = (divided[i] - divided[i - 1]) / (x[i] - x[i - order]);
+    for (int i = points - 1; i >= 0; --i) {
+      for (int j = points - 1; j > 0; --j) polynomial[j] = polynomial[j - 1] - x[i] * polynomial[j];
+      polynomial[0] = divided[i] - x[i] * polynomial[0];
+    }
+    for (int j = 0; j < points; ++j) table.coefficients[j][segment] = (float)polynomial[j];
+  }
+  return table;
+}
+
 FiniteScalarQuantizeArgs arguments(const Tensor& z, const Spec& spec, bool hard_clamp,
                                    const std::optional<Tensor>& noise) {
   FiniteScalarQuantizeArgs args{};
@@ -71,11 +113,10 @@ std::tuple<Tensor, Tensor> finite_scalar_quantize(const Tensor& given,
                                                   const std::optional<Tensor>& given_noise) {
   const Tensor z = mmfast::for_rows(given);
   const std::optional<Tensor> noise = for_rows(given_noise);
-  const Spec spec(counts, variant, hard_clamp);
+  const Spec& spec = spec_of(counts, variant, hard_clamp);
   FiniteScalarQuantizeArgs args = arguments(z, spec, hard_clamp, noise);
-  Tensor quantized = on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim())));
-  Tensor indices =
-      on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim() - 1), ScalarType::Int));
+  Tensor quantized = new_output(z, sizes_of(z, z.dim()));
+  Tensor indices = new_output(z, sizes_of(z, z.dim() - 1), ScalarType::Int);
   args.quantized = (char*)quantized.data_ptr();
   args.indices = (int32_t*)indices.data_ptr();
   STD_TORCH_CHECK(kernels().finite_scalar_quantize(args, parallel()),
@@ -88,10 +129,11 @@ Tensor finite_scalar_quantize_bwd(const Tensor& given_grad, const Tensor& given,
                                   bool hard_clamp, const std::optional<Tensor>& given_noise) {
   const Tensor z = mmfast::for_rows(given), grad = mmfast::for_rows(given_grad);
   const std::optional<Tensor> noise = for_rows(given_noise);
-  const Spec spec(counts, variant, hard_clamp);
-  Tensor result = on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim())));
-  FiniteScalarQuantizeBwdArgs args{arguments(z, spec, hard_clamp, noise), rows_of(grad, 0, 0),
-                                   (char*)result.data_ptr()};
+  const Spec& spec = spec_of(counts, variant, hard_clamp);
+  Tensor result = new_output(z, sizes_of(z, z.dim()));
+  static const SlopeTable slope = interpolated();
+  FiniteScalarQuantizeBwdArgs args{arguments(z, spec, hard_clamp, noise), &slope,
+                                   rows_of(grad, 0, 0), (char*)result.data_ptr()};
   STD_TORCH_CHECK(kernels().finite_scalar_quantize_bwd(args, parallel()),
                   "finite_scalar_quantize_bwd: out of memory for ", counts.size(), " dimensions");
   return result;

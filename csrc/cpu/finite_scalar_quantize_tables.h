@@ -1,5 +1,5 @@
-// What AVX-512's permutations make of scalar quantisation: levels found by halving, and sums of rows
-// that vectors cut anywhere.
+// What AVX-512's permutations make of scalar quantisation: levels found by halving, and indices of
+// rows that vectors cut anywhere.
 #pragma once
 #include "cpu/finite_scalar_quantize.h"
 #include "cpu/sixteen.h"
@@ -11,6 +11,7 @@ namespace mmfast::MMFAST_ISA {
 struct HalvingTables {
   static constexpr int places = 32, most_steps = 5;
   int steps = 0;  // 0: there is not room enough
+  int used = 0;   // places
   // Of a place reached with 2^k levels left to tell apart, the threshold between their halves.
   alignas(64) float thresholds[most_steps][places];
   alignas(64) float values[places];
@@ -44,130 +45,132 @@ struct HalvingTables {
       }
     }
     steps = needed;
+    used = kinds << needed;
   }
 };
 
-// Levels by STEPS comparisons, with the tables in registers.
-template <int STEPS>
+// Levels by STEPS comparisons, with tables of so many REGISTERS. A level is told by its place.
+template <int STEPS, int REGISTERS>
 class Halving {
   using V = Sixteen<float>::V;
   using I = Sixteen<float>::I;
 
  public:
-  // firsts: [phases][16], the places of level 0.
-  Halving(const HalvingTables& tables, const int32_t* firsts) : firsts_(firsts) {
-    for (int k = 0; k < STEPS; ++k) read(tables.thresholds[k], thresholds_[k]);
+  // firsts, middles: [phases][16], places of level 0, and the thresholds there of the first step.
+  Halving(const HalvingTables& tables, const int32_t* firsts, const float* middles)
+      : firsts_(firsts), middles_(middles) {
+    for (int k = 0; k < STEPS - 1; ++k) read(tables.thresholds[k], thresholds_[k]);
     read(tables.values, values_);
   }
 
   __attribute__((always_inline)) V operator()(V z, int64_t phase, int64_t, I& level) const {
-    const __m512i first = _mm512_load_si512(firsts_ + phase * 16);
-    __m512i place = first;
+    __m512i place = _mm512_load_si512(firsts_ + phase * 16);
+    halve(z, _mm512_load_ps(middles_ + phase * 16), STEPS - 1, place);
 #pragma GCC unroll 5
-    for (int k = STEPS - 1; k >= 0; --k) {
-      const __mmask16 reached =
-          _mm512_cmp_ps_mask((__m512)z, at(thresholds_[k], place), _CMP_GE_OQ);
-      place = _mm512_mask_add_epi32(place, reached, place, _mm512_set1_epi32(1 << k));
-    }
-    level = (I)_mm512_sub_epi32(place, first);
-    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)z, (__m512)z, _CMP_UNORD_Q);
-    return (V)_mm512_mask_mov_ps(at(values_, place), nan, (__m512)z);
+    for (int k = STEPS - 2; k >= 0; --k) halve(z, at(thresholds_[k], place), k, place);
+    level = (I)place;
+    const __mmask16 number = _mm512_cmp_ps_mask((__m512)z, (__m512)z, _CMP_ORD_Q);
+    if constexpr (REGISTERS == 1)
+      return (V)_mm512_mask_permutexvar_ps((__m512)z, number, place, values_[0]);
+    else
+      return (V)_mm512_mask_mov_ps((__m512)z, number, at(values_, place));
   }
 
  private:
   const int32_t* firsts_;
-  __m512 thresholds_[STEPS][2], values_[2];
+  const float* middles_;
+  __m512 thresholds_[STEPS][REGISTERS], values_[REGISTERS];
 
-  MMFAST_INLINE void read(const float* table, __m512 (&registers)[2]) {
-    registers[0] = _mm512_load_ps(table);
-    registers[1] = _mm512_load_ps(table + 16);
+  MMFAST_INLINE void halve(V z, __m512 threshold, int k, __m512i& place) {
+    const __mmask16 reached = _mm512_cmp_ps_mask((__m512)z, threshold, _CMP_GE_OQ);
+    place = _mm512_mask_add_epi32(place, reached, place, _mm512_set1_epi32(1 << k));
   }
-  MMFAST_INLINE __m512 at(const __m512 (&table)[2], __m512i place) {
-    return _mm512_permutex2var_ps(table[0], place, table[1]);
+  MMFAST_INLINE void read(const float* table, __m512 (&registers)[REGISTERS]) {
+    for (int i = 0; i < REGISTERS; ++i) registers[i] = _mm512_load_ps(table + 16 * i);
+  }
+  MMFAST_INLINE __m512 at(const __m512 (&table)[REGISTERS], __m512i place) {
+    if constexpr (REGISTERS == 1)
+      return _mm512_permutexvar_ps(place, table[0]);
+    else
+      return _mm512_permutex2var_ps(table[0], place, table[1]);
   }
 };
-#endif
 
-// Sums of rows of `width` numbers, which lie one after another.
-class RowSums {
+// Indices of sixteen rows at a time. Their places, 16 bits each in as few vectors as hold them, are
+// permuted to pairs of neighbouring dimensions, a row in each lane; one instruction multiplies them
+// by their bases and adds.
+class RowIndices {
  public:
-  explicit RowSums(int64_t width) : width_(width) {
-#if defined(__AVX512F__)
-    int64_t common = 1;
-    while (common < 16 && width % (2 * common) == 0) common *= 2;
-    if (width == 1 || width / common > most_vectors) return;
-    rows_ = 16 / common;
-    vectors_ = (int)(width / common);
-    step_ = width % 2 ? 1 : 2;
-    for (int64_t d = 0; d < width; d += step_)
-      for (int64_t row = 0; row < rows_; ++row) {
-        const int64_t at = row * width + d;
-        for (int pair = 0; pair < most_vectors / 2; ++pair)
-          places_[d / step_][pair][row] = (int32_t)(at % 32);
-        masks_[d / step_][at / 32] |= (uint16_t)(1 << row);
-      }
-#endif
+  static constexpr int most_width = 16, most_words = most_width / 2;
+
+  // firsts: [width], what a dimension's places are above its levels. Places take 15 bits.
+  RowIndices(const ScalarLevels* levels, int64_t width, const int32_t* firsts)
+      : words_((int)(width + 1) / 2) {
+    const auto basis = [&](int64_t d) { return d < width ? levels[d].basis : 0; };
+    for (int64_t d = 0; d < width; ++d) {
+      above_ += (uint32_t)basis(d) * (uint32_t)firsts[d];
+      factored_ |= basis(d) > INT16_MAX;
+    }
+    for (int pair = 0; pair < words_; ++pair) {
+      const int64_t d = 2 * pair;
+      factors_[pair] = factored_ ? basis(d) : 1;
+      const int32_t low = basis(d) / factors_[pair], high = basis(d + 1) / factors_[pair];
+      bases_[pair] = low | (int32_t)((uint32_t)high << 16);
+      for (int64_t row = 0; row < 16; ++row)
+        for (int64_t i = 0; i < 2; ++i) {
+          const int64_t e = row * width + d + (d + i < width ? i : 0);
+          // Vectors are packed two by two, four numbers of each in turn.
+          const int64_t word = e / 32, in_pair = e % 32, lane = in_pair % 16;
+          const int64_t at = lane / 4 * 8 + in_pair / 16 * 4 + lane % 4;
+          const int64_t to = 2 * row + i;
+          masks_[pair][word] |= (uint32_t)1 << to;
+          places_[pair][word < 2 ? 0 : word - 1][to] = (uint16_t)(word == 1 ? at + 32 : at);
+        }
+    }
   }
 
-  void sum(const int32_t* numbers, int64_t rows, int32_t* out) const {
-    int64_t row = 0;
-#if defined(__AVX512F__)
-    switch ((vectors_ + 1) / 2) {
-      case 1: row = sum_groups<1>(numbers, rows, out); break;
-      case 2: row = sum_groups<2>(numbers, rows, out); break;
-      case 3: row = sum_groups<3>(numbers, rows, out); break;
-      case 4: row = sum_groups<4>(numbers, rows, out); break;
-    }
-#endif
-    for (; row < rows; ++row) {
-      int32_t total = 0;
-      for (int64_t d = 0; d < width_; ++d) total += numbers[row * width_ + d];
-      out[row] = total;
+  // words: [most_words], packed places.
+  __m512i of(const __m512i* words) const {
+    switch (words_) {
+      case 1: return of_words<1>(words);
+      case 2: return of_words<2>(words);
+      case 3: return of_words<3>(words);
+      case 4: return of_words<4>(words);
+      default: return of_words<0>(words);
     }
   }
 
  private:
-  int64_t width_;
+  int words_;
+  bool factored_ = false;  // whether a basis takes more than 15 bits
+  uint32_t above_ = 0;
+  int32_t bases_[most_words], factors_[most_words];
+  // Where, and in which words, the numbers of a pair of dimensions are; the first of the tables is
+  // of two words together.
+  alignas(64) uint16_t places_[most_words][most_words][32]{};
+  uint32_t masks_[most_words][most_words]{};
 
-#if defined(__AVX512F__)
-  static constexpr int most_vectors = 8, most_terms = 16;
-
-  // So many rows fill so many vectors.
-  int64_t rows_ = 0;
-  int vectors_ = 0, step_ = 1;
-  // Of every step_-th number of a row, lane by lane: where it is in each pair of vectors, and
-  // which pair it is in.
-  alignas(64) int32_t places_[most_terms][most_vectors / 2][16]{};
-  uint16_t masks_[most_terms][most_vectors / 2]{};
-
-  // Those groups of rows that are whole; how many rows these are.
-  template <int PAIRS>
-  int64_t sum_groups(const int32_t* numbers, int64_t rows, int32_t* out) const {
-    const __mmask16 written = (__mmask16)((1 << rows_) - 1);
-    const int terms = (int)(width_ / step_);
-    int64_t row = 0;
-    for (; row + rows_ <= rows; row += rows_, numbers += 16 * vectors_) {
-      __m512i v[2 * PAIRS];
-      for (int i = 0; i < 2 * PAIRS; ++i) {
-        v[i] = _mm512_loadu_si512(numbers + 16 * (i < vectors_ ? i : 0));
-        if (step_ == 2) v[i] = _mm512_add_epi32(v[i], _mm512_srli_epi64(v[i], 32));
-      }
-      __m512i total = _mm512_setzero_si512();
-      for (int d = 0; d < terms; ++d) {
-        const auto pair = [&](int i) __attribute__((always_inline)) {
-          return _mm512_permutex2var_epi32(v[2 * i], _mm512_load_si512(places_[d][i]),
-                                           v[2 * i + 1]);
-        };
-        __m512i term = pair(0);
-        for (int i = 1; i < PAIRS; ++i)
-          term = _mm512_mask_mov_epi32(term, masks_[d][i], pair(i));
-        total = _mm512_add_epi32(total, term);
-      }
-      _mm512_mask_storeu_epi32(out + row, written, total);
+  template <int WORDS>
+  __attribute__((always_inline)) __m512i of_words(const __m512i* words) const {
+    const int count = WORDS ? WORDS : words_;
+    __m512i total = _mm512_set1_epi32((int32_t)-above_);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < count; ++pair) {
+      const auto place = [&](int i) __attribute__((always_inline)) {
+        return _mm512_load_si512(places_[pair][i]);
+      };
+      __m512i two = WORDS == 1 ? _mm512_permutexvar_epi16(place(0), words[0])
+                               : _mm512_permutex2var_epi16(words[0], place(0), words[1]);
+#pragma GCC unroll 4
+      for (int word = 2; word < count; ++word)
+        two = _mm512_mask_permutexvar_epi16(two, masks_[pair][word], place(word - 1), words[word]);
+      __m512i sum = _mm512_madd_epi16(two, _mm512_set1_epi32(bases_[pair]));
+      if (factored_) sum = _mm512_mullo_epi32(sum, _mm512_set1_epi32(factors_[pair]));
+      total = _mm512_add_epi32(total, sum);
     }
-    return row;
+    return total;
   }
-#endif
 };
+#endif
 
 }  // namespace mmfast::MMFAST_ISA

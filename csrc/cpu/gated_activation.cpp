@@ -4,8 +4,8 @@
 #include <tuple>
 
 #include "cpu/glue.h"
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -52,7 +52,7 @@ Tensor gated_activation(const Tensor& x, const Optional& value, const std::strin
   GatedActivationArgs args = inputs.args(activation);
   auto sizes = sizes_of(x, x.dim());
   sizes.back() = inputs.channels();
-  Tensor out = on_huge_pages(torch::stable::new_empty(x, sizes));
+  Tensor out = new_output(x, sizes);
   args.out = (char*)out.data_ptr();
   kernels().gated_activation(args, parallel());
   return out;
@@ -68,8 +68,7 @@ std::tuple<Tensor, Tensor> gated_activation_bwd(const Tensor& given_grad, const 
   GatedActivationArgs args = inputs.args(activation);
   args.grad = rows_of(grad, 0, 0);
   const auto like = [&](bool wanted) {
-    return on_huge_pages(
-        torch::stable::new_empty(x, wanted ? sizes_of(x, x.dim()) : std::vector<int64_t>{0}));
+    return new_output(x, wanted ? sizes_of(x, x.dim()) : std::vector<int64_t>{0});
   };
   Tensor grad_x = like(want_x), grad_value = like(want_value);
   if (want_x) args.grad_gate = (char*)grad_x.data_ptr();

@@ -143,7 +143,9 @@ struct GatedResidualModulateBwd {
       mean[r] = args.shape.rms ? 0 : ((const T*)args.mean)[at];
       rstd[r] = ((const T*)args.rstd)[at];
       V levels{}, alongs{};
+      const char* next = args.residual.at(b, token + ROWS);
       channels.each([&](int64_t c, int64_t n) __attribute__((always_inline)) {
+        if constexpr (STREAMS) C::ask(next, DTYPE, c);
         const V normed = (C::read(residual[r], DTYPE, c, n) - mean[r]) * rstd[r];
         const V grad = C::read(passed[r], BRANCH, c, n) * load<V>(factor + c);
         levels += C::first(grad, n);
@@ -160,6 +162,11 @@ struct GatedResidualModulateBwd {
         for (const Sum s : {of_grad, of_normed}) found[s] = load<V>(total + s * room + c);
       if (sums_gate) found[of_gated] = load<V>(total + of_gated * room + c);
       for (int r = 0; r < ROWS; ++r) {
+        if constexpr (STREAMS) {
+          C::ask(passed[r] + ROWS * args.grad_modulated.token_stride, BRANCH, c);
+          C::ask(own[r] + ROWS * args.grad_residual.token_stride, DTYPE, c);
+          C::ask(y[r] + ROWS * args.y.token_stride, BRANCH, c);
+        }
         V grad{};
         if (norms) {
           const V normed = (C::read(residual[r], DTYPE, c, n) - mean[r]) * rstd[r];

@@ -107,8 +107,10 @@ struct GatedResidualModulate {
     const char* row = (const char*)summed.row;
     const T count = (T)channels.count;
     const T near = args.shape.rms ? 0 : summed.total / count;
+    const char *next_x = args.x.at(b, token + 1), *next_y = args.y.at(b, token + 1);
     V sums{}, squares{};
     channels.each([&](int64_t c, int64_t n) __attribute__((always_inline)) {
+      if constexpr (STREAMS) C::ask(next_x, DTYPE, c);
       const V difference = C::first(C::read(row, Native<T>::dtype, c, n) - near, n);
       sums += difference;
       squares = fma(difference, difference, squares);
@@ -122,6 +124,7 @@ struct GatedResidualModulate {
     char* out = args.modulated.at(b, token);
     const T *factor = modulation.factor, *level = modulation.level;
     channels.each([&](int64_t c, int64_t n) __attribute__((always_inline)) {
+      if constexpr (STREAMS) C::ask(next_y, BRANCH, c);
       const V normed = (C::read(row, Native<T>::dtype, c, n) - mean) * rstd;
       C::write(out, BRANCH, c, n, fma(normed, load<V>(factor + c), load<V>(level + c)), STREAMS);
     });

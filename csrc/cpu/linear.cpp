@@ -2,8 +2,8 @@
 
 #include <tuple>
 
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 
@@ -87,7 +87,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias,
               const std::string& activation, Dtype dtype) {
   auto sizes = sizes_of(x, x.dim());
   sizes.back() = weight.size(0);
-  Tensor out = on_huge_pages(torch::stable::new_empty(x, sizes, scalar_type(dtype)));
+  Tensor out = new_output(x, sizes, scalar_type(dtype));
   linear_to(out, x, weight, bias, activation);
   return out;
 }
@@ -120,8 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& 
                                               const Tensor& weight, const std::string& activation,
                                               bool want_x, bool want_weight, bool want_bias) {
   const auto like = [](const Tensor& tensor, bool wanted, int64_t dims) {
-    return on_huge_pages(torch::stable::new_empty(
-        tensor, wanted ? sizes_of(tensor, dims) : std::vector<int64_t>{0}));
+    return new_output(tensor, wanted ? sizes_of(tensor, dims) : std::vector<int64_t>{0});
   };
   Tensor grad_x = like(x, want_x, x.dim()), grad_weight = like(weight, want_weight, 2);
   Tensor grad_bias = like(weight, want_bias, 1);

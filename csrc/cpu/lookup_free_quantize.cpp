@@ -4,8 +4,8 @@
 #include <tuple>
 
 #include "cpu/glue.h"
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -40,14 +40,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lookup_free_quantize(
       arguments(z, codebooks, scale, spherical, inv_temperature, group, mask);
   const ScalarType dtype =
       args.z.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor quantized = on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim())));
+  Tensor quantized = new_output(z, sizes_of(z, z.dim()));
   std::vector<int64_t> sizes = sizes_of(z, z.dim() - 1);
   sizes.push_back(codebooks);
-  Tensor indices = on_huge_pages(torch::stable::new_empty(z, sizes, ScalarType::Long));
-  Tensor commitment = torch::stable::new_empty(z, {}, dtype);
-  Tensor entropy = torch::stable::new_empty(z, {}, dtype);
+  Tensor indices = new_output(z, sizes, ScalarType::Long);
+  Tensor commitment = new_output(z, {}, dtype);
+  Tensor entropy = new_output(z, {}, dtype);
   const int64_t groups = group ? args.z.width / codebooks / group : 0;
-  Tensor means = torch::stable::new_empty(z, {codebooks, groups, (int64_t)1 << group}, dtype);
+  Tensor means = new_output(z, {codebooks, groups, (int64_t)1 << group}, dtype);
   args.quantized = (char*)quantized.data_ptr();
   args.indices = (int64_t*)indices.data_ptr();
   args.commitment = commitment.data_ptr();
@@ -75,7 +75,7 @@ Tensor lookup_free_quantize_bwd(const std::optional<Tensor>& given_quantized,
   const std::optional<Tensor> mask = dense(given_mask), means = dense(given_means);
   std::optional<Tensor> quantized;
   if (given_quantized) quantized = for_rows(*given_quantized);
-  Tensor result = on_huge_pages(torch::stable::new_empty(z, sizes_of(z, z.dim())));
+  Tensor result = new_output(z, sizes_of(z, z.dim()));
   LookupFreeQuantizeBwdArgs args{};
   args.forward = arguments(z, codebooks, scale, spherical, inv_temperature, group, mask);
   if (quantized) args.quantized = rows_of(*quantized, 0, 0);

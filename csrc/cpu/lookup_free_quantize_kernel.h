@@ -6,8 +6,9 @@
 #include <cstdlib>
 
 #include "cpu/bit_products.h"
-#include "cpu/blocks.h"
+#include "cpu/blocks_past_cache.h"
 #include "cpu/lookup_free_quantize.h"
+#include "cpu/past_cache.h"
 #include "cpu/row_blocks.h"
 #include "cpu/sixteen.h"
 
@@ -91,7 +92,7 @@ struct LookupFree {
     const int64_t blocks = blocks_of(args.z.count);
     parts = (double*)std::calloc((size_t)(2 * blocks + 1), sizeof(double));
     if (!parts) return false;
-    for_blocks(
+    for_blocks_past_cache(
         blocks, [this](int64_t block) { signs(block); }, parallel);
     double square = 0, entropy = 0;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -107,7 +108,8 @@ struct LookupFree {
     const auto [begin, end] = block_of(block, args.z.count);
     const int64_t rows = end - begin, count = rows * width;
     T* buffer = allocate<T>(3 * count + 16);
-    uint16_t* positive = allocate<uint16_t>(count / 16 + 8);  // a bit for each number
+    // A bit for each number, the last one's first.
+    uint16_t* positive = allocate<uint16_t>(count / 16 + 8);
     if (!buffer || !positive) {
       std::free(buffer);
       std::free(positive);
@@ -119,13 +121,26 @@ struct LookupFree {
     char* target = args.quantized + begin * width * size_of(args.z.dtype);
     T* out = direct ? (T*)target : buffer + count;
     const V up = V{} + (T)s;
-    for (int64_t e = 0; e < count; e += 16) {
+    const int64_t last = (count - 1) / 16;
+    const bool past_cache = direct && (uintptr_t)out % sizeof(V) == 0 &&
+                            args.z.count * width * (int64_t)sizeof(T) >= past_cache_from;
+    int64_t e = 0;
+    for (; e + 16 <= count; e += 16) {
+      const V v = load<V>(z + e), sign = v > 0 ? up : -up;
+      if (past_cache)
+        store_past_cache(out + e, sign);
+      else
+        store(out + e, sign);
+      positive[last - e / 16] = (uint16_t)above_zero(backwards(v));
+    }
+    if (e < count) {
       const V v = load_some(z + e, count - e);
       store_some(out + e, v > 0 ? up : -up, count - e);
-      positive[e / 16] = (uint16_t)above_zero(v);
+      positive[0] = (uint16_t)above_zero(backwards(v));
     }
     if (!direct) write_numbers(target, args.z.dtype, out, count);
-    write_indices(z, (const char*)positive, rows, args.indices + begin * args.codebooks);
+    write_indices(z, (const char*)positive, 16 * (last + 1), rows,
+                  args.indices + begin * args.codebooks);
     std::free(positive);
     if (args.group) {
       int64_t counted;
@@ -135,8 +150,9 @@ struct LookupFree {
     std::free(buffer);
   }
 
-  // The first bit of a code is the highest of its index. positive has 8 bytes to spare.
-  void write_indices(const T* z, const char* positive, int64_t rows, int64_t* indices) const {
+  // The first bit of a code is the highest of its index. positive: `all` bits and 8 spare bytes.
+  void write_indices(const T* z, const char* positive, int64_t all, int64_t rows,
+                     int64_t* indices) const {
     const int64_t codes = rows * args.codebooks;
     if (bits > 57) {  // more than eight bytes hold wherever they begin
       for (int64_t c = 0; c < codes; ++c, z += bits) {
@@ -146,9 +162,9 @@ struct LookupFree {
       }
       return;
     }
-    for (int64_t c = 0, at = 0; c < codes; ++c, at += bits)
-      indices[c] =
-          (int64_t)(reversed(load<uint64_t>(positive + at / 8) >> at % 8) >> (64 - bits));
+    const uint64_t mask = ((uint64_t)1 << bits) - 1;
+    for (int64_t c = 0, at = all - bits; c < codes; ++c, at -= bits)
+      indices[c] = (int64_t)(load<uint64_t>(positive + at / 8) >> at % 8 & mask);
   }
 
   void losses(const T* x, int64_t count, double* out) const {

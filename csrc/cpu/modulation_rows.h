@@ -52,6 +52,13 @@ struct Channels {
     put(row, dtype, c, n, rounded, streams);
   }
 
+  // Asks for the line that channel c of a row begins, which comes soon. Into the second cache: the first
+  // would wait for memory with too few lines at a time.
+  MMFAST_INLINE void ask(const char* row, Dtype dtype, int64_t c) {
+    const int64_t at = c * size_of(dtype);
+    if (at % 64 == 0) __builtin_prefetch(row + at, 0, 2);
+  }
+
   // Numbers that write_numbers has made.
   MMFAST_INLINE void put(char* row, Dtype dtype, int64_t c, int64_t n, const char* rounded,
                          bool streams) {

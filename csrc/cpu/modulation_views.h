@@ -5,7 +5,7 @@
 #include <string>
 
 #include "cpu/gated_residual_modulate.h"
-#include "cpu/huge_pages.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 
@@ -61,19 +61,19 @@ inline BlockShape block_shape(const Tensor& x, const std::string& norm,
 }
 
 inline Tensor room_like(const Tensor& tensor) {
-  return on_huge_pages(torch::stable::new_empty(tensor, sizes_of(tensor, tensor.dim())));
+  return new_output(tensor, sizes_of(tensor, tensor.dim()));
 }
 
 // Room for the gradient of tensor; without elements, and so without data, where it is not needed.
 inline Tensor gradient_like(const Tensor& like, const Optional& tensor, bool needed) {
-  return needed && tensor ? room_like(*tensor) : torch::stable::new_empty(like, {0});
+  return needed && tensor ? room_like(*tensor) : new_output(like, {0});
 }
 
 // Statistics of the rows of x, [B, L], or without elements.
 inline Tensor statistics_like(const Tensor& x, bool wanted) {
   using torch::headeronly::ScalarType;
   const bool wide = dtype_of(x) == Dtype::float64;
-  return torch::stable::new_empty(x, wanted ? sizes_of(x, 2) : std::vector<int64_t>{0},
+  return new_output(x, wanted ? sizes_of(x, 2) : std::vector<int64_t>{0},
                                   wide ? ScalarType::Double : ScalarType::Float);
 }
 

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "cpu/glue.h"
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -21,9 +21,8 @@ std::tuple<Tensor, Tensor> nearest_code(const Tensor& vectors, const Tensor& cod
   const bool wide = dtype_of(x) == Dtype::float64 || dtype_of(codebook) == Dtype::float64;
   std::vector<int64_t> shape;
   for (int64_t d = 0; d < x.dim() - 1; ++d) shape.push_back(x.size(d));
-  Tensor indices = on_huge_pages(torch::stable::new_empty(x, shape, ScalarType::Long));
-  Tensor distances = on_huge_pages(
-      torch::stable::new_empty(x, shape, wide ? ScalarType::Double : ScalarType::Float));
+  Tensor indices = new_output(x, shape, ScalarType::Long);
+  Tensor distances = new_output(x, shape, wide ? ScalarType::Double : ScalarType::Float);
   for (int64_t h = 0; h < num_heads; ++h) {
     NearestCodeArgs args{};
     args.x = rows_of(x, heads, h);

@@ -2,6 +2,7 @@
 
 #include "cpu/glue.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -12,7 +13,7 @@ using torch::headeronly::ScalarType;
 Tensor with_last(const Tensor& tensor, int64_t last, ScalarType dtype) {
   std::vector<int64_t> sizes = sizes_of(tensor, tensor.dim() - 1);
   sizes.push_back(last);
-  return torch::stable::new_empty(tensor, sizes, dtype);
+  return new_output(tensor, sizes, dtype);
 }
 
 int64_t rows_in(const Tensor& tensor) {

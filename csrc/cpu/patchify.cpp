@@ -4,7 +4,7 @@
 #include <string>
 
 #include "cpu/glue.h"
-#include "cpu/huge_pages.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -136,7 +136,7 @@ Tensor patchify(const Tensor& x, std::vector<int64_t> patch, bool channels_last)
     length *= x.size((int64_t)d + 2) / patch[d];
     numbers *= patch[d];
   }
-  Tensor tokens = on_huge_pages(torch::stable::new_empty(x, {x.size(0), length, numbers}));
+  Tensor tokens = new_output(x, {x.size(0), length, numbers});
   run(x, tokens, patch, channels_last, true);
   return tokens;
 }
@@ -149,7 +149,7 @@ Tensor unpatchify(const Tensor& given, std::vector<int64_t> patch, std::vector<i
   for (const int64_t p : patch) channels /= p;
   std::vector<int64_t> shape{tokens.size(0), channels};
   shape.insert(shape.end(), sizes.begin(), sizes.end());
-  Tensor image = on_huge_pages(torch::stable::new_empty(tokens, shape));
+  Tensor image = new_output(tokens, shape);
   run(image, tokens, patch, channels_last, false);
   return image;
 }

@@ -1,4 +1,4 @@
-#include "cpu/huge_pages.h"
+#include "cpu/outputs.h"
 #include "cpu/qk_norm_rope.h"
 
 #include <optional>
@@ -17,13 +17,12 @@ using torch::headeronly::ScalarType;
 // Memory for what is made of x: dense [B, L, H, E], or [B, H, L, E] where heads are further apart.
 Tensor new_like(const Tensor& x) {
   if (x.stride(1) >= x.stride(2))
-    return on_huge_pages(torch::stable::new_empty(x, sizes_of(x, 4)));
-  Tensor made =
-      on_huge_pages(torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1), x.size(3)}));
+    return new_output(x, sizes_of(x, 4));
+  Tensor made = new_output(x, {x.size(0), x.size(2), x.size(1), x.size(3)});
   return torch::stable::transpose(made, 1, 2);
 }
 
-Tensor nothing(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
+Tensor nothing(const Tensor& x) { return new_output(x, {0}); }
 
 // x, or a copy of it where the numbers of a head are scattered.
 Tensor with_heads(const Tensor& x) {
@@ -138,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(
     bool want_rows) {
   Call call(q, cos, sin, norm, across_heads, rotation, rotary_dim, eps);
   const auto row = [&](const Optional& grad, const Optional& of) {
-    return grad && of && want_rows ? torch::stable::new_empty(*of, sizes_of(*of, 1)) : nothing(q);
+    return grad && of && want_rows ? new_output(*of, sizes_of(*of, 1)) : nothing(q);
   };
   Tensor to_q = grad_q ? new_like(q) : nothing(q);
   Tensor to_k = grad_k && k ? new_like(*k) : nothing(q);

@@ -10,6 +10,7 @@
 #include "cpu/past_cache.h"
 #include "cpu/qk_norm_rope.h"
 #include "cpu/qk_norm_rope_paired.h"
+#include "cpu/qk_norm_rope_rows.h"
 #include "cpu/workspace.h"
 
 namespace mmfast::MMFAST_ISA {
@@ -31,6 +32,7 @@ struct QkNormRope {
   const bool layer;
   const bool folded;  // weights are in the tables
   const bool streams;  // what is written goes past the cache
+  const bool whole;    // tokens are taken as rows
   int64_t part_blocks = 1, parts = 0;
   double* sums = nullptr;  // [parts][2][rows_width]
   std::atomic<bool> failed{false};
@@ -47,9 +49,22 @@ struct QkNormRope {
         group(a.across_heads ? a.heads : 1),
         layer(a.norm == Norm::layer),
         folded(R == E && a.weight && !a.bias && !a.across_heads && !a.grad.data),
-        streams(a.past_cache && whole_lines(a)) {}
+        streams(a.past_cache && whole_lines(a)),
+        whole(has_whole_rows(a)) {}
   QkNormRope(const QkNormRope&) = delete;
   ~QkNormRope() { std::free(sums); }
+
+#if defined(__AVX512BF16__)
+  static constexpr bool pairs_in_rows = DTYPE == Dtype::bfloat16;
+#else
+  static constexpr bool pairs_in_rows = false;
+#endif
+  using Rows = WholeRows<QkNormRope, T, DTYPE, pairs_in_rows>;
+
+  static bool has_whole_rows(const QkNormRopeArgs& a) {
+    if constexpr (COUNT == 0) return Rows::possible(a);
+    return false;
+  }
 
   __attribute__((always_inline)) int64_t vectors() const {
     return COUNT ? COUNT : (E + W - 1) / W;
@@ -75,12 +90,15 @@ struct QkNormRope {
     T *to_weight, *to_bias;  // [group][stride], of a block
     T* to_xhat;              // [rows][stride]
     T* pairs;                // [2 stride]: a head and its beginning once more
+    T* copies;               // [3][group E]: of rows whose heads lie apart
     double* sums;            // of a part
   };
 
   bool sums_rows() const { return args.grad_weight || args.grad_bias; }
 
   bool prepare(Work& work) const {
+    if constexpr (COUNT == 0)
+      if (whole) return Rows(*this).prepare(work);
     const int64_t most = group > together ? group : together;
     const int64_t rows = (most * (int64_t)sizeof(Row) + 63) / 64 * 64 / (int64_t)sizeof(T);
     const int64_t numbers = rows + (2 * block + 4 * group + most + 3) * stride;
@@ -363,9 +381,10 @@ struct QkNormRope {
     for (int64_t i = 0; i < count; ++i) rows[i].inverse = inverses[args.across_heads ? 0 : i];
   }
 
-  // Asks for a part of the row that comes soon, where vector v of this one is.
+  // Asks for a part of the row that comes soon, where vector v of this one is. Into the second cache:
+  // the first would wait for memory with too few lines at a time.
   __attribute__((always_inline)) void ask(const char* next, int64_t v) const {
-    if (COUNT && v * W * size % 64 == 0) __builtin_prefetch(next + v * W * size);
+    if (COUNT && v * W * size % 64 == 0) __builtin_prefetch(next + v * W * size, 0, 2);
   }
 
   template <Way WAY>
@@ -413,6 +432,7 @@ struct QkNormRope {
         if (of_weight) store(row.to_weight + e, fma(mine, xhat, load<V>(row.to_weight + e)));
         if (of_bias) store(row.to_bias + e, load<V>(row.to_bias + e) + mine);
         store(row.to_xhat + e, g * w);
+        ask(row.next, v);
         products[v & 1] = fma(mine_w, xhat, products[v & 1]);
         if (layer) total += mine_w;
       };
@@ -438,7 +458,6 @@ struct QkNormRope {
         V to_x = fma(layer ? x - mean : x, -along, load<V>(row.to_xhat + e));
         if (layer) to_x -= average;
         put(row.out, e, to_x * inverse, streams);
-        ask(row.next, v);
         ask(row.next_grad, v);
       }
     }
@@ -535,6 +554,8 @@ struct QkNormRope {
   }
 
   void run_any(const Work& work, int64_t index) const {
+    if constexpr (COUNT == 0)
+      if (whole) return Rows(*this).run_block(work, index);
     switch (way()) {
       case Way::none: run_block<Way::none>(work, index); return;
       case Way::neighbours: run_block<Way::neighbours>(work, index); return;
@@ -628,6 +649,7 @@ struct QkNormRope {
 template <class T, Dtype DTYPE>
 static bool run_qk_norm_rope(const QkNormRopeArgs& q, const QkNormRopeArgs* k,
                              const Parallel& parallel) {
+  if (QkNormRope<T, DTYPE, 0>::has_whole_rows(q)) return QkNormRope<T, DTYPE, 0>::run(q, k, parallel);
   // E = 64, 65 to 80, 96 and 128 with the widest vectors.
   switch ((q.num_dims + native_width<T> - 1) / native_width<T>) {
     case 4: return QkNormRope<T, DTYPE, 4>::run(q, k, parallel);

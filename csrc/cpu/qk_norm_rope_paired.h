@@ -104,7 +104,7 @@ struct PairedHeads {
       const auto write = [=](int64_t j, Pair v) __attribute__((always_inline)) {
         if (folded) v = {v.even * inverse, v.odd * inverse};
         write_pair(row.out + blocks.place(j) * Op::size, v, streams);
-        __builtin_prefetch(row.next + j * 64);
+        __builtin_prefetch(row.next + j * 64, 0, 2);
       };
       rotate<WAY>(row.table, normed, write);
     }
@@ -159,8 +159,8 @@ struct PairedHeads {
         const Pair x = read_pair(row.x + at), to = load_pair(row.to_xhat + 32 * j);
         const Pair to_x{fma(x.even, along, to.even) * inverse, fma(x.odd, along, to.odd) * inverse};
         write_pair(row.out + at, to_x, streams);
-        __builtin_prefetch(row.next + j * 64);
-        __builtin_prefetch(row.next_grad + j * 64);
+        __builtin_prefetch(row.next + j * 64, 0, 2);
+        __builtin_prefetch(row.next_grad + j * 64, 0, 2);
       }
     }
   }

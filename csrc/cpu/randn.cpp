@@ -1,8 +1,8 @@
 #include "cpu/randn.h"
 
 #include "cpu/glue.h"
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -11,7 +11,7 @@ using torch::headeronly::ScalarType;
 
 Tensor randn(const Tensor& seed, const Tensor& offset, std::vector<int64_t> shape,
              ScalarType dtype) {
-  Tensor result = on_huge_pages(torch::stable::new_empty(seed, shape, dtype));
+  Tensor result = new_output(seed, shape, dtype);
   const int64_t total = result.numel();
   if (total == 0) return result;
   const bool each = seed.dim() || offset.dim();

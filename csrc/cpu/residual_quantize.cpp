@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "cpu/glue.h"
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -43,7 +43,7 @@ Tensor of_kernel(const Tensor& like, bool wide, bool needed) {
     shape.clear();
     for (int64_t d = 0; d < like.dim(); ++d) shape.push_back(like.size(d));
   }
-  return on_huge_pages(torch::stable::new_empty(like, shape, wide_type(wide)));
+  return new_output(like, shape, wide_type(wide));
 }
 
 Tensor narrowed(const Tensor& tensor, const Tensor& like) {
@@ -62,10 +62,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize(
   std::vector<int64_t> shape;
   for (int64_t d = 0; d < x.dim() - 1; ++d) shape.push_back(x.size(d));
   shape.push_back(stages);
-  Tensor indices = on_huge_pages(torch::stable::new_empty(x, shape, ScalarType::Long));
+  Tensor indices = new_output(x, shape, ScalarType::Long);
   Tensor quantized = of_kernel(x, wide, true);
-  Tensor losses = torch::stable::new_empty(x, {stages}, wide_type(wide));
-  Tensor counts = torch::stable::new_empty(x, {stages, by_stage.most}, wide_type(wide));
+  Tensor losses = new_output(x, {stages}, wide_type(wide));
+  Tensor counts = new_output(x, {stages, by_stage.most}, wide_type(wide));
   std::optional<Tensor> whole_mask;
   if (mask) whole_mask = torch::stable::contiguous(*mask);
   ResidualQuantizeArgs args{};

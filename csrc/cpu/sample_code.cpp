@@ -2,6 +2,7 @@
 
 #include "cpu/glue.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -13,8 +14,7 @@ Tensor sample_code(const Tensor& given, const Tensor& codebook, double temperatu
   const Tensor x = for_rows(given);
   const bool heads = codebook.dim() == 3;
   const bool each = seed.dim() || offset.dim();
-  Tensor indices =
-      torch::stable::new_empty(x, sizes_of(x, x.dim() - 1), ScalarType::Long);
+  Tensor indices = new_output(x, sizes_of(x, x.dim() - 1), ScalarType::Long);
   for (int64_t h = 0; h < (heads ? x.size(0) : 1); ++h) {
     SampleCodeArgs args{};
     args.x = rows_of(x, heads, h);

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "cpu/glue.h"
-#include "cpu/huge_pages.h"
 #include "cpu/sampler_step.h"
 
 namespace mmfast {
@@ -34,7 +33,7 @@ class SampleViews {
   }
 
   // Of something that is written.
-  SampleView target(const Tensor& tensor) { return view(written(tensor, 1)); }
+  SampleView target(const Tensor& tensor) { return view(writable(tensor, 1)); }
   SampleView target(const std::optional<Tensor>& tensor) {
     return tensor ? target(*tensor) : SampleView{};
   }
@@ -42,12 +41,6 @@ class SampleViews {
   // tensor, or a copy whose dimensions [first, dim) lie together.
   Tensor readable(const Tensor& tensor, int64_t first) {
     return lies_together(tensor, first) ? tensor : kept(torch::stable::contiguous(tensor));
-  }
-
-  // Something that is written, on large pages where nobody has before.
-  Tensor written(const Tensor& tensor, int64_t first) {
-    const Tensor dense = writable(tensor, first);
-    return dense.is_contiguous() ? on_huge_pages(dense) : dense;
   }
 
   // As readable(), of something that is written; finish() writes the copy back.

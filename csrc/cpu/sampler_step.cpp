@@ -72,7 +72,7 @@ void sampler_step(const Tensor& x, const Tensor& model_output, const Optional& u
   args.model_input = views.target(model_input);
   args.copies = model_input && args.samples ? model_input->size(0) / args.samples : 0;
   if (history) {
-    const Tensor kept = views.written(*history, 2);
+    const Tensor kept = views.writable(*history, 2);
     args.slots = (int)kept.size(0);
     for (int s = 0; s < args.slots; ++s) {
       args.history[s] = SampleViews::view(kept, 2);

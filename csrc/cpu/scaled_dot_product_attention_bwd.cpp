@@ -32,8 +32,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scaled_dot_product_attention_bwd(
   if (want_mask_grad) args.grad_mask = (char*)sums.data_ptr();
   check_memory(kernels().attention_backward(args, parallel()));
   if (!want_mask_grad)
-    return {grad_query, grad_key, grad_value, torch::stable::new_empty(query, {0})};
-  Tensor grad_mask = torch::stable::new_empty(*mask, sizes_of(*mask, 4));
+    return {grad_query, grad_key, grad_value, new_output(query, {0})};
+  Tensor grad_mask = new_output(*mask, sizes_of(*mask, 4));
   torch::stable::copy_(grad_mask, sums);
   return {grad_query, grad_key, grad_value, grad_mask};
 }

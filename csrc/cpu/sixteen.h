@@ -83,12 +83,9 @@ MMFAST_INLINE uint32_t above_zero(d16 v) {
   return bits;
 }
 
-// The 64 bits of v, the lowest first.
-MMFAST_INLINE uint64_t reversed(uint64_t v) {
-  v = __builtin_bswap64(v);
-  v = (v & 0x0F0F0F0F0F0F0F0F) << 4 | (v >> 4 & 0x0F0F0F0F0F0F0F0F);
-  v = (v & 0x3333333333333333) << 2 | (v >> 2 & 0x3333333333333333);
-  return (v & 0x5555555555555555) << 1 | (v >> 1 & 0x5555555555555555);
+template <class V>
+MMFAST_INLINE V backwards(V v) {
+  return __builtin_shufflevector(v, v, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
 }
 
 // exp of what is not above 0; NaN stays. Polynomial of Cephes' expf.

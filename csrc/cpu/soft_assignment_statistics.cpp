@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "cpu/glue.h"
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -78,12 +78,12 @@ std::tuple<Tensor, Tensor, Tensor> soft_assignment_statistics(
   const Call call(vectors, codebook, weights, temperature, metric, batch_dims);
   const Tensor& x = call.x;
   std::vector<int64_t> sizes = sizes_of(x, call.heads + batch_dims);
-  Tensor entropy = torch::stable::new_empty(x, sizes, call.dtype());
+  Tensor entropy = new_output(x, sizes, call.dtype());
   sizes.push_back(call.num_codes());
-  Tensor means = torch::stable::new_empty(x, sizes, call.dtype());
+  Tensor means = new_output(x, sizes, call.dtype());
   sizes = sizes_of(x, x.dim() - 1);
   sizes.push_back(2);
-  Tensor saved = torch::stable::new_empty(x, sizes, call.dtype());
+  Tensor saved = new_output(x, sizes, call.dtype());
   for (int64_t h = 0; h < call.num_heads(); ++h)
     call.check("soft_assignment_statistics",
                kernels().soft_assignment_statistics(call.of_head(h, means, entropy, saved),
@@ -101,10 +101,9 @@ std::tuple<Tensor, Tensor> soft_assignment_statistics_bwd(
   const std::optional<Tensor> means = dense(given_means), entropy = dense(given_entropy);
   const Tensor saved = torch::stable::contiguous(given_saved);
   const std::vector<int64_t> none{0};
-  Tensor x_gradient =
-      on_huge_pages(torch::stable::new_empty(x, need_x ? sizes_of(x, x.dim()) : none));
-  Tensor codebook_gradient = on_huge_pages(torch::stable::new_empty(
-      codebook, need_codebook ? sizes_of(codebook, codebook.dim()) : none));
+  Tensor x_gradient = new_output(x, need_x ? sizes_of(x, x.dim()) : none);
+  Tensor codebook_gradient = new_output(
+      codebook, need_codebook ? sizes_of(codebook, codebook.dim()) : none);
   for (int64_t h = 0; h < call.num_heads(); ++h) {
     SoftAssignmentBwdArgs args{};
     args.forward = call.of_head(h, means, entropy, saved);

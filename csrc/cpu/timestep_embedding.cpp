@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 #include "cpu/sample_views.h"
 
 namespace mmfast {
@@ -13,7 +14,7 @@ Tensor timestep_embedding(const Tensor& timesteps, int64_t dim, double max_perio
                           bool flip_sin_to_cos, double downscale_freq_shift, double scale,
                           torch::headeronly::ScalarType dtype) {
   const int64_t batch = timesteps.size(0), half = dim / 2;
-  Tensor out = torch::stable::new_empty(timesteps, {batch, dim}, dtype);
+  Tensor out = new_output(timesteps, {batch, dim}, dtype);
   const Tensor times = doubles_of(timesteps);
   const double step = -std::log(max_period) / ((double)half - downscale_freq_shift);
   std::vector<double> frequencies((size_t)half);

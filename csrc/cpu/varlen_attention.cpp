@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor> varlen_attention(const Tensor& query, const Tensor& k
                                             const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                                             int64_t max_seqlen_k, bool causal, double scale) {
   const int64_t tokens = query.size(0), heads = query.size(1), width = value.size(2);
-  Tensor out = torch::stable::new_empty(query, {tokens, heads, width});
+  Tensor out = new_output(query, {tokens, heads, width});
   Tensor lse = new_sums(query, {heads, tokens});
   AttentionViews views;
   AttentionArgs args = attention_args(query, key.size(1), width, scale);

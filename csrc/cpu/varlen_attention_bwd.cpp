@@ -8,7 +8,7 @@ namespace {
 
 // Zeros where some tokens are of no sequence.
 Tensor new_gradient(const Tensor& tensor, const Sequences& sequences, int64_t batches) {
-  Tensor made = torch::stable::new_empty(tensor, sizes_of(tensor, 3));
+  Tensor made = new_output(tensor, sizes_of(tensor, 3));
   int64_t next = 0;
   for (int64_t b = 0; b < batches && sequences.begins[b] == next; ++b) next += sequences.lengths[b];
   if (next != tensor.size(0)) torch::stable::fill_(made, 0);

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "cpu/glue.h"
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/outputs.h"
 
 namespace mmfast {
 namespace {
@@ -21,12 +21,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vector_quantize(
   const int64_t heads = codebook.dim() == 3, num_heads = heads ? x.size(0) : 1;
   const bool wide = dtype_of(x) == Dtype::float64 || dtype_of(codebook) == Dtype::float64;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor quantized = on_huge_pages(torch::stable::new_empty(x, sizes_of(x, x.dim())));
-  Tensor indices =
-      on_huge_pages(torch::stable::new_empty(x, sizes_of(x, x.dim() - 1), ScalarType::Long));
-  Tensor commitment = torch::stable::new_empty(x, sizes_of(codebook, heads), dtype);
-  Tensor codebook_loss = torch::stable::new_empty(x, sizes_of(codebook, heads), dtype);
-  Tensor counts = torch::stable::new_empty(x, sizes_of(codebook, heads + 1), dtype);
+  Tensor quantized = new_output(x, sizes_of(x, x.dim()));
+  Tensor indices = new_output(x, sizes_of(x, x.dim() - 1), ScalarType::Long);
+  Tensor commitment = new_output(x, sizes_of(codebook, heads), dtype);
+  Tensor codebook_loss = new_output(x, sizes_of(codebook, heads), dtype);
+  Tensor counts = new_output(x, sizes_of(codebook, heads + 1), dtype);
   std::optional<Tensor> inside;
   if (mask) inside = torch::stable::contiguous(*mask);
   const int64_t bytes = wide ? 8 : 4;
@@ -70,10 +69,9 @@ std::tuple<Tensor, Tensor> vector_quantize_bwd(
   if (quantized_gradient) quantized = for_rows(*quantized_gradient);
   const int64_t heads = codebook.dim() == 3, num_heads = heads ? x.size(0) : 1;
   const std::vector<int64_t> none{0};
-  Tensor x_gradient =
-      on_huge_pages(torch::stable::new_empty(x, need_x ? sizes_of(x, x.dim()) : none));
-  Tensor codebook_gradient = on_huge_pages(torch::stable::new_empty(
-      codebook, need_codebook ? sizes_of(codebook, codebook.dim()) : none));
+  Tensor x_gradient = new_output(x, need_x ? sizes_of(x, x.dim()) : none);
+  Tensor codebook_gradient = new_output(
+      codebook, need_codebook ? sizes_of(codebook, codebook.dim()) : none);
   for (int64_t h = 0; h < num_heads; ++h) {
     VectorQuantizeBwdArgs args{};
     if (quantized) args.quantized = rows_of(*quantized, heads, h);

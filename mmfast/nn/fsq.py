@@ -177,8 +177,9 @@ class FSQ(nn.Module):
         if first:
             z = z.movedim(1, -1)
         check_last(z, self.dim)
-        z = self.project_in(z)
-        several = self.num_codebooks > 1  # views of a single one would cost as much as few rows do
+        if self.has_projections:  # calling what does nothing would cost as much as few rows do
+            z = self.project_in(z)
+        several = self.num_codebooks > 1
         if several:
             z = z.unflatten(-1, (self.num_codebooks, self.codebook_dim))
         if self.orthogonal_rotation:
@@ -192,7 +193,9 @@ class FSQ(nn.Module):
         )
         if self.orthogonal_rotation:
             codes = (codes.to(self.orthogonal_rot.dtype) @ self.orthogonal_rot.t()).to(z.dtype)
-        out = self.project_out(codes.flatten(-2) if several else codes)
+        out = codes.flatten(-2) if several else codes
+        if self.has_projections:
+            out = self.project_out(out)
         if first:
             out = out.movedim(-1, 1)
         if not self.return_indices:

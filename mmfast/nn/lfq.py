@@ -235,7 +235,8 @@ class LFQ(nn.Module):
         if first:
             x = x.movedim(1, -1)
         check_last(x, self.dim)
-        x = self.project_in(x)
+        if self.has_projections:  # calling what does nothing would cost as much as few rows do
+            x = self.project_in(x)
         if self.soft_clamp_input_value is not None:
             x = soft_clamp(x, self.soft_clamp_input_value)
         if self.orthogonal_rotation:
@@ -314,7 +315,7 @@ class LFQ(nn.Module):
         if self.orthogonal_rotation:
             codes = codes.unflatten(-1, (self.num_codebooks, -1)) @ self.orthogonal_rot.t()
             codes = codes.flatten(-2)
-        out = self.project_out(codes)
+        out = self.project_out(codes) if self.has_projections else codes
         if first:
             out = out.movedim(-1, 1)
         return out, indices if self.keep_num_codebooks_dim else indices.squeeze(-1)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfast import backends, library, philox
+from mmfast import backends, library, memory, philox
 from mmfast.checks import FLOATING, check_beside, check_dtype, check_floating
 from mmfast.ops.per_sample import differences, drawn, rounding, rows_of
 from mmfast.registry import Arguments, Cost, Op, Sample, register
@@ -159,7 +159,7 @@ def sampler_step(
     ):
         call = _tracked
     if out is None:
-        out = torch.empty_like(x)
+        out = memory.empty_like(x)
         if call is not _tracked and history is None and denoised is None and model_input is None:
             call = backends.call_on_new
     call(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmfast import philox
 from mmfast.checks import check_device, check_floating
+from mmfast.memory import empty_like, new_empty
 from mmfast.progress import progress_bar
 from mmfast.schedule.layout import Layout, N
 from mmfast.schedule.table import SamplerTable
@@ -141,11 +142,11 @@ class SampleLoop:
         self._kwargs = dict(model_kwargs or {})
         self._guided = isinstance(guidance_scale, Tensor) or guidance_scale != 1
         self._guidance = _guidance(guidance_scale, batch, device) if self._guided else None
-        self._x = torch.empty(x.shape, dtype=state, device=device)
+        self._x = new_empty(x, x.shape, state)
         self._out_dtype = x.dtype
         calls = (2 if self._guided else 1) * batch
-        self._input = torch.empty((calls, *x.shape[1:]), dtype=dtype or x.dtype, device=device)
-        self._history = self._x.new_empty((table.slots, *x.shape)) if table.slots else None
+        self._input = new_empty(x, (calls, *x.shape[1:]), dtype)
+        self._history = new_empty(self._x, (table.slots, *x.shape)) if table.slots else None
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._seed = torch.zeros(batch, dtype=torch.int64, device=device)
         self._coefficients = table.coefficients.to(device, copy=True)
@@ -154,7 +155,7 @@ class SampleLoop:
         self._table = table
         # Asked once: elsewhere than on the CPU the answers synchronise.
         self._stochastic, self._learned = table.stochastic, table.learned_variance
-        self.denoised = torch.empty_like(self._x) if keep_denoised else None
+        self.denoised = empty_like(self._x) if keep_denoised else None
         self._shared_seed = True
         self._graph: torch.cuda.CUDAGraph | None = None
         self._cuda_graph = bool(cuda_graph)

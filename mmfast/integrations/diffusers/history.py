@@ -7,15 +7,22 @@ from typing import Any
 
 from torch import Tensor
 
+from mmfast.integrations.diffusers.state import State
+
 
 class Remembered(list[Any]):
     """The memory of a scheduler, newest last: what is written to a place goes to the history."""
 
+    def __init__(self, state: State, slots: Sequence[int | None]) -> None:
+        super().__init__(None if slot is None else state.slot(slot) for slot in slots)
+        self._state, self._slots = state, slots
+
     def __setitem__(self, place: Any, value: Any) -> None:
-        current = self[place]
-        if not isinstance(current, Tensor) or not isinstance(value, Tensor):
+        slot = self._slots[place]
+        if not isinstance(slot, int) or not isinstance(value, Tensor):
             raise ValueError("only a tensor can take the place of one in a scheduler's history")
-        current.copy_(value)
+        self._state.write(slot, value)
+        super().__setitem__(place, self._state.slot(slot))
 
 
 class History:
@@ -31,30 +38,67 @@ class History:
     def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
         if scheduler is None:
             return self
-        past = scheduler._past()
+        past = scheduler._pushed()
         if past is None:
             try:
                 return vars(scheduler)[self.name]
             except KeyError:
                 raise AttributeError(self.name) from None
+        state = vars(scheduler)["_tabled"]
         if self.length is None:
-            return Remembered(past)
+            return Remembered(state, past)
         size = len(vars(scheduler)[self.name])
-        return Remembered([*[None] * (size - len(past)), *past])
+        return Remembered(state, [*[None] * (size - len(past)), *past])
 
     def __set__(self, scheduler: Any, values: Sequence[Any]) -> None:
-        past = scheduler._past()
+        past = scheduler._pushed()
         given = [value for value in values if value is not None]
         if past is not None and given:
             if len(given) > len(past):
                 raise ValueError(f"{self.name} holds {len(past)} tensors here, got {len(given)}")
-            for mine, value in zip(reversed(past), reversed(given), strict=False):
-                if mine is not value:
-                    mine.copy_(value)
+            state = vars(scheduler)["_tabled"]
+            for slot, value in zip(reversed(past), reversed(given), strict=False):
+                if value is not state.slot(slot):
+                    state.write(slot, value)
             return
         scheduler._forget()
         vars(scheduler)[self.name] = values
         scheduler._given(given)
+
+
+class LastSample:
+    """``last_sample``, that the last step started from; our history has a multiple of it."""
+
+    def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
+        if scheduler is None:
+            return self
+        if scheduler._pushed() is None:
+            return vars(scheduler)["last_sample"]
+        state = vars(scheduler)["_tabled"]
+        factor = self._factor(state)
+        return state.slot(state.program.ring) / factor if factor else None
+
+    def __set__(self, scheduler: Any, value: Tensor | None) -> None:
+        if scheduler._pushed() is None:
+            vars(scheduler)["last_sample"] = value
+            return
+        state = vars(scheduler)["_tabled"]
+        factor = self._factor(state)
+        if value is None or not factor:
+            raise ValueError(
+                "last_sample is what the last step started from and can be replaced by a tensor "
+                f"until the last step, got {'None' if value is None else 'a tensor after it'}; "
+                "call set_timesteps to begin anew"
+            )
+        state.write(state.program.ring, value * factor)
+
+    @staticmethod
+    def _factor(state: State) -> float:
+        """By what the sample was multiplied; 0 before the first step and after the last."""
+        assert state.program is not None
+        assert isinstance(state.next, int)
+        made = state.next - state.begin
+        return state.program.factors[made - 1] if made else 0.0
 
 
 class Count:
@@ -63,11 +107,11 @@ class Count:
     def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
         if scheduler is None:
             return self
-        past = scheduler._past()
+        past = scheduler._pushed()
         return vars(scheduler)["lower_order_nums"] if past is None else scheduler._steps_made()
 
     def __set__(self, scheduler: Any, value: int) -> None:
-        if scheduler._past() is not None:
+        if scheduler._pushed() is not None:
             if value == scheduler._steps_made():
                 return
             if value:

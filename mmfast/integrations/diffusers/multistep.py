@@ -18,7 +18,7 @@ from mmfast.integrations.diffusers.families import (
     SetFirst,
     Stretched,
 )
-from mmfast.integrations.diffusers.history import Count, History
+from mmfast.integrations.diffusers.history import Count, History, LastSample
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import solvers
 
@@ -130,6 +130,7 @@ _HIGHEST = 12
 class UniPC(KeepsType, Solver, Stretched):
     _program = staticmethod(solvers.unipc)
 
+    last_sample = LastSample()
     lower_order_nums = Count()
 
     def step(

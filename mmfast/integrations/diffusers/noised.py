@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast import backends, library
+from mmfast import backends, library, memory
 from mmfast.integrations.diffusers.placed import Placed, find
 from mmfast.integrations.diffusers.state import Index
 from mmfast.integrations.diffusers.tables.noising import noising, sums
@@ -90,7 +90,7 @@ class Noised(Placed):
             # As in a step, the public function's checks would find nothing.
             untracked = library.untracked((original_samples, noise))
             if untracked or noise.requires_grad:
-                noisy = torch.empty_like(original_samples)
+                noisy = memory.empty_like(original_samples)
                 call = functools.partial(backends.call_on_new, STEP) if untracked else reference
                 try:
                     call(

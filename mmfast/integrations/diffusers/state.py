@@ -29,7 +29,6 @@ class State:
         self.name = scheduler._levels
         self.levels = vars(scheduler).get(self.name)
         self.config = scheduler._internal_dict
-        self.watched = (*_watched(self.timesteps), *_watched(self.levels))
         self.values: list[float] = [] if self.timesteps is None else host(self.timesteps)
         self.own = None if self.timesteps is None else (self.timesteps.dtype, self.timesteps.device)
         self.key = (tuple(self.values), () if self.levels is None else tuple(host(self.levels)))
@@ -41,21 +40,35 @@ class State:
             elif value not in seen:
                 self.places[value] = i
                 seen.add(value)
-        self.addresses = _addresses(self.timesteps)
-        if scheduler._twice:
-            self.addresses = {at: self.places[self.values[i]] for at, i in self.addresses.items()}
+        self.twice = scheduler._twice
         self.scales: list[float] | None = None
-        self.noisy: dict[torch.device, tuple[Tensor, Tensor, list[Tensor]]] = {}
         self.programs = programs
         self.forgets = not scheduler._remembers
         self.program: Program | None = None
         self.options: Options = ()
         self.begin = 0
         self.next: Index = -1
-        self.coefficients: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
         self.history: Tensor | None = None
-        self.ready: Ready | None = None
         self.shown = False  # whether views of the history may be known outside
+        self.resized: dict[int, Tensor] = {}  # what takes the place of slots, in another shape
+        self._look()
+
+    def _look(self) -> None:
+        """What depends on where tensors are, and is not the same for copies of them."""
+        self.watched = (*_watched(self.timesteps), *_watched(self.levels))
+        self.addresses = _addresses(self.timesteps)
+        if self.twice:
+            self.addresses = {at: self.places[self.values[i]] for at, i in self.addresses.items()}
+        self.noisy: dict[torch.device, tuple[Tensor, Tensor, list[Tensor]]] = {}
+        self.coefficients: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
+        self.ready: Ready | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _LOOKED}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        vars(self).update(values)
+        self._look()
 
     def holds(self, has: dict[str, Any]) -> bool:
         """Whether a scheduler with these attributes is still as it was."""
@@ -67,6 +80,22 @@ class State:
             and watched._version == seen
             and also._version == known
         )
+
+    def slot(self, slot: int) -> Tensor:
+        """What the history has in a slot."""
+        assert self.history is not None
+        found = self.resized.get(slot)
+        return self.history[slot] if found is None else found
+
+    def write(self, slot: int, value: Tensor) -> None:
+        """Put a value into a slot; one of another shape waits for samples of its shape."""
+        assert self.history is not None
+        place = self.history[slot]
+        if value.shape == place.shape:
+            self.resized.pop(slot, None)
+            place.copy_(value)
+        else:
+            self.resized[slot] = value.to(place, copy=True)
 
     def enter(self, scheduler: Any, index: Index, options: Options) -> Program:
         """The program for steps that begin at ``index``."""
@@ -88,6 +117,7 @@ class State:
         if program is not self.program:
             self.coefficients = {}
         self.ready = None
+        self.resized.clear()
         self.program, self.options, self.begin = program, options, begin
         return program
 
@@ -101,6 +131,8 @@ class State:
             self.coefficients[device] = found
         return found
 
+
+_LOOKED = {"watched", "addresses", "noisy", "coefficients", "ready"}
 
 _UNWATCHED = torch.empty(0)  # nobody changes it
 

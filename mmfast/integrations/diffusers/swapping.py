@@ -41,7 +41,8 @@ def patch(pipeline_or_scheduler: Any) -> PatchReport:
     """Make the schedulers of a pipeline, or one scheduler, take their steps by tables.
 
     The object stays, with its configuration, timesteps and attributes; its class becomes the one of
-    the same name here. Patch between runs: one that is under way begins anew, at a low order.
+    the same name here. Patch and undo between runs: one that is under way loses its history and
+    begins anew, at a low order.
 
     Args:
         pipeline_or_scheduler: a scheduler of diffusers, or a pipeline with one or several.

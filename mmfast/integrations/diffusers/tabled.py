@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, empty_like
+from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
@@ -21,6 +21,7 @@ from mmfast.checks import check_beside, check_floating
 from mmfast.integrations.diffusers.noised import Noised
 from mmfast.integrations.diffusers.state import Index, Ready, State
 from mmfast.integrations.diffusers.tables.program import Options
+from mmfast.memory import empty_like, new_empty
 from mmfast.ops.dynamic_threshold import dynamic_threshold
 from mmfast.ops.sampler_step import DIRECT, OP, _values, reference
 
@@ -60,8 +61,8 @@ class Tabled(Noised):
         """At most so many earlier steps are counted."""
         return int(self.config.solver_order)
 
-    def _past(self) -> list[Tensor] | None:
-        """What the last steps pushed, oldest first; None while there is nothing to go on with."""
+    def _pushed(self) -> list[int] | None:
+        """Slots of what the last steps pushed, oldest first; None with nothing to go on with."""
         state = vars(self).get("_tabled")
         if state is None or type(state.next) is not int or state.next < 0:
             return None
@@ -72,7 +73,12 @@ class Tabled(Noised):
         if not ring or state.history is None:
             return []
         state.shown = True
-        return [state.history[k % ring] for k in range(max(0, made - ring), made)]
+        return [k % ring for k in range(max(0, made - ring), made)]
+
+    def _past(self) -> list[Tensor] | None:
+        """What the last steps pushed, oldest first; None while there is nothing to go on with."""
+        slots = self._pushed()
+        return None if slots is None else [vars(self)["_tabled"].slot(s) for s in slots]
 
     def _pushes(self, made: int) -> int:
         """How many values so many steps have pushed."""
@@ -149,13 +155,10 @@ class Tabled(Noised):
         history = None
         if ready.slots:
             history = self._history(state, ready, sample, goes_on)
-        # An argument takes time, even one that changes nothing.
-        dtype = ready.out
-        out = empty_like(sample) if dtype is None else empty_like(sample, dtype=dtype)
+        out = empty_like(sample, ready.out)
         second = None
         if two:
-            dtype = ready.second
-            second = empty_like(sample) if dtype is None else empty_like(sample, dtype=dtype)
+            second = empty_like(sample, ready.second)
         threshold = None
         if ready.threshold is not None:
             ratio, maximum = ready.threshold
@@ -189,13 +192,15 @@ class Tabled(Noised):
     def _history(self, state: State, ready: Ready, sample: Tensor, goes_on: bool) -> Tensor:
         history = state.history
         if not self._remembers:
-            return sample.new_empty((ready.slots, *ready.shape))
-        if goes_on and history is ready.history and history is not None:
+            return new_empty(sample, (ready.slots, *ready.shape))
+        if goes_on and history is ready.history and history is not None and not state.resized:
             if state.shown:
                 increment_version(history)
             return history
         shape = (ready.slots, *ready.shape)
         wide = torch.float64 if ready.dtype == torch.float64 else torch.float32
+        if goes_on and state.resized and history is not None and history.device == ready.device:
+            history = self._resized(state, sample)
         if goes_on and history is not None:
             history = history.to(wide)  # outputs in float64 made the sample that too
         fits = history is not None and history.shape == shape and history.dtype == wide
@@ -209,11 +214,31 @@ class Tabled(Noised):
                     f"{tuple(ready.shape)} in {ready.dtype} on {ready.device}: call set_timesteps "
                     "to start new ones"
                 )
-            history = torch.empty(shape, dtype=wide, device=ready.device)
+            history = new_empty(sample, shape, wide)
         state.history = ready.history = history
         if state.shown:
             increment_version(history)
         return history
+
+    def _resized(self, state: State, sample: Tensor) -> Tensor:
+        """The history of values in another shape, which must all be the sample's."""
+        assert state.program is not None
+        assert state.history is not None
+        slots = set(self._pushed() or ())
+        if state.program.factors:
+            slots.add(state.program.ring)
+        shapes = {tuple(state.slot(slot).shape) for slot in slots}
+        if shapes != {tuple(sample.shape)}:
+            raise ValueError(
+                f"{type(self).__name__} is in the middle of samples and remembers tensors of "
+                f"{', '.join(map(str, sorted(shapes)))}, got a sample of {tuple(sample.shape)}: "
+                "they must all have its shape"
+            )
+        made = state.history.new_zeros((len(state.history), *sample.shape))
+        for slot in slots:
+            made[slot] = state.slot(slot)
+        state.resized.clear()
+        return made
 
     def _seed(self, sample: Tensor) -> Tensor:
         seed = self._philox

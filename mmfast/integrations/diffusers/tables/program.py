@@ -28,6 +28,8 @@ class Program:
         final: whether the last row's second output is its first.
         refused: why there is no step from a row, whose coefficients are NaN.
         threshold: quantile and maximum of dynamic thresholding; None for none.
+        factors: by what each row multiplies the sample that it starts from, for the slot after the
+            ring; 0 where it keeps none. Empty for those without such a slot.
     """
 
     table: SamplerTable
@@ -37,6 +39,7 @@ class Program:
     final: bool = False
     refused: Mapping[int, str] = field(default_factory=dict)
     threshold: tuple[float, float] | None = None
+    factors: tuple[float, ...] = ()
 
 
 class Points:

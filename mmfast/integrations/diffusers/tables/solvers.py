@@ -18,6 +18,7 @@ from mmfast.integrations.diffusers.tables.program import (
     unclipped,
 )
 from mmfast.schedule import Grid, SamplerTable
+from mmfast.schedule.samplers.exponential import Interval
 from mmfast.schedule.table import Linear, denoised, model_output, x
 
 
@@ -127,8 +128,9 @@ def dpm_singlestep(s: Any, begin: int, options: Options) -> Program:
 
 
 def unipc(s: Any, begin: int, options: Options) -> Program:
+    grid = preserving(s, begin)
     table = schedule.unipc(
-        preserving(s, begin),
+        grid,
         prediction=prediction_of(s),
         clip=unclipped(s) if s.predict_x0 else None,
         order=s.config.solver_order,
@@ -138,7 +140,11 @@ def unipc(s: Any, begin: int, options: Options) -> Program:
         without_corrector=s.disable_corrector,
         lower_order_final=s.config.lower_order_final,
     )
-    return program_of(table, ring=s.config.solver_order)
+    factors = [
+        Interval(grid, i, i + 1, of_noise=not s.predict_x0).linear if grid.point(i + 1)[1] else 0.0
+        for i in range(len(grid))
+    ]
+    return program_of(table, ring=s.config.solver_order, factors=tuple(factors))
 
 
 def sa_solver(s: Any, begin: int, options: Options) -> Program:

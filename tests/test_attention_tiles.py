@@ -1,0 +1,181 @@
+"""What the attention kernels have to choose from on each kind of device, and what comes of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+import torch
+
+from mmfast import backends
+
+pytest.importorskip("triton")
+if backends.interpreting():
+    pytest.skip("Triton interprets in this process", allow_module_level=True)
+
+from mmfast.kernels import attention_tiles, offline
+from mmfast.kernels.attention import Limits, Tokens
+from mmfast.kernels.attention_forward import attention_forward, forward
+from mmfast.kernels.attention_key_gradient import key_kernel
+from mmfast.kernels.attention_query_gradient import query_kernel
+from mmfast.kernels.scaled_dot_product_attention import (
+    HEAD_SIZES,
+    scaled_dot_product_attention,
+    scaled_dot_product_attention_bwd,
+    tuning,
+)
+from mmfast.kernels.tuned import Tuned
+
+TUNED = {"forward": forward, "query": query_kernel, "key": key_kernel}
+HOPPER = "sm_90"
+
+
+def ways(kernel, constants) -> list[str]:
+    """Of the candidates, in their order."""
+    flags = ("TMA", "AHEAD", "SPECIAL")
+    return [
+        " ".join(n.lower() for n in flags if c.kwargs.get(n)) or "plain"
+        for c in kernel.candidates(constants)
+    ]
+
+
+def asked(name, target=HOPPER, *, length=1024, width=72, dtype=torch.bfloat16, **options):
+    """The ways that a launch has to choose from."""
+    query, key, value = (torch.ones(1, 2, 1, width, dtype=dtype) for _ in range(3))
+    query, key, value = (t.expand(1, 2, length, width).contiguous() for t in (query, key, value))
+    if options.pop("crooked", False):
+        key = torch.ones(1, 2, length, width + 1, dtype=dtype)[..., :width]
+    mask = options.pop("mask", None)
+    others = options.get("dropout_p", 0.0), options.get("causal", False), options.get("scale", 0.1)
+    seed = torch.ones((), dtype=torch.int64)
+    found = []
+
+    def run(self, *arguments, grid, facts, **constants):
+        if self is TUNED[name]:
+            found.append(ways(self, {**constants, **facts}))
+
+    with offline.compiling(offline.TARGETS[target]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tuned, "run", run)
+        if name == "forward":
+            scaled_dot_product_attention(query, key, value, mask, *others, seed, seed)
+        else:
+            lse = torch.ones(query.shape[:3])
+            scaled_dot_product_attention_bwd(
+                query, query, key, value, query, lse, mask, *others, seed, seed, False
+            )
+    (only,) = found
+    return only
+
+
+@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize("target", [t for t in offline.TARGETS if t != HOPPER])
+def test_other_devices_have_one(name, target):
+    assert asked(name, target) == ["plain"]
+
+
+@pytest.mark.parametrize("width", HEAD_SIZES)
+def test_what_hopper_has(width):
+    long, short = (asked("forward", length=n, width=width) for n in (1024, 256))
+    assert long == ["tma ahead", "tma ahead special", "ahead", "ahead", "plain"]
+    assert sorted(short) == sorted(long)
+    assert short[0] == "ahead"
+    for name in ("query", "key"):
+        long, short = (asked(name, length=n, width=width) for n in (1024, 256))
+        assert (long[0], long[-1], short[0]) == ("tma ahead", "plain", "ahead")
+        assert sorted(short) == sorted(long)
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_where_descriptors_cannot_be_made(name):
+    """A row's stride that is no multiple of 16 bytes."""
+    assert set(asked(name, crooked=True)) == {"ahead", "plain"}
+
+
+@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout_p": 0.1},
+        {"scale": -0.1},
+        {"scale": 0.0},
+        {"width": 136},
+        {"dtype": torch.float32},
+        {"mask": torch.ones(1, 1, 1024, 1024, dtype=torch.bool)},
+    ],
+    ids=str,
+)
+def test_what_is_left_to_the_plain_kernels(name, options):
+    assert asked(name, **options) == ["plain"]
+
+
+def test_specialised_warps_have_neither_masks_nor_two_streams():
+    padding = torch.ones(1, 1, 1, 1024, dtype=torch.bool)
+    assert "tma ahead special" not in asked("forward", mask=padding)
+    assert "tma ahead" in asked("forward", mask=padding)
+    assert "tma ahead special" in asked("forward", causal=True)
+    # There causality cuts more than the last block.
+    assert "tma ahead special" not in asked("forward", causal=True, width=128)
+
+
+def compiled(config, width):
+    """The forward by one way."""
+    query = torch.ones(1, 2, 64, width, dtype=torch.bfloat16)
+    keys = [(query, query, Tokens.of(query))]
+    with (
+        offline.compiling(offline.TARGETS[HOPPER]) as kernels,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(type(forward), "candidates", lambda self, constants: [config])
+        out, lse = query.clone(), torch.ones(1, 2, 64)
+        attention_forward(query, keys, out, lse, 0.1, keys[0][2], Limits())
+    return kernels[0]
+
+
+def instructions(kernel, tmp_path) -> str:
+    """SASS."""
+    tool = offline.cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump beside Triton")
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    done = subprocess.run([tool, "-sass", path], check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def test_exponentials_are_made_between_products(tmp_path):
+    """Of a block while those of the one before, which stay in registers, meet their values."""
+    config = attention_tiles._config(128, 128, 8, 2, TMA=True, AHEAD=True, SPECIAL=False)
+    kernel = compiled(config, 64)
+    found = re.findall(
+        r"\b(HGMMA\S* R\d+, R\d+, gdesc|MUFU\.EX2|BRA)\b", instructions(kernel, tmp_path)
+    )
+    text = "".join({"M": "x", "H": "p", "B": "|"}[word[0]] for word in found)
+    # Of the loops two, with and without masks, have eight products with 64 exponentials among them.
+    among = [part.strip("x").count("x") for part in text.split("|") if part.count("p") == 8]
+    assert sum(n >= 32 for n in among) >= 2, text
+
+
+def test_warps_have_tasks_of_their_own(tmp_path):
+    """One group copies, with few registers; two multiply, with many."""
+    config = attention_tiles._config(128, 128, 4, 2, TMA=True, AHEAD=True, SPECIAL=True)
+    kernel = compiled(config, 64)
+    assert kernel.metadata.num_warps == 12
+    text = instructions(kernel, tmp_path)
+    given = {int(n, 16) for n in re.findall(r"USETMAXREG\S*(?: UP\d,)? (0x[0-9a-f]+)", text)}
+    assert min(given) <= 40
+    assert 232 in given
+    assert "STL" not in text
+
+
+@pytest.mark.parametrize(("kernel", "problems"), tuning, ids=list(TUNED))
+def test_problems_of_the_search(kernel, problems):
+    def run(self, *arguments, grid, facts, **constants):
+        self.choose({**constants, **facts})
+
+    with offline.compiling(offline.TARGETS[HOPPER]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tuned, "run", run)
+        made = list(problems(torch.device("cpu"), 16))
+        keys = {kernel.key_of(problem.constants) for problem in made}
+        assert len(keys) == len(made)
+        assert all(len(kernel.candidates(problem.constants)) > 2 for problem in made)
