@@ -11,11 +11,12 @@ cosine the codes are normalised first; the norm of x changes no order.
    number in the lowest bits, and its second best. Two scores further apart than twice the error
    bound (Cauchy-Schwarz on the measured rounding residuals, plus the accumulation's own rounding)
    cannot have swapped. Rows with several groups that close go onto a list with these groups.
-3. The same again for rows with too many of them, with both float16 of rows and codes: three products
-   instead of one, and a bound of float32's accumulation alone.
+3. The same again for rows with too many of them, with both float16 of rows and codes: three
+   products instead of one, and a bound of float32's accumulation alone.
 4. ``nearest_code_exact_kernel``: the groups that are left to the listed rows, in float64, in the
    definition's order; of rows of which nothing is known (NaN, overflow), all codes.
-5. ``nearest_code_finish_kernel``: which code of the winning group it is, and the metric, in float64.
+5. ``nearest_code_finish_kernel``: which code of the winning group it is, and the metric, in
+   float64.
 
 Workspace: 4 bytes per element of the codebook, padded, and 40 bytes per row; for cosine 4 bytes
 more per element; above 256 dimensions 4 bytes per element of the rows at work. Nothing is read
@@ -51,8 +52,6 @@ _MOST_ROWS = 2**31 - 2**10
 _MOST_CODES = 2**24  # the number of a tile goes into the lowest bits of a score
 _MOST_PACKED = 2**30  # packed codes of all heads, whose rows are counted in 32 bits
 _MOST_HEADS = 65535
-# Rows of up to so many dimensions stay on the chip in float16; longer ones are walked in steps.
-_WHOLE_D = 256
 _STEP_D = 64
 _MOST_BLOCK_N = 256
 _FINISHED = 64  # rows of a program that finishes them
@@ -63,6 +62,33 @@ SCREEN_CONFIGS = [
     for n, k, warps in ((128, 128, 8), (256, 64, 8), (128, 64, 4), (64, 64, 4))
     for stages in (4, 3, 2)
 ]
+AGAIN_CONFIGS = [
+    triton.Config({"BLOCK_N": n, "BLOCK_K": n, "TMA": tma}, num_warps=8, num_stages=stages)
+    for tma in (True, False)
+    for n in (128, 64)
+    for stages in (4, 3, 2)
+]
+
+
+def _spills(
+    config: triton.Config, backend: str, arch: int, padded: int, stepping: bool, again: bool
+) -> bool:
+    """Whether a tile is known to need more registers than there are."""
+    block_n, block_k, tma = (config.kwargs[name] for name in ("BLOCK_N", "BLOCK_K", "TMA"))
+    smallest = block_n == block_k == 64
+    hopper, blackwell = (backend == "cuda" and arch in of for of in ((90,), range(100, 130)))
+    if again:
+        return smallest == hopper
+    narrow = block_k == 64 and not smallest
+    if hopper:
+        if padded == 256 and not stepping:
+            return narrow and (tma or block_n == 128)
+        return narrow and not tma and (stepping or (padded == 128 and block_n == 128))
+    if blackwell:
+        return (narrow and padded >= 128) or (padded == 256 and not stepping and not smallest)
+    if backend == "cuda":
+        return not stepping and block_n * block_k > (64 if padded >= 128 else 128) * 64
+    return padded >= 128 and not stepping and block_k == 128
 
 
 def _fitting(
@@ -70,16 +96,18 @@ def _fitting(
 ) -> list[triton.Config]:
     """Of each size the configuration with most stages whose float16 tiles fit the device."""
     backend, arch, limit = device_limits(triton.runtime.driver.active.get_current_device())
-    tensor_memory = backend == "cuda" and arch >= 90
+    tensor_memory, stepping = backend == "cuda" and arch >= 90, STEP_D != PADDED_D
     fitting: dict[tuple[int, int, bool], triton.Config] = {}
     for c in configs:
         block_n, block_k, tma = (c.kwargs[name] for name in ("BLOCK_N", "BLOCK_K", "TMA"))
         # On AMD one of the stages is in registers, and more than two do not pay.
         stages = c.num_stages - (backend == "hip")
         # Rows are staged too where they come in steps.
-        size = 2 * STEP_D * (block_n * (1 if STEP_D == PADDED_D else stages) + block_k * stages)
+        size = 2 * STEP_D * (block_n * (stages if stepping else 1) + block_k * stages)
         size *= 1 + AGAIN
-        possible = tensor_memory or not tma
+        possible = (tensor_memory or not tma) and not _spills(
+            c, backend, arch, PADDED_D, stepping, AGAIN
+        )
         if possible and size <= limit and stages <= (1 if backend == "hip" else 4):
             fitting.setdefault((block_n, block_k, tma), c)
     return list(fitting.values()) or configs[-1:]
@@ -93,20 +121,33 @@ _INTERPRETED = [triton.Config({"BLOCK_N": 32, "BLOCK_K": 128, "TMA": True})]
 _configs = _INTERPRETED if interpreting() else SCREEN_CONFIGS
 _screen = Tuned(nearest_code_screen_kernel, _configs, ["PADDED_D"], _fitting)
 # The few rows that it leaves: no choice.
-_screen_again = Tuned(nearest_code_screen_kernel, _configs, ["PADDED_D", "AGAIN"], _first_fitting)
+_screen_again = Tuned(
+    nearest_code_screen_kernel,
+    _configs if interpreting() else AGAIN_CONFIGS,
+    ["PADDED_D", "AGAIN"],
+    _first_fitting,
+)
 
 
 def _padded(num_dims: int) -> dict[str, int]:
     """Compile-time sizes of the screening: of a row, and of a step through it."""
-    if num_dims > _WHOLE_D:
+    if num_dims > _whole_dims():
         return {"PADDED_D": triton.cdiv(num_dims, _STEP_D) * _STEP_D, "STEP_D": _STEP_D}
     power = max(16, triton.next_power_of_2(num_dims))
     return {"PADDED_D": power, "STEP_D": power}
 
 
+def _whole_dims() -> int:
+    """Rows of so many dimensions stay on the chip in float16; longer ones are walked in steps."""
+    if interpreting():
+        return 256
+    backend, arch, _ = device_limits(triton.runtime.driver.active.get_current_device())
+    return 128 if backend == "cuda" and arch < 90 else 256
+
+
 def _group(padded: int) -> int:
-    """Codes of which only the best score is kept. The wider, the more it costs to tell which code it
-    was, and the less beside the products to look at every score."""
+    """Codes of which only the best score is kept. The wider the rows, the more it costs to tell
+    which code it was, and the less beside the products to look at every score."""
     return 8 if padded <= 64 else 4 if padded <= 128 else 2
 
 
@@ -179,8 +220,8 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
 
     again, listed = x.new_empty((2, num_heads, num_rows), dtype=torch.int32)
     near = x.new_empty((num_heads, num_rows, NEAR.value), dtype=torch.int32)
-    # Persistent where each program has memory of its own. Otherwise more than fit at a time, so that
-    # the device deals them out.
+    # Persistent where each program has memory of its own. Otherwise more than fit at a time, so
+    # that the device deals them out.
     stepping = block_d < padded
     programs = triton.cdiv(num_programs(x.device, 2 if stepping else 4), num_heads)
     scratch = num_heads * programs * 2 * _MOST_BLOCK_N * padded if stepping else 0
@@ -199,8 +240,8 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
         kernel[grid](
             rows, mean, packed, terms, statistics, rounded, indices, again, listed, near, counts,
             num_rows, num_codes, num_dims, *x_strides, EUCLIDEAN=euclidean, WIDE=wide,
-            PACKED=packed_rows, AGAIN=is_again, BLOCK_D=block_d, GROUP=group, **sizes,
-            **at_most(255),
+            PACKED=packed_rows, AGAIN=is_again, BLOCK_D=block_d, GROUP=group, PADDED_D=padded,
+            STEP_D=block_d if is_again else sizes["STEP_D"], **at_most(255),
         )  # fmt: skip
     programs = triton.cdiv(num_programs(x.device, 4), num_heads)
     both = (num_rows, num_codes, num_dims, *x_strides, *code_strides)
@@ -208,7 +249,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     options = {"METRIC": METRICS[metric], "FOUR": four, "GROUP": group, "enable_fp_fusion": False}
     nearest_code_exact_kernel[(programs, num_heads)](
         rows, codes, norms, indices, listed, near, counts, *both,
-        SCREEN=not wide and metric != "cosine", BLOCK_N=16, BLOCK_K=32, **options, **at_most(128),
+        SCREEN=not wide and metric != "cosine", BLOCK_N=16, BLOCK_K=32, **options, **at_most(168),
     )  # fmt: skip
     nearest_code_finish_kernel[(triton.cdiv(num_rows, _FINISHED), num_heads)](
         rows, codes, norms, indices, distances, *both, BLOCK_N=_FINISHED, **options,

@@ -1,4 +1,4 @@
-"""The definition of the lookup, in float64: of the groups that the screening left, or of all codes."""
+"""The lookup by its definition, in float64: of the groups that screening left, or all codes."""
 
 from __future__ import annotations
 
