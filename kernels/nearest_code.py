@@ -218,7 +218,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
         BLOCK_K=32, **at_most(128),
     )  # fmt: skip
 
-    again, listed = x.new_empty((2, num_heads, num_rows), dtype=torch.int32)
+    again, listed = (x.new_empty((num_heads, num_rows), dtype=torch.int32) for _ in range(2))
     near = x.new_empty((num_heads, num_rows, NEAR.value), dtype=torch.int32)
     # Persistent where each program has memory of its own. Otherwise more than fit at a time, so
     # that the device deals them out.
