@@ -1,7 +1,7 @@
 """What a run on a GPU does beside taking times: the tests there, the search for tiles, compiling.
 
-The machine may be lent for minutes: what says most comes first, everything is kept as it comes, and
-what was cut off is taken up by ``--resume``.
+A GPU may be there for minutes only: what says most comes first, everything is kept as it comes,
+and what was cut off is taken up by ``--resume``.
 """
 
 from __future__ import annotations
