@@ -14,7 +14,8 @@ cosine the codes are normalised first; the norm of x changes no order.
 3. The same again for rows with too many of them, with both float16 of rows and codes: three
    products instead of one, and a bound of float32's accumulation alone.
 4. ``nearest_code_exact_kernel``: the groups that are left to the listed rows, in float64, in the
-   definition's order; of rows of which nothing is known (NaN, overflow), all codes.
+   definition's order; of rows with too many still, or of which nothing is known (NaN, overflow),
+   all codes.
 5. ``nearest_code_finish_kernel``: which code of the winning group it is, and the metric, in
    float64.
 

@@ -316,6 +316,18 @@ def test_nearest_code_hard_data(name, metric):
         check_nearest(*HARD[name](20, 130, d), metric)
 
 
+@pytest.mark.skipif(not interpreting(), reason="tiles of the interpreter; a GPU's are searched")
+@pytest.mark.parametrize(("columns", "tma"), [(128, False), (64, True)])
+@pytest.mark.parametrize("name", HARD)
+def test_nearest_code_other_tiles(name, columns, tma):
+    """Codes by pointers, as where there are no descriptors, and half as many of them at a time."""
+    from mmfast.kernels import nearest_code
+
+    config = triton.Config({"BLOCK_N": 32, "BLOCK_K": columns, "TMA": tma})
+    with nearest_code._screen.forcing(config), nearest_code._screen_again.forcing(config):
+        check_nearest(*HARD[name](20, 200, 24))
+
+
 @pytest.mark.parametrize("name", HARD)
 def test_nearest_code_hard_data_in_float64(name):
     x, codebook = HARD[name](20, 130, 9)
