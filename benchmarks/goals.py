@@ -41,7 +41,6 @@ OF_BYTES = {
     "qk_norm_rope_bwd": 1.3,
 }
 STEP_OF_FLOOR = 1.5  # times the lookup alone, or moving the bytes
-PAST_CACHES = 4 << 20  # numbers of a module's input: below, its bytes are in the caches
 PART_OF_MEMORY = 20  # times less than vector-quantize-pytorch's VectorQuantize, and less elsewhere
 KMEANS_RATIO = 3.0  # than scikit-learn
 OVERHEAD = 10e-6  # seconds of a tiny call
@@ -121,17 +120,10 @@ def _modules(rows: list[Row]) -> Iterator[Goal]:
                 yield _faster(own, other, wanted)
             elif other.kind in ("compile", "peer"):
                 yield _faster(own, other, 1.0)
-            elif other.kind == "floor" and _is_bound_by(other):
+            elif other.kind == "floor" and op != "vector_quantize_eval":
                 yield _near_floor(own, other)
             if other.subject == LIBRARY and other.measured == other.shape["N"]:
                 yield from _memory(own, other)
-
-
-def _is_bound_by(floor: Row) -> bool:
-    """Whether a module can come near it: bytes alone count where the caches do not hold them."""
-    if floor.op == "vector_quantize_eval":
-        return False
-    return floor.subject != "as many bytes" or floor.shape["N"] * floor.shape["D"] >= PAST_CACHES
 
 
 def _faster(own: Row, other: Row, wanted: float) -> Goal:

@@ -23,7 +23,7 @@ from mmfast.kernels.common import (
     num_threads,
     rounded,
 )
-from mmfast.kernels.philox import normals, normals_in_order
+from mmfast.kernels.philox import normals_of_sample
 
 _BLOCK = 1024
 _COLUMNS = tl.constexpr(5)
@@ -92,13 +92,7 @@ def add_noise_kernel(
     else:
         seed = tl.load(seed_ptr + b * stride_s)
         offset = tl.load(offset_ptr + b * stride_o)
-        start = first
-        if stride_s == 0:
-            start += b * E
-        if FOURS:
-            b_n = normals_in_order(seed, offset, start, BLOCK).to(DTYPE)
-        else:
-            b_n = normals(seed, offset, start + tl.arange(0, BLOCK)).to(DTYPE)
+        b_n = normals_of_sample(seed, offset, b, stride_s, E, first, BLOCK, FOURS).to(DTYPE)
     b_noisy = add_term(add_term(tl.zeros_like(b_x), alpha, b_x), sigma, b_n)
     o_out = b * E + places
     tl.store(noisy_ptr + o_out, rounded(b_noisy, noisy_ptr.dtype.element_ty), mask=mask)

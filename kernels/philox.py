@@ -10,6 +10,7 @@ counted within a sample, in int32 or int64.
 - ``normals(seed, offset, element)``: of any elements, each with a block of Philox of its own.
 - ``normals_in_order(seed, offset, first, COUNT)``: of COUNT elements in a row, from a multiple of
   four on, at a quarter of the cost.
+- ``normals_of_sample``: one of these, for a block of a sample's elements.
 - ``uniforms`` and ``uniforms_in_order`` likewise.
 """
 
@@ -138,6 +139,23 @@ def normals(seed, offset, element):
     upper = (element & 2) != 0
     even, odd = box_muller(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
     return tl.where((element & 1) != 0, odd, even)
+
+
+@triton.jit
+def normals_of_sample(
+    seed, offset, sample, seed_step, numbers, first, COUNT: tl.constexpr, FOURS: tl.constexpr
+):
+    """Normals of elements first to first + COUNT, [COUNT], of a sample of so many numbers.
+
+    Where all samples have one seed, in one place (seed_step 0), their elements follow each other.
+    FOURS: first is a multiple of four elements of the stream.
+    """
+    if seed_step == 0:
+        first += sample * numbers
+    if FOURS:
+        return normals_in_order(seed, offset, first, COUNT)
+    else:
+        return normals(seed, offset, first + tl.arange(0, COUNT))
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from mmfast.kernels.common import (
     num_threads,
     rounded,
 )
-from mmfast.kernels.philox import normals, normals_in_order
+from mmfast.kernels.philox import normals_of_sample
 from mmfast.schedule.layout import HISTORY, Layout, M, N, P, X, slots_of
 
 # Blocks of a program, which has the row's weights for all of them; of small batches one, so that no
@@ -203,13 +203,9 @@ def sampler_step_kernel(
         elif seed_ptr is not None:  # noqa: SIM102 (the other condition is on the device)
             if use_n:
                 seed = tl.load(seed_ptr + b * stride_seed)
-                start = first
-                if stride_seed == 0:
-                    start += b * E
-                if FOURS:
-                    b_n = normals_in_order(seed, step, start, BLOCK).to(DTYPE)
-                else:
-                    b_n = normals(seed, step, start + tl.arange(0, BLOCK)).to(DTYPE)
+                b_n = normals_of_sample(seed, step, b, stride_seed, E, first, BLOCK, FOURS).to(
+                    DTYPE
+                )
         if v_ptr is not None:
             use_v = use_n & (factor != 0)
             b_v = load_used(v_ptr + b * multiple(stride_v, FACTOR), places, mask, use_v, DTYPE)
