@@ -21,7 +21,6 @@ from mmfast import backends, library
 # No dtype makes more of fewer numbers than memory is kept for.
 _SMALL = 0 if backends.extension_missing() else backends.extension().LEAST_KEPT // 8
 
-
 _given = os.environ.get("MMFAST_KEPT_MIB", "0")
 if not (_given.isascii() and _given.isdigit()):
     raise ValueError(f"MMFAST_KEPT_MIB must be a whole number of MiB, got {_given!r}")
