@@ -174,16 +174,16 @@ struct QkNormRope {
     return (uintptr_t)a.out.data % 64 == 0;
   }
 
-  // Calls use(v) for the vectors of a head, or for the first of them. Written out where their number
-  // is known: what is added up stays in registers then.
-  template <int UP_TO = COUNT, class Use>
+  // Calls use(v) for the vectors of a head, or for the first half of them. Written out if USUAL: what
+  // is added up stays in registers then.
+  template <bool USUAL, int UP_TO = COUNT, class Use>
   __attribute__((always_inline)) void for_vectors(const Use& use) const {
-    if constexpr (COUNT != 0)
+    if constexpr (USUAL)
       [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
         (use((int64_t)I), ...);
       }(std::make_integer_sequence<int, UP_TO>{});
     else
-      for (int64_t v = 0; v < vectors(); ++v) use(v);
+      for (int64_t v = 0, end = UP_TO == COUNT ? vectors() : UP_TO; v < end; ++v) use(v);
   }
 
   // Where vector v of a head begins.
@@ -297,12 +297,12 @@ struct QkNormRope {
     const T *c = table, *s = table + stride;
     V made[MANY];
     if constexpr (WAY == Way::none) {
-      for_vectors([&](int64_t v) __attribute__((always_inline)) {
+      for_vectors<USUAL>([&](int64_t v) __attribute__((always_inline)) {
         for (int i = 0; i < MANY; ++i) made[i] = at(i, place(v));
         give(v, place(v), made);
       });
     } else if constexpr (WAY == Way::neighbours) {
-      for_vectors([&](int64_t v) __attribute__((always_inline)) {
+      for_vectors<USUAL>([&](int64_t v) __attribute__((always_inline)) {
         const int64_t e = place(v);
         const V to_self = load<V>(c + e), to_partner = load<V>(s + e);
         for (int i = 0; i < MANY; ++i) {
@@ -325,7 +325,7 @@ struct QkNormRope {
         give(u, u * W, second);
       };
       if constexpr (COUNT != 0)
-        for_vectors<COUNT / 2>([&](int64_t v) __attribute__((always_inline)) {
+        for_vectors<USUAL, COUNT / 2>([&](int64_t v) __attribute__((always_inline)) {
           both(v, v + COUNT / 2);
         });
       else
@@ -411,7 +411,7 @@ struct QkNormRope {
               add_squares(squares[j & 1], rows[i].x + blocks.place(j) * size, blocks.own(j));
       } else {
         const V mean = V{} + rows[i].mean;
-        for_vectors([&](int64_t v) __attribute__((always_inline)) {
+        for_vectors<USUAL>([&](int64_t v) __attribute__((always_inline)) {
           const V x = take(rows[i].x, place(v)), mine = own(layer ? x - mean : x, v);
           squares[v & 1] = fma(mine, mine, squares[v & 1]);
         });
@@ -573,7 +573,7 @@ struct QkNormRope {
       const V mean = V{} + row.mean, inverse = V{} + row.inverse;
       const V average = V{} + row.average * per_number;
       const V along = V{} + row.along * per_number * row.inverse;
-      for_vectors([&](int64_t v) __attribute__((always_inline)) {
+      for_vectors<USUAL>([&](int64_t v) __attribute__((always_inline)) {
         const int64_t e = place(v);
         const V x = take(row.x, e);
         V to_x = fma(is.layer ? x - mean : x, -along, load<V>(row.to_xhat + e));
@@ -617,7 +617,8 @@ struct QkNormRope {
           args.grad.data ? PairedHeads<QkNormRope>{*this}.template backward<WAY>(work.rows, count)
                          : PairedHeads<QkNormRope>{*this}.template forward<WAY>(work.rows, count);
       } else {
-        constexpr bool can_be = COUNT && WAY != Way::memory;
+        constexpr bool can_be =
+            COUNT && DTYPE == Dtype::float32 && WAY != Way::memory && sizeof(V) >= 32;
         if (can_be && is_usual)
           run_rows<WAY, can_be>(work, count);
         else
