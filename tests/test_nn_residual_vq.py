@@ -21,6 +21,7 @@ OPTIONS = {
     "projected": {"codebook_dim": 4},
     "shared": {"shared_codebook": True},
     "dropout": {"quantize_dropout": True, "quantize_dropout_cutoff_index": 1},
+    "cutoff_without_dropout": {"quantize_dropout_cutoff_index": 5},
     "dropout_multiple": {"quantize_dropout": True, "quantize_dropout_multiple_of": 2},
     "sizes": {"num_quantizers": None, "codebook_size": (16, 8, 4)},
     "cosine": {"use_cosine_sim": True},
@@ -230,11 +231,18 @@ def test_checkpoints_load_both_ways(options):
     torch.testing.assert_close(a[0], b[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"quantize_dropout": True}, OPTIONS["beam"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quantize_dropout": True},
+        OPTIONS["beam"],
+        {"stochastic_sample_codes": True, "rotation_trick": False},
+    ],
+)
 def test_grouped(options):
     ours, theirs = pair("", GroupedResidualVQ, groups=2, **options)
     assert_same_state(ours, theirs, exact=True)
-    # The peer draws a seed in each step, whether it has a use for it or not.
     train((ours, theirs), steps=5)
     assert_same_state(ours, theirs)
     torch.testing.assert_close(ours.codebooks, theirs.codebooks)
@@ -503,7 +511,7 @@ def test_exports():
         ),
         ({"eval_beam_size": 2}, ValueError, "eval_beam_size 2 needs a beam_size, got None"),
         (
-            {"quantize_dropout_cutoff_index": 3},
+            {"quantize_dropout": True, "quantize_dropout_cutoff_index": 3},
             ValueError,
             "quantize_dropout_cutoff_index must be from 0 to num_quantizers - 1 = 2, got 3",
         ),

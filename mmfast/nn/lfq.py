@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -282,13 +283,12 @@ class LFQ(nn.Module):
         """The mask of those vectors that the entropies are of."""
         if not self.training or self.frac_per_sample_entropy == 1:
             return mask
-        scores = torch.rand(x.shape[:-1].numel(), device=x.device)
-        count: int | Tensor = scores.numel()
-        if mask is not None:
-            scores = torch.where(mask.flatten(), scores, 2)
-            count = mask.sum()
-        rank = scores.argsort().argsort()
-        return (rank < count * self.frac_per_sample_entropy // 1).view(x.shape[:-1])
+        scores = torch.randn(x.shape[:-1].numel(), device=x.device)
+        if mask is None:
+            count = scores.numel() * self.frac_per_sample_entropy // 1
+            return (scores.argsort() < count).view(x.shape[:-1])
+        rank = torch.where(mask.flatten(), scores, math.inf).argsort().argsort()
+        return (rank < mask.sum() * self.frac_per_sample_entropy // 1).view(x.shape[:-1])
 
     def _losses(
         self, result: LookupFreeQuantized, x: Tensor, mask: Tensor | None

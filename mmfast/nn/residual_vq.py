@@ -158,8 +158,13 @@ class ResidualVQ(nn.Module):
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.beam_size = beam_size
         self.eval_beam_size = beam_size if eval_beam_size is None else eval_beam_size
-        check_dropout(len(sizes), quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
         self.quantize_dropout = quantize_dropout and len(sizes) > 1
+        check_dropout(
+            self.quantize_dropout,
+            len(sizes),
+            quantize_dropout_cutoff_index,
+            quantize_dropout_multiple_of,
+        )
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
 
