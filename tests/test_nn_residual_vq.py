@@ -33,6 +33,8 @@ OPTIONS = {
     "implicit_shared": {"implicit_neural_codebook": True, "shared_codebook": True},
     "beam": BY_GRADIENT | {"beam_size": 3, "beam_score_quantizer_weights": WEIGHTS},
     "beam_shared": BY_GRADIENT | {"beam_size": 2, "shared_codebook": True},
+    "beam_drawn": BY_GRADIENT
+    | {"beam_size": 2, "stochastic_sample_codes": True, "rotation_trick": False},
     "beam_dropout": BY_GRADIENT | {"beam_size": 2, "quantize_dropout": True},
     "beam_in_eval": {"beam_size": 1, "eval_beam_size": 3},
 }

@@ -60,7 +60,7 @@ class ResidualVQ(nn.Module):
       are (B, height, width, Q);
     - each stage's cross-entropy is that of what the earlier stages left over;
     - a beam search moves the codebooks of all stages, not the first one's alone, and none that
-      is frozen;
+      is frozen; its diversity loss is that of the batch, and not of each vector's beams;
     - a shared codebook that learns by an in-place optimizer takes its step, and its dead codes
       are replaced by vectors of all samples, masked ones left out;
     - ``diveq`` adds no noise in eval mode.
