@@ -16,8 +16,10 @@ from mmfast.ops.lookup_free_quantize import (
     batch_entropy,
     lookup_free_quantize,
 )
+from mmfast.results import exportable
 
 
+@exportable
 class LFQReturn(NamedTuple):
     """What :class:`LFQ` returns; ``entropy_aux_loss`` holds the weighted losses."""
 
@@ -26,6 +28,7 @@ class LFQReturn(NamedTuple):
     entropy_aux_loss: Tensor
 
 
+@exportable
 class LFQLossBreakdown(NamedTuple):
     """The losses of :class:`LFQ`, without their weights."""
 
@@ -283,12 +286,16 @@ class LFQ(nn.Module):
         """The mask of those vectors that the entropies are of."""
         if not self.training or self.frac_per_sample_entropy == 1:
             return mask
-        scores = torch.randn(x.shape[:-1].numel(), device=x.device)
+        scores = torch.randn(math.prod(x.shape[:-1]), device=x.device)
         if mask is None:
-            count = scores.numel() * self.frac_per_sample_entropy // 1
-            return (scores.argsort() < count).view(x.shape[:-1])
-        rank = torch.where(mask.flatten(), scores, math.inf).argsort().argsort()
-        return (rank < mask.sum() * self.frac_per_sample_entropy // 1).view(x.shape[:-1])
+            rank = scores.argsort()  # of random numbers the order is as random as the ranks
+            count = torch.ones_like(rank).sum()
+        else:
+            rank = torch.where(mask.flatten(), scores, math.inf).argsort().argsort()
+            count = mask.sum()
+        # A tensor: of a symbol the comparison would make a constant.
+        sampled = (count.double() * self.frac_per_sample_entropy).floor()
+        return (rank < sampled).view(x.shape[:-1])
 
     def _losses(
         self, result: LookupFreeQuantized, x: Tensor, mask: Tensor | None

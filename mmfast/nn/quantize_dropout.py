@@ -13,9 +13,7 @@ _SEEDS = 10_000
 _WHAT = "drawing the number of stages"
 
 
-def check_dropout(
-    dropping: bool, num_quantizers: int, cutoff_index: int, multiple_of: int
-) -> None:
+def check_dropout(dropping: bool, num_quantizers: int, cutoff_index: int, multiple_of: int) -> None:
     """The settings of quantize dropout make sense, else ValueError. Where nothing is dropped, the
     cutoff may be beyond the last stage."""
     if cutoff_index < 0 or (dropping and cutoff_index >= num_quantizers):
