@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmfast.nn.similarity import slices
+
 _WORKSPACE = 1 << 20  # numbers in a piece's largest intermediate
 
 
@@ -61,9 +63,9 @@ class ImplicitCodebook(nn.Module):
         """
         step = max(1, _WORKSPACE // (len(codes) * max(codes.shape[1], self.dim_hidden)))
         nearest = [torch.zeros(0, dtype=torch.int64, device=x.device)]
-        for rows, conditions in zip(x.split(step), condition.split(step), strict=True):
-            made = self(codes, condition=conditions[:, None])  # [n, K, D]
-            square = (rows[:, None].double() - made.double()).square().sum(2)
+        for rows in slices(x.shape[0], step):
+            made = self(codes, condition=condition[rows, None])  # [n, K, D]
+            square = (x[rows, None].double() - made.double()).square().sum(2)
             nearest.append(square.argmin(1))
         return torch.cat(nearest)
 

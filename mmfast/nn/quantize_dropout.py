@@ -13,9 +13,10 @@ _SEEDS = 10_000
 _WHAT = "drawing the number of stages"
 
 
-def check_dropout(num_quantizers: int, cutoff_index: int, multiple_of: int) -> None:
-    """The settings of a module with quantize dropout make sense, else ValueError."""
-    if not 0 <= cutoff_index < num_quantizers:
+def check_dropout(dropping: bool, num_quantizers: int, cutoff_index: int, multiple_of: int) -> None:
+    """The settings of quantize dropout make sense, else ValueError. Where nothing is dropped, the
+    cutoff may be beyond the last stage."""
+    if cutoff_index < 0 or (dropping and cutoff_index >= num_quantizers):
         raise ValueError(
             f"quantize_dropout_cutoff_index must be from 0 to num_quantizers - 1 = "
             f"{num_quantizers - 1}, got {cutoff_index}"
