@@ -16,7 +16,16 @@ from benchmarks.cases import SHIFTED, Case
 from benchmarks.modules import Step
 from benchmarks.results import Row
 from benchmarks.spent import FIRST, ROUNDS, TRUTH, Spent
-from benchmarks.subjects import Arguments, Subject, answer, expected, judge, own, subjects
+from benchmarks.subjects import (
+    Arguments,
+    Subject,
+    answer,
+    errors,
+    expected,
+    judge,
+    own,
+    subjects,
+)
 from mmfast.registry import OPS
 
 _CUT_LEAST = 1024  # vectors
@@ -73,6 +82,7 @@ class Entry:
     match: str | None
     memory: int | None
     seconds: float  # of a call
+    errors: list[float] | None = None
 
     def once(self, effort: Effort, fastest: float) -> bool:
         """Whether one call says enough, ``fastest`` being mmfast's seconds per vector: who is close
@@ -227,7 +237,7 @@ def enter(
     copies = own(case.op, given)
     call = subject.peer.make(*copies)
     taken = memory.watch(call, device)
-    match = None
+    match = wrong_by = None
     if subject.kind == "reference":
         match = ""
     elif _is_judged(case, subject, effort):
@@ -236,15 +246,17 @@ def enter(
         if judged < rows:
             result = _first(case.op, result, judged)
             given = _shorten(case.op)(given, judged)
-        match = judge(case.op, result, given, truth_of(case, truth, given, judged))
-        result = None
+        wanted = truth_of(case, truth, given, judged)
+        match = judge(case.op, result, given, wanted)
+        wrong_by = errors(case.op, result, wanted)
+        result = wanted = None
     # A floor is one op, of which nothing is made at first.
     long = effort.slow if subject.kind == "floor" else _SURE
     sure = warm or (taken.seconds > long and not effort.full)
     taken = taken._replace(result=None)
     if subject.compiled or not sure:
         taken = memory.watch(call, device)
-    return Entry(subject, call, rows, match, taken.memory, taken.seconds)
+    return Entry(subject, call, rows, match, taken.memory, taken.seconds, wrong_by)
 
 
 def _is_judged(case: Case, subject: Subject, effort: Effort) -> bool:
@@ -375,6 +387,7 @@ def _measured(
         graph=graph and graph * scale,
         memory=entry.memory,
         match=entry.match,
+        errors=entry.errors,
         note=note,
         parts=entry.call.parts() if isinstance(entry.call, Step) and entry.call.parts else None,
         **rates,
