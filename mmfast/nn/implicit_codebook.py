@@ -43,7 +43,8 @@ class ImplicitCodebook(nn.Module):
     def forward(self, codes: Tensor, *, condition: Tensor) -> Tensor:
         """The codes ``(..., D)`` from ``codes`` (..., D) and ``condition`` (..., D), which
         broadcast."""
-        dim = codes.shape[-1]
+        dim, dtype = codes.shape[-1], torch.promote_types(codes.dtype, condition.dtype)
+        codes, condition = codes.to(dtype), condition.to(dtype)
         of_condition, of_codes = self.proj_in.weight.split(dim, 1)
         # As a product with both side by side, which would have to be made for all pairs.
         hidden = nn.functional.linear(condition, of_condition, self.proj_in.bias)

@@ -6,6 +6,7 @@ import random
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from mmfast.nn.ranks import of_first, several
 
@@ -31,7 +32,7 @@ def draw_seed(device: torch.device) -> int | Tensor:
     together = several()
     where = device if together or torch.compiler.is_compiling() else torch.device("cpu")
     seed = of_first(torch.randint(0, _SEEDS, (), device=where), together, _WHAT)
-    return seed if torch.compiler.is_compiling() else int(seed)
+    return seed if torch.compiler.is_compiling() or is_fake(seed) else int(seed)
 
 
 def draw_num_stages(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -160,7 +161,8 @@ class ResidualFSQ(nn.Module):
             x = x.movedim(1, -1)
         check_last(x, self.dim)
         shape = x.shape
-        residual = self.project_in(x).reshape(x.shape[0], -1, len(self.levels))
+        length = math.prod(shape[1:-1])
+        residual = self.project_in(x).reshape(shape[0], length, len(self.levels))
         if self.soft_clamp_input_value is not None:
             residual = soft_clamp(residual, self.soft_clamp_input_value)
         num_stages: int | Tensor = self.num_quantizers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ class ResidualLFQ(nn.Module):
             x = x.movedim(1, -1)
         check_last(x, self.dim)
         shape = x.shape
-        residual = self.project_in(x.reshape(shape[0], -1, self.dim))
+        residual = self.project_in(x.reshape(shape[0], math.prod(shape[1:-1]), self.dim))
         if mask is not None:
             mask = mask.reshape(residual.shape[:-1])
         num_stages: int | Tensor = self.num_quantizers

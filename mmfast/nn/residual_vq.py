@@ -421,7 +421,7 @@ class ResidualVQ(nn.Module):
                 if not self._frozen(call["freeze_codebook"]):
                     layer.update_indices(self._arranged(residual), indices, mask=mask)
         if mask is None:
-            losses = [loss.mean() for loss in path.losses]
+            losses = [loss.sum() / max(loss.numel(), 1) for loss in path.losses]
         else:
             count = mask.sum().clamp_min(1)
             losses = [torch.where(mask, loss, 0).sum() / count for loss in path.losses]

@@ -1,4 +1,4 @@
-"""torch.export of the quantisers: through a file, for other sizes, in training too."""
+"""What all quantisers do alike: export, empty batches, tensors without numbers, autocast."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from cases import normal
+from torch._subclasses import FakeTensorMode
 
 from mmfast import nn
 
@@ -72,3 +73,45 @@ def test_exports_through_a_file(name, training):
         assert type(results[0]) is type(results[1])
     for key, value in expected.state_dict().items():  # what training has moved
         torch.testing.assert_close(loaded.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 8), (2, 0, 8)])
+@pytest.mark.parametrize("name", MODULES)
+def test_an_empty_batch_is_no_loss_and_moves_nothing_to_nan(name, shape):
+    make, options = MODULES[name]
+    module = make(**options)
+    outputs = [module(torch.zeros(shape, requires_grad=True))]
+    while isinstance(outputs[0], tuple):
+        outputs = [*outputs[0], *outputs[1:]]
+    assert outputs[0].shape[:2] == shape[:2]
+    for output in outputs:
+        assert output.isfinite().all()
+    trained = [output for output in outputs if output.requires_grad]
+    if trained:
+        sum(output.sum() for output in trained).backward()
+    for key, value in module.state_dict().items():
+        assert value.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_tensors_without_numbers(name):
+    make, options = MODULES[name]
+    module = make(**options)
+    shapes = [t.shape for t in torch.utils._pytree.tree_leaves(module(normal(2, 6, 8)))]
+    with FakeTensorMode():
+        fake = make(**options)(torch.zeros(2, 6, 8))
+    meta = module.to("meta")(torch.zeros(2, 6, 8, device="meta"))
+    for result in (fake, meta):
+        assert [t.shape for t in torch.utils._pytree.tree_leaves(result)] == shapes
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_half_inputs_under_autocast(name):
+    make, options = MODULES[name]
+    torch.manual_seed(0)
+    module = make(**options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module(normal(2, 6, 8).bfloat16().requires_grad_())
+    for key, value in module.state_dict().items():
+        assert value.dtype not in (torch.bfloat16, torch.float16), key
+        assert value.isfinite().all(), key
