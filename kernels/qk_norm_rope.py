@@ -24,6 +24,7 @@ from mmfast.kernels.common import (
     pipelined,
     rounded,
 )
+from mmfast.kernels.launching import launch
 
 _TILE = 2048
 _MOST_PARTS = 384  # of a sum over tokens; programs of the backward, three for a multiprocessor
@@ -430,7 +431,7 @@ def qk_norm_rope(
             registers = small if threads <= 256 else large
             options |= at_most(registers)
             programs = min(tiles, num_programs(x.device, 65536 // (threads * registers)))
-        qk_norm_rope_kernel[(programs,)](
+        launch(qk_norm_rope_kernel, (programs,),
             x, out, _dense(weight, tables.wide), _dense(bias, tables.wide), tables.cos, tables.sin,
             tiles, _total(x, across_heads), *x.shape[1:3], *x.stride()[:3], *out.stride()[:3],
             *tables.strides, eps, **options,
@@ -462,21 +463,21 @@ def qk_norm_rope_bwd(
                     outputs[place].zero_()
             continue
         x, grad = _with_heads(x), _with_heads(grad)
-        tiles, launch = tables.of(x, grad, out)
-        if launch["STAGES"] > 1:
+        tiles, sizes = tables.of(x, grad, out)
+        if sizes["STAGES"] > 1:
             # With which nothing is spilled.
-            few = launch["HALF"] and norm == "rms"
-            launch |= at_most(128 if launch["num_warps"] > 8 else 80 if few else 104)
+            few = sizes["HALF"] and norm == "rms"
+            sizes |= at_most(128 if sizes["num_warps"] > 8 else 80 if few else 104)
         each = ceil_div(tiles, _MOST_PARTS)
         programs = ceil_div(tiles, each)
         parts = [
             None if row is None else row.new_empty((programs, row.numel()), dtype=tables.wide)
             for row in asked
         ]
-        qk_norm_rope_bwd_kernel[(programs,)](
+        launch(qk_norm_rope_bwd_kernel, (programs,),
             grad, x, out, _dense(weight, tables.wide), tables.cos, tables.sin, *parts,
             _total(x, across_heads), *x.shape[1:3], each, *x.stride()[:3], *grad.stride()[:3],
-            *out.stride()[:3], *tables.strides, eps, **launch,
+            *out.stride()[:3], *tables.strides, eps, **sizes,
         )  # fmt: skip
         for place, part in enumerate(parts, 2 + 2 * i):
             if part is not None:
