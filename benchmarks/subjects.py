@@ -39,7 +39,7 @@ class Subject:
     @property
     def compiled(self) -> bool:
         """Whether torch.compile makes it."""
-        return self.kind == "compile" or self.name == "torch.compile"
+        return self.kind == "compile" or self.name.startswith("torch.compile")
 
     def reasons(self, arguments: Arguments) -> list[str]:
         """Why it cannot take part."""
