@@ -232,7 +232,7 @@ def enter(
     headline = case.name in HEADLINES.get(case.op, (case.name,))
     if not effort.full and (
         (subject.compiled and not (case.compiled or (case.op in COMPILED and headline)))
-        or (subject.peer.rarely and not headline)
+        or (subject.peer.rarely and not headline and device.type == "cpu")
     ):
         return ABSENT
     reasons = subject.reasons(arguments)

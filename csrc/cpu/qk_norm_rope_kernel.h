@@ -447,7 +447,10 @@ struct QkNormRope {
 
   // Whether heads from i on, as many as are taken at once, have one table.
   static bool as_one(const Row* rows, int64_t i, int64_t count) {
-    return i + at_once <= count && rows[i].table == rows[i + at_once - 1].table;
+    if (i + at_once > count) return false;
+    for (int j = 1; j < at_once; ++j)
+      if (rows[i + j].table != rows[i].table) return false;
+    return true;
   }
 
   // What is the same for all rows; copies stay in registers, members would be read again after every
