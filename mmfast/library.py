@@ -132,6 +132,19 @@ torch.library.register_fake(f"{NAMESPACE}::new_output", _new_output, lib=_librar
 new_output: Callable[..., torch.Tensor] = torch.ops.mmfast.new_output.default
 
 
+# A copy that stays one. Inductor takes ``clone`` for its input, even where the forward changes that
+# in place and the backward wants what it was.
+_library.define("copied(Tensor t) -> Tensor")
+_library.impl("copied", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_autograd(f"{NAMESPACE}::copied", lambda _, grad: grad, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::copied", torch.clone, lib=_library)
+
+
+def copied(t: torch.Tensor) -> torch.Tensor:
+    """``t.clone()``, compiled too."""
+    return torch.ops.mmfast.copied.default(t) if torch.compiler.is_compiling() else t.clone()
+
+
 def overload(name: str) -> Callable[..., Any]:
     """The bound ``.default`` overload: the cheapest way into the dispatcher."""
     return _overloads[name]

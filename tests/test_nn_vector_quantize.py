@@ -507,6 +507,22 @@ def test_compiles(case):
     torch._dynamo.reset()
 
 
+def test_compiled_gradients_are_those_of_the_codes_before_they_moved():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager = VectorQuantize(8, 12, decay=0.0, orthogonal_reg_weight=1.0)
+    module = copy.deepcopy(eager)
+    results = []
+    for m in (torch.compile(module, fullgraph=True), eager):  # inductor elides clones
+        x = normal(2, 15, 8).requires_grad_()
+        quantized, _, loss = m(x)
+        (quantized.square().sum() + loss).backward()
+        results.append([x.grad, *(p.grad for p in eager.parameters() if m is eager)])
+    results[0] += [p.grad for p in module.parameters()]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(module.state_dict(), eager.state_dict())
+
+
 def test_compiling_wants_an_initialised_codebook():
     module = VectorQuantize(8, 12, kmeans_init=True)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

@@ -360,3 +360,12 @@ def test_ema_update_messages():
     arguments[1] = torch.ones(4)
     with pytest.raises(ValueError, match=r"cluster_size must have shape \(5,\), got \(4,\)"):
         mmfast.ema_update_(*arguments)
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+def test_a_second_derivative_is_refused(gradient):
+    x = normal(6, 4).requires_grad_()
+    quantized = mmfast.vector_quantize(x, normal(5, 4, seed=1), gradient=gradient).quantized
+    (first,) = torch.autograd.grad(quantized.sin().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.square().sum().backward()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfast.library import copied
 from mmfast.nn.affine import Affine
 from mmfast.nn.code_buffers import CodeBuffers
 from mmfast.nn.dead_codes import replacements
@@ -176,7 +177,7 @@ class Codebook(CodeBuffers, Affine):
         """The codes (H, K, D) that vectors are compared with. Changes of ``embed`` in place do not
         reach them, so that gradients taken later are those of the codes that were chosen."""
         embed = self.plain_embed if self.learnable_codebook else self.plain_embed.detach()
-        embed = embed.clone() if self.training else embed
+        embed = copied(embed) if self.training else embed
         if self.vq_bridge is not None:
             embed = self.vq_bridge(embed)
         return self.carried(embed) if self.affine_param else embed

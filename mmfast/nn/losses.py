@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmfast.library import copied
 from mmfast.nn.initialisation import unit
 from mmfast.ops.vector_quantize import directional
 from mmfast.results import exportable
@@ -47,7 +48,7 @@ def orthogonal(
         order = order[:max_codes]
         codebook, weight = codebook[:, order], weight[:, order]
     else:
-        codebook = codebook.clone()  # a later change in place must not reach the gradient
+        codebook = copied(codebook)  # a later change in place must not reach the gradient
     codes = unit(codebook) * weight[:, :, None]
     gram = codes.mT @ codes if codes.shape[1] > codes.shape[2] else codes @ codes.mT
     count = weight[0].sum().clamp_min(1)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mmfast import backends
 from mmfast.checks import (
@@ -567,7 +568,7 @@ OP = register(
         cost=cost,
         compare=compare,
         dtypes=FLOATING,
-        backward=Backward(_setup, _gradients),
+        backward=Backward(_setup, once_differentiable(_gradients)),
     )
 )
 
@@ -583,7 +584,7 @@ BEAM = register(
         cost=cost_beam,
         compare=compare_beam,
         dtypes=FLOATING,
-        backward=Backward(_setup, _gradients),
+        backward=Backward(_setup, once_differentiable(_gradients)),
     )
 )
 
