@@ -176,6 +176,27 @@ class TestTransformers:
         assert_same(model(ids).last_hidden_state, want)
         assert calls
 
+    def test_sinks_are_not_ignored(self):
+        transformers = pytest.importorskip("transformers", minversion="4.56")
+        config = transformers.GptOssConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            vocab_size=20,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+        )
+        model = transformers.GptOssModel(config)
+        with pytest.raises(ValueError, match="GptOssModel"):
+            patch(model)
+        mmfast.integrations.transformers.register()
+        model.set_attn_implementation("mmfast")
+        with pytest.raises(ValueError, match="attention of GptOssAttention has sinks"):
+            model(torch.arange(5)[None])
+
 
 def test_a_pickled_module_is_not_patched():
     module = Attention()

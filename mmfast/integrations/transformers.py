@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -100,8 +101,23 @@ def register() -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, rebased(sdpa_attention_forward))
+    AttentionInterface.register(NAME, _without_sinks(rebased(sdpa_attention_forward)))
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def _without_sinks(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """The library's function, which ignores what it does not know of, and would ignore sinks."""
+
+    @functools.wraps(attention)
+    def refusing(module: nn.Module, *args: Any, **options: Any) -> Any:
+        if options.get("s_aux") is not None:
+            raise ValueError(
+                f"the attention of {type(module).__name__} has sinks (s_aux), which {NAME!r} and "
+                "'sdpa' know nothing of: choose another attn_implementation, such as 'eager'"
+            )
+        return attention(module, *args, **options)
+
+    return refusing
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,16 @@ def modulated(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | 
     """``norm(x) (1 + scale) + shift`` with a norm that :func:`kind_of` knows."""
     if is_plain(norm, type(norm)):
         return mmfast.layer_norm_modulate(x, shift, scale, **options(norm))
-    y: Tensor = norm(x)
+    return _moved(norm(x), x.dtype, shift, scale)
+
+
+def _moved(y: Tensor, dtype: torch.dtype, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """``y (1 + scale) + shift``."""
     if scale is not None:
         y = y * (1 + _over_tokens(scale))
     if shift is not None:
         y = y + _over_tokens(shift)
-    return y.to(x.dtype)
+    return y.to(dtype)
 
 
 def _over_tokens(modulation: Tensor) -> Tensor:
@@ -92,8 +96,13 @@ class SD35AdaLayerNormZeroX:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, shift2, scale2, gate2 = self.linear(
             self.silu(emb)
         ).chunk(9, dim=1)
-        first = modulated(self.norm, hidden_states, shift, scale)
-        second = modulated(self.norm, hidden_states, shift2, scale2)
+        if is_plain(self.norm, type(self.norm)):
+            first = modulated(self.norm, hidden_states, shift, scale)
+            second = modulated(self.norm, hidden_states, shift2, scale2)
+        else:  # called once, as its hooks expect
+            normed, dtype = self.norm(hidden_states), hidden_states.dtype
+            first = _moved(normed, dtype, shift, scale)
+            second = _moved(normed, dtype, shift2, scale2)
         return first, gate, shift_mlp, scale_mlp, gate_mlp, second, gate2
 
 
