@@ -26,6 +26,7 @@ from benchmarks import (
     contest,
     gpu,
     gpu_cases,
+    gpu_time,
     levels,
     machine,
     ratios,
@@ -204,7 +205,10 @@ def _parse() -> argparse.Namespace:
     if options.list:
         for case in _all_cases(options.device):
             of = letters_of(case.op)
-            print(f"{case.key}: {f'{of} = ' if of else ''}{case.title}, {case.data}")
+            told = f"{case.key}: {f'{of} = ' if of else ''}{case.title}, {case.data}"
+            if torch.device(options.device).type == "cuda":
+                told += f"; {gpu_time.allowed(case):.1f} s are allowed"
+            print(told)
         parser.exit()
     for name in ("only", "subjects"):
         try:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mmfast
 import mmfast.nn
-from benchmarks import modules, schedulers, transformers, vqvae
+from benchmarks import gpu_attention, loops, modules, schedulers, transformers, vqvae
 from benchmarks.modules import DECAY, EPS, Step
 from mmfast.ops import ema_update, vector_quantize
 from mmfast.ops.lookup_free_quantize import batch_entropy
@@ -31,11 +31,13 @@ class Composite:
         expected: the float64 result for the arguments.
         judge: what is wrong with a result, given the arguments and the expected one; empty when
             nothing.
+        errors: of each output of a result against the expected one; None where nobody asks.
     """
 
     makes: Mapping[str, Callable[..., Callable[[], Any]]]
     expected: Callable[..., Any]
     judge: Callable[[Any, tuple[Any, ...], Any], str]
+    errors: Callable[[Any, Any], list[float]] | None = None
 
 
 def _kmeans(x: Tensor, codebook: Tensor, iterations: int) -> Callable[[], Tensor]:
@@ -224,6 +226,13 @@ COMPOSITES = {
         vqvae.expected,
         vqvae.judge,
     ),
+    gpu_attention.STEP: Composite(
+        {"mmfast": gpu_attention.own},
+        gpu_attention.expected,
+        gpu_attention.judge,
+        transformers.errors,
+    ),
+    loops.OP: Composite(loops.MAKES, loops.expected, loops.judge),
     "scheduler_step": Composite(
         {"mmfast": schedulers.step}, schedulers.expected_step, schedulers.judge
     ),

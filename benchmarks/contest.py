@@ -11,12 +11,21 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu, memory, peers, timing
+from benchmarks import gpu, memory, peers, rotation, timing
 from benchmarks.cases import SHIFTED, Case
 from benchmarks.modules import Step
 from benchmarks.results import Row
 from benchmarks.spent import FIRST, ROUNDS, TRUTH, Spent
-from benchmarks.subjects import Arguments, Subject, answer, expected, judge, own, subjects
+from benchmarks.subjects import (
+    Arguments,
+    Subject,
+    answer,
+    errors,
+    expected,
+    judge,
+    own,
+    subjects,
+)
 from mmfast.registry import OPS
 
 _CUT_LEAST = 1024  # vectors
@@ -73,6 +82,7 @@ class Entry:
     match: str | None
     memory: int | None
     seconds: float  # of a call
+    errors: list[float] | None = None
 
     def once(self, effort: Effort, fastest: float) -> bool:
         """Whether one call says enough, ``fastest`` being mmfast's seconds per vector: who is close
@@ -110,6 +120,9 @@ def run(
     with spent.on(case.key, TRUTH), timing.threads(most):
         arguments = gpu.arguments_of(case.make, device)
         truth, reference = _truth(case, arguments, device, truths)
+    turns = [arguments]
+    if device.type == "cpu" and case.op in rotation.OPS:
+        turns = rotation.copies(arguments, lambda: case.make(device))
     entries: list[Entry] = []
     rows = []
     with timing.threads(most):
@@ -120,7 +133,7 @@ def run(
                 if subject.kind == "reference" and reference and not effort.full:
                     entry = Entry(subject, lambda: None, case.shape["N"], "", *reference)
                 else:
-                    entry = _entered(case, subject, arguments, truth, device, effort)
+                    entry = _entered(case, subject, arguments, truth, device, effort, turns[1:])
             if isinstance(entry, Entry):
                 entries.append(entry)
             else:
@@ -209,8 +222,13 @@ def enter(
     truth: Any,
     device: torch.device,
     effort: Effort,
+    turns: Sequence[Arguments] = (),
 ) -> Entry | str:
-    """The contender, warm and judged, or why it does not run."""
+    """The contender, warm and judged, or why it does not run.
+
+    Args:
+        turns: other copies of ``arguments``, on which its calls work in turns.
+    """
     headline = case.name in HEADLINES.get(case.op, (case.name,))
     if not effort.full and (
         (subject.compiled and not (case.compiled or (case.op in COMPILED and headline)))
@@ -227,7 +245,7 @@ def enter(
     copies = own(case.op, given)
     call = subject.peer.make(*copies)
     taken = memory.watch(call, device)
-    match = None
+    match = wrong_by = None
     if subject.kind == "reference":
         match = ""
     elif _is_judged(case, subject, effort):
@@ -236,15 +254,25 @@ def enter(
         if judged < rows:
             result = _first(case.op, result, judged)
             given = _shorten(case.op)(given, judged)
-        match = judge(case.op, result, given, truth_of(case, truth, given, judged))
-        result = None
+        wanted = truth_of(case, truth, given, judged)
+        match = judge(case.op, result, given, wanted)
+        wrong_by = errors(case.op, result, wanted)
+        result = wanted = None
     # A floor is one op, of which nothing is made at first.
     long = effort.slow if subject.kind == "floor" else _SURE
     sure = warm or (taken.seconds > long and not effort.full)
     taken = taken._replace(result=None)
     if subject.compiled or not sure:
         taken = memory.watch(call, device)
-    return Entry(subject, call, rows, match, taken.memory, taken.seconds)
+    if turns:
+        if rows < case.shape["N"]:
+            turns = [_shorten(case.op)(other, rows) for other in turns]
+        others = [subject.peer.make(*own(case.op, other)) for other in turns]
+        call = rotation.in_turns([call, *others])
+        if taken.seconds * len(turns) < _SURE:
+            for _ in range(1 + len(turns)):  # the memory of results is new in the first round
+                call()
+    return Entry(subject, call, rows, match, taken.memory, taken.seconds, wrong_by)
 
 
 def _is_judged(case: Case, subject: Subject, effort: Effort) -> bool:
@@ -375,6 +403,7 @@ def _measured(
         graph=graph and graph * scale,
         memory=entry.memory,
         match=entry.match,
+        errors=entry.errors,
         note=note,
         parts=entry.call.parts() if isinstance(entry.call, Step) and entry.call.parts else None,
         **rates,

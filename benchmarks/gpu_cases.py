@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks import cases, transformers
+from benchmarks import cases, gpu_attention, loops, transformers
 from benchmarks.cases import Case
 from mmfast.ops import (
     add_noise,
@@ -23,19 +24,16 @@ from mmfast.ops import (
     gated_activation,
     gated_residual,
     gated_residual_modulate,
-    joint_attention,
     layer_norm_modulate,
     lookup_free_quantize,
     nearest_code,
     qk_norm_rope,
     residual_quantize,
     sampler_step,
-    scaled_dot_product_attention,
 )
 from mmfast.registry import Sample
 
 DTYPES = (torch.float32, torch.bfloat16)
-_TOKENS = 16384  # of a batch of the attention's cases
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,10 @@ SD3 = Model("SD3", "sd3", 4, 4096, 333, 1536, 24, 6144, (16, 128, 128))
 FLUX = Model("Flux", "flux", 1, 4096, 512, 3072, 24, 12288, (16, 128, 128))
 WAN = Model("Wan 1.3B", "wan", 1, 32760, 512, 1536, 12, 8960, (16, 21, 60, 104))
 MODELS = (DIT, SD3, FLUX, WAN)
+_STREAMS = {
+    model.key: (model.image, model.text, model.heads, model.width // model.heads)
+    for model in (SD3, FLUX, WAN)
+}
 _SAMPLES = 64  # of a batch of latents, so that they do not fit the L2
 
 
@@ -100,13 +102,13 @@ def gpu_cases(divisor: int = 1) -> list[Case]:
     """What goals are set for first: whoever cuts a run off has these."""
     sizes = Sizes(divisor)
     found = [
-        *_attention(sizes),
-        *_joint(sizes),
+        *gpu_attention.cases(sizes, _STREAMS),
         *_blocks(sizes),
         *_streams(sizes),
         *_lookups(sizes),
         *_quantisers(sizes),
         *_whole(sizes),
+        *_loops(sizes),
     ]
     return sorted(found, key=lambda case: (case.full, not case.quick))
 
@@ -148,55 +150,11 @@ def _both(
     of: str,
     **more: Any,
 ) -> Iterator[Case]:
-    """Forward and backward in both dtypes; what is large in float32 is for ``--full``."""
+    """Forward and backward in both dtypes."""
     gradients = backward if isinstance(backward, Sample) else backward(sample)
     for dtype in DTYPES:
-        wide = more | {"full": more.get("full", False) or (key != DIT.key and dtype == DTYPES[0])}
-        yield _case(op, key, sample, dtype, of, **wide)
-        yield _case(f"{op}_bwd", key, gradients, dtype, of, **wide)
-
-
-def _attention(sizes: Sizes) -> Iterator[Case]:
-    op = scaled_dot_product_attention
-
-    def pair(name: str, batch: int, heads: int, length: int, width: int, **more: Any) -> Any:
-        options = {n: more.pop(n) for n in ("mask", "is_causal") if n in more}
-        sample = op._sample(batch, heads, length, width, **options, name=name)
-        yield _case(op.OP.name, "", sample, torch.bfloat16, f"{batch} x {heads}", **more)
-        gradients = op._backward_of(sample)
-        yield _case(op.BACKWARD.name, "", gradients, torch.bfloat16, f"{batch} x {heads}", **more)
-
-    for length in (256, 1024, 4096, 16384):
-        # Of the longest as many heads as a float64 reference has memory for.
-        heads = 16 if length < 16384 else 4
-        yield from pair("", sizes(_TOKENS // length), heads, sizes(length), 72, quick=length == 256)
-    for batch in (128, 256):
-        yield from pair("dit", sizes(batch), 16, sizes(256), 72, full=batch == 128)
-    for width in (64, 128):
-        for length in (1024, 4096, 16384):
-            heads = 2048 // width if length < 16384 else 4
-            batch = sizes(_TOKENS // length)
-            yield from pair("", batch, heads, sizes(length), width, full=length == 1024)
-    for width in (80, 88, 96, 112):
-        yield from pair("", sizes(4), 16, sizes(4096), width)
-    length = sizes(4096)
-    padding = (sizes(4), 1, 1, length)
-    yield from pair("padded", sizes(4), 16, length, 72, mask=padding)
-    yield from pair("causal", sizes(4), 16, length, 128, is_causal=True, full=True)
-
-
-def _joint(sizes: Sizes) -> Iterator[Case]:
-    op = joint_attention
-    for model, batch, full in ((SD3, 2, False), (FLUX, 1, False), (WAN, 1, True)):
-        lengths = sizes(model.image), sizes(model.text)
-        # Of the longest fewer heads, for the reference.
-        heads = model.heads if model is not WAN else 1
-        half = tuple(lengths[1] // (1 + i % 2) for i in range(batch))
-        sample = op._sample(
-            batch, heads, lengths, model.width // model.heads, text_lengths=half, packed=True
-        )
-        for name, given in ((op.OP.name, sample), (op.BACKWARD.name, op._backward_of(sample))):
-            yield _case(name, model.key, given, torch.bfloat16, model.name, full=full)
+        yield _case(op, key, sample, dtype, of, **more)
+        yield _case(f"{op}_bwd", key, gradients, dtype, of, **more)
 
 
 def _blocks(sizes: Sizes) -> Iterator[Case]:
@@ -246,29 +204,19 @@ def _blocks(sizes: Sizes) -> Iterator[Case]:
 
 def _streams(sizes: Sizes) -> Iterator[Case]:
     """A batch of latents, and a single one, of which a call is all overhead."""
-    for model in (FLUX, WAN):
-        latents = (sizes(_SAMPLES if model is FLUX else 4), *model.latents)
+    for model, batch in ((DIT, 1024), (SD3, 16), (FLUX, _SAMPLES), (WAN, 4)):
+        latents = (sizes(batch), *model.latents)
+        kinds = [("euler",), ("multistep", "unconditional"), ("sde", "seed")]
         for dtype in DTYPES:
-            quick = model is FLUX
-            for kind, *more in (("euler",), ("multistep", "unconditional"), ("sde", "seed")):
-                sample = sampler_step._sample(kind, latents, *more)
-                yield _case(sampler_step.OP.name, model.key, sample, dtype, model.name, quick=quick)
-            yield _case(
-                add_noise.OP.name,
-                model.key,
-                add_noise._sample(latents),
-                dtype,
-                model.name,
-                quick=quick,
-            )
-            yield _case(
-                add_noise.BACKWARD.name,
-                model.key,
-                add_noise._sample_bwd(latents),
-                dtype,
-                model.name,
-                quick=quick,
-            )
+            more: dict[str, Any] = {"quick": model is FLUX, "full": model is SD3}
+            for kind, *options in kinds[: 3 if model in (FLUX, WAN) else 1]:
+                sample = sampler_step._sample(kind, latents, *options)
+                yield _case(sampler_step.OP.name, model.key, sample, dtype, model.name, **more)
+            for op, sample in (
+                (add_noise.OP.name, add_noise._sample(latents)),
+                (add_noise.BACKWARD.name, add_noise._sample_bwd(latents)),
+            ):
+                yield _case(op, model.key, sample, dtype, model.name, **more)
     tiny = sampler_step._sample("multistep", (1, 4, 4, 4))
     yield _case(
         sampler_step.OP.name, "tiny", tiny, DTYPES[0], "overhead", quick=True, overhead=True
@@ -355,3 +303,23 @@ def _whole(sizes: Sizes) -> Iterator[Case]:
     for op in transformers.OPS:
         case = cases._transformer(op, setting)
         yield dataclasses.replace(case, quick=True, full=False, compiled=True)
+
+
+def _loops(sizes: Sizes) -> Iterator[Case]:
+    """All steps of a sampler: DiT-XL/2's, of 16 images, and of nothing but the loop."""
+    depth = 28 if sizes.divisor == 1 else 1
+    batch, tokens = sizes(16), sizes(256)
+    model = transformers.Setting(
+        "DiT-XL/2", DIT.width, DIT.heads, depth, batch, tokens, torch.bfloat16
+    )
+    dit = loops.Setting(model, 8, (batch, tokens, 16))
+    for setting in (dit, loops.Setting(None, 50, (1, 4, 4, 4))):
+        yield Case(
+            loops.OP,
+            setting.key,
+            {"N": setting.shape[0], "K": setting.steps, "D": math.prod(setting.shape[1:])},
+            setting.title,
+            functools.partial(loops.arguments, setting),
+            quick=True,
+            compiled=True,
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks import gpu_peers, transformers
+from benchmarks import gpu_attention, gpu_attention_peers, gpu_peers, loops, transformers
 from benchmarks.goals import LIBRARY, PART_OF_MEMORY, Goal, fastest
 from benchmarks.results import Results, Row
 
@@ -28,16 +28,24 @@ OVER_PEERS = {"nearest_code": 5.0, "kmeans": 3.0, "residual_quantize": 3.0}
 STEP_OVER_PEERS = 6.0  # a VQ training step
 HOST = 15e-6  # seconds of a sampler's step
 # Of attention, by head size, forward and backward: times faster than the fastest of PyTorch's and
-# of FlashAttention 3; of cuDNN alone at sizes that are powers of two.
-CUDNN_SIZES, OF_CUDNN = (64, 128), 0.95
+# of FlashAttention 3; at sizes that are powers of two of cuDNN alone, and than kernels in Triton.
+OF_CUDNN = 0.95
+OVER_TRITON = 1.0  # than FlexAttention
+TRITON_RATE = 579.0  # TFLOP/s, forward: the fastest that is known of a kernel in Triton, on an H100
 OVER_BEST = {72: (1.25, 1.2)}
 OVER_BEST_OTHERS = (1.1, 1.1)
 OVER_MASKED = 1.3  # than a dense mask or streams put together
 OVER_BEST_TRAINING = 1.2  # forward and backward together, of DiT's batches
+OF_MATHS_ERROR = 2.0  # at most, against float64, of outputs and gradients each
+SAME_MEMORY = 1.01  # of what it takes without a mask, at most
 _ATTENTION = "scaled_dot_product_attention"
-_JOINT = "joint_attention"
+_JOINT, _VARLEN = "joint_attention", "varlen_attention"
 _CUDNN = "SDPA, cuDNN"
-_KERNELS = (*gpu_peers.BACKENDS, gpu_peers.FLEX, gpu_peers.FLASH_3)
+_KERNELS = (
+    *gpu_attention_peers.BACKENDS,
+    gpu_attention_peers.FLEX,
+    gpu_attention_peers.FLASH_3,
+)
 _DIT_LENGTH = 256
 
 
@@ -51,7 +59,9 @@ def goals(results: Results) -> list[Goal]:
         *_peers(rows),
         *_attention(rows),
         *_training(rows),
+        *_numerics(rows),
         *_masked(rows),
+        *_loops(rows),
         *_whole(rows),
         *_right(rows),
     ]
@@ -162,47 +172,95 @@ def _peers(rows: list[Row]) -> Iterator[Goal]:
 def _attention(rows: list[Row]) -> Iterator[Goal]:
     for own, others in _problems(rows, _ATTENTION, f"{_ATTENTION}_bwd"):
         width, backward = own.shape["D"], own.op.endswith("_bwd")
-        plain = not own.case.startswith(("padded", "causal"))
-        if not plain:
+        if own.case.startswith(("padded", "causal")):
             continue
-        if width in CUDNN_SIZES:
+        if width in gpu_attention.CUDNN_SIZES:
+            wanted = {_CUDNN: OF_CUDNN, gpu_attention_peers.FLEX: OVER_TRITON}
             for other in others:
-                if other.subject == _CUDNN:
-                    yield _faster(own, other, OF_CUDNN)
+                if other.subject in wanted:
+                    yield _faster(own, other, wanted[other.subject])
+            if not backward and own.gflops:
+                rate = own.gflops / 1e3
+                what = f"{_what(own)}: more than any kernel in Triton"
+                yield Goal(
+                    what, 1, f"{TRITON_RATE:g} TFLOP/s", f"{rate:.0f} TFLOP/s", rate > TRITON_RATE
+                )
+            continue
         best = fastest([r for r in others if r.subject in _KERNELS], "peer")
-        if best is not None and width not in CUDNN_SIZES:
+        if best is not None:
             yield _faster(own, best, OVER_BEST.get(width, OVER_BEST_OTHERS)[backward])
 
 
 def _training(rows: list[Row]) -> Iterator[Goal]:
-    """Forward and backward together, of those who have both."""
-    for own, others in _problems(rows, _ATTENTION):
-        if own.shape["K"] != _DIT_LENGTH:
-            continue
-        there = [r for r in rows if (r.op, r.case) == (f"{_ATTENTION}_bwd", own.case)]
-        gradients = fastest(there, "mmfast")
-        sums = {
-            a.subject: (a.seconds or 0.0) + (b.seconds or 0.0)
-            for a in others
-            for b in there
-            if a.subject == b.subject and a.subject in _KERNELS
-        }
-        if gradients is not None and sums:
-            name = min(sums, key=lambda n: sums[n])
-            what = f"{_what(own)}, forward and backward: against {name}"
-            taken = (own.seconds or 0.0) + (gradients.seconds or 0.0)
-            yield _times(what, sums[name], taken, OVER_BEST_TRAINING)
+    """Forward and backward together."""
+    for own, others in _problems(rows, gpu_attention.STEP):
+        best = fastest([r for r in others if r.subject in _KERNELS], "peer")
+        if own.shape["K"] == _DIT_LENGTH and best is not None:
+            yield _faster(own, best, OVER_BEST_TRAINING)
+
+
+def _numerics(rows: list[Row]) -> Iterator[Goal]:
+    for own, others in _problems(rows, gpu_attention.STEP):
+        for other in others:
+            if other.subject == gpu_attention_peers.MATH and own.errors and other.errors:
+                worst = max(
+                    a / max(b, 1e-30) for a, b in zip(own.errors, other.errors, strict=True)
+                )
+                yield Goal(
+                    f"{_what(own)}: error against float64, of {other.subject}'s at most",
+                    1,
+                    f"{OF_MATHS_ERROR:g}x",
+                    f"{worst:.2f}x",
+                    worst <= OF_MATHS_ERROR,
+                )
 
 
 def _masked(rows: list[Row]) -> Iterator[Goal]:
-    for own, others in _problems(rows, _ATTENTION, f"{_ATTENTION}_bwd", _JOINT, f"{_JOINT}_bwd"):
+    """Masks, texts of their own lengths, streams that lie apart, sequences behind each other."""
+    ops = [f"{op}{way}" for op in (_ATTENTION, _JOINT, _VARLEN) for way in ("", "_bwd")]
+    for own, others in _problems(rows, *ops):
         if own.op.startswith(_ATTENTION) and not own.case.startswith("padded"):
             continue
-        # Masks of blocks are none of 1 byte for each pair.
-        dense = [r for r in others if r.subject not in (gpu_peers.FLEX, gpu_peers.FLASH_3)]
-        other = fastest([r for r in dense if "SDPA" in r.subject or r.subject == "PyTorch"], "peer")
+        # Those who make masks of blocks have other names.
+        dense = [r for r in others if "SDPA" in r.subject or r.subject == "PyTorch"]
+        other = fastest(dense, "peer")
         if other is not None:
             yield _faster(own, other, OVER_MASKED)
+        yield from _no_mask_memory(own, rows)
+
+
+def _no_mask_memory(own: Row, rows: list[Row]) -> Iterator[Goal]:
+    """Beside what the same problem takes without a mask."""
+    same = [r for r in rows if r.op == own.op and r.kind == "mmfast" and r.memory]
+    for name in ("padded_", "lengths_"):
+        plain = own.case.replace(name, "", 1)
+        for other in same:
+            if name in own.case and other.case == plain and own.memory and other.memory:
+                yield Goal(
+                    f"{_what(own)}: memory, of that without a mask",
+                    1,
+                    f"{other.memory / 2**20:.1f} MiB",
+                    f"{own.memory / 2**20:.1f} MiB",
+                    own.memory <= SAME_MEMORY * other.memory,
+                )
+
+
+def _loops(rows: list[Row]) -> Iterator[Goal]:
+    """The fastest way against others; and without a graph the host's time of a step."""
+    for own, others in _problems(rows, loops.OP):
+        for other in others:
+            if other.kind in ("peer", "compile"):
+                yield _faster(own, other, 1.0)
+    for row in rows:
+        if row.op == loops.OP and row.subject == loops.PATCHED and row.case.startswith("tiny"):
+            taken = (row.seconds or 0.0) / row.shape["K"]
+            yield Goal(
+                f"{_what(row)}: the host's time of a step, without a graph",
+                1,
+                f"{HOST * 1e6:g} us",
+                f"{taken * 1e6:.1f} us",
+                taken < HOST,
+            )
 
 
 def _whole(rows: list[Row]) -> Iterator[Goal]:

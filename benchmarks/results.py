@@ -23,6 +23,7 @@ _NAMED = (
     "sampler_call",
     "sampler_step",
     "scheduler_add_noise",
+    "sampling_loop",
     "scheduler_step",
 )
 
@@ -54,6 +55,7 @@ class Row:
             compare.
         note: what a reader must know; why it did not run.
         parts: seconds of the parts of a training step.
+        errors: of each output against float64, by its norm; None where nobody compares them.
     """
 
     op: str
@@ -76,6 +78,7 @@ class Row:
     match: str | None = None
     note: str = ""
     parts: dict[str, float] | None = None
+    errors: list[float] | None = None
 
     @property
     def title(self) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mmfast
-from benchmarks import gpu_peers, peers
+from benchmarks import gpu_attention_peers, gpu_peers, peers
 from benchmarks.composites import COMPOSITES
 from benchmarks.peers import Peer
 from mmfast.backends import automatic, interpreting, select
@@ -39,7 +39,8 @@ class Subject:
     @property
     def compiled(self) -> bool:
         """Whether torch.compile makes it."""
-        return self.kind == "compile" or self.name.startswith("torch.compile")
+        named = self.name.startswith("torch.compile") or self.name.endswith("torch.compile")
+        return self.kind == "compile" or named or self.name.endswith(gpu_attention_peers.FLEX)
 
     def reasons(self, arguments: Arguments) -> list[str]:
         """Why it cannot take part."""
@@ -84,6 +85,12 @@ def own(op: str, arguments: Arguments) -> Arguments:
 def answer(op: str, returned: Any, arguments: Arguments) -> Any:
     """The result of a call: what it returned, or what it changed of its own ``arguments``."""
     return OPS[op].changed(arguments) if op in OPS and OPS[op].mutates else returned
+
+
+def errors(op: str, result: Any, wanted: Any) -> list[float] | None:
+    """Of each output by its norm, where anybody asks."""
+    found = COMPOSITES[op].errors if op in COMPOSITES else None
+    return found(result, wanted) if found else None
 
 
 def judge(op: str, result: Any, arguments: Arguments, wanted: Any) -> str:

@@ -220,13 +220,17 @@ def expected(
     return run
 
 
+def errors(result: Result, wanted: Result) -> list[float]:
+    """Of each, by the norm of what is wanted."""
+    return [
+        float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
+        for got, want in zip(result, wanted, strict=True)
+    ]
+
+
 def judge(result: Result, given: tuple[Any, ...], wanted: Result) -> str:
     """What is further from float64 than the dtype excuses, by its norm."""
     low = given[0].autocast
     limit = _TOLERANCE[torch.bfloat16 if low else given[1].dtype]
-    errors = [
-        float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
-        for got, want in zip(result, wanted, strict=True)
-    ]
-    worst = max(errors)
+    worst = max(errors(result, wanted))
     return "" if worst < limit else f"an error of {worst:.1e} of the norm"

@@ -23,6 +23,7 @@ from mmfast.kernels.common import (
     num_threads,
     rounded,
 )
+from mmfast.kernels.launching import launch
 from mmfast.kernels.philox import normals_of_sample
 
 _BLOCK = 1024
@@ -162,7 +163,7 @@ def add_noise(
     noise = None if noise is None else lying_together(noise, 1)
     seed = None if seed is None else seed.contiguous()
     strides = [first_stride(x0), first_stride(noise)]
-    add_noise_kernel[(batch * max(1, ceil_div(numbers, _BLOCK)),)](
+    launch(add_noise_kernel, (batch * max(1, ceil_div(numbers, _BLOCK)),),
         x0, timesteps, table.contiguous(), noise, seed, offset, noisy,
         target if want_target else None, weight, numbers, table.shape[0],
         _step(timesteps, batch), _step(seed, batch), _step(offset, batch), *strides,
@@ -185,7 +186,7 @@ def add_noise_bwd(
         return grad
     grads = [None if g is None else lying_together(g, 1) for g in (grad_noisy, grad_target)]
     strides = [first_stride(g) for g in grads]
-    add_noise_bwd_kernel[(batch * ceil_div(numbers, _BLOCK),)](
+    launch(add_noise_bwd_kernel, (batch * ceil_div(numbers, _BLOCK),),
         *grads, timesteps, table.contiguous(), grad, numbers, table.shape[0],
         _step(timesteps, batch), *strides, FACTOR=common_multiple(numbers, *strides),
         BLOCK=_BLOCK, enable_fp_fusion=False, **num_threads(128),

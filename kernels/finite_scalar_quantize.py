@@ -29,6 +29,7 @@ from mmfast.kernels.common import (
     store_numbers,
     to_rows,
 )
+from mmfast.kernels.launching import launch
 
 
 @triton.jit
@@ -212,7 +213,7 @@ def finite_scalar_quantize(
     noisy = rows if noise is None else noise.reshape(rows.shape)
     tables = _tables_of(z, levels, variant, hard_clamp, noise is not None)
     sizes = narrow_sizes(len(levels))
-    finite_scalar_quantize_kernel[(ceil_div(len(rows), sizes["BLOCK_N"]),)](
+    launch(finite_scalar_quantize_kernel, (ceil_div(len(rows), sizes["BLOCK_N"]),),
         rows, noisy, tables.thresholds, tables.values, tables.basis, quantized, indices, len(rows),
         *rows.stride(), *noisy.stride(), D=len(levels), STEPS=tables.steps,
         FLAT=rows.is_contiguous(), NOISE=noise is not None, NOISE_FLAT=noisy.is_contiguous(),
@@ -238,7 +239,7 @@ def finite_scalar_quantize_bwd(
     noisy = rows if noise is None else noise.reshape(rows.shape)
     tables = _tables_of(z, levels, variant, hard_clamp, True)
     sizes = narrow_sizes(len(levels))
-    finite_scalar_quantize_bwd_kernel[(ceil_div(len(rows), sizes["BLOCK_N"]),)](
+    launch(finite_scalar_quantize_bwd_kernel, (ceil_div(len(rows), sizes["BLOCK_N"]),),
         passed, rows, noisy, tables.thresholds, tables.values, tables.shifts, tables.gains, result,
         len(rows), *passed.stride(), *rows.stride(), *noisy.stride(), D=len(levels),
         STEPS=tables.steps, HARD=hard_clamp, GRAD_FLAT=passed.is_contiguous(),

@@ -17,6 +17,7 @@ from mmfast.kernels.common import (
     num_threads,
     rounded,
 )
+from mmfast.kernels.launching import launch
 
 _BLOCK = 1024
 _ROOT = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
@@ -154,7 +155,7 @@ def gated_activation(x: Tensor, value: Tensor | None, activation: str, layout: s
     assert rows is not None
     num, width = rows.shape
     strides = [first_stride(rows), first_stride(of)]
-    gated_activation_kernel[(num * ceil_div(width, _BLOCK),)](
+    launch(gated_activation_kernel, (num * ceil_div(width, _BLOCK),),
         rows, of, to, width, *strides, ACTIVATION=activation,
         FACTOR=common_multiple(width, *strides), BLOCK=_BLOCK, **num_threads(128),
     )  # fmt: skip
@@ -183,7 +184,7 @@ def gated_activation_bwd(
     assert rows is not None
     num, width = rows.shape
     strides = [*map(first_stride, tensors[:3]), first_stride(out)]
-    gated_activation_bwd_kernel[(num * ceil_div(width, _BLOCK),)](
+    launch(gated_activation_bwd_kernel, (num * ceil_div(width, _BLOCK),),
         *tensors, width, *strides, ACTIVATION=activation,
         FACTOR=common_multiple(width, *strides), BLOCK=_BLOCK, **num_threads(128),
     )  # fmt: skip

@@ -43,6 +43,7 @@ from mmfast.kernels.common import (
     sum_columns,
     sum_rows,
 )
+from mmfast.kernels.launching import launch
 
 # These decide the order of the sums, and with it the last bits.
 _PART = 16
@@ -523,7 +524,7 @@ def forward(
         # As many programs as there is room for, with so many registers each.
         room = 65536 // (32 * options["num_warps"] * registers)
         tiles = min(tiles, num_programs(x.device, room))
-    gated_residual_modulate_kernel[(tiles,)](
+    launch(gated_residual_modulate_kernel, (tiles,),
         *(t for t, *_ in given), views(weight)[0], views(bias)[0],
         x if residual is None else residual, x if out is None else out,
         stand_in if mean is None else mean, stand_in if rstd is None else rstd,
@@ -595,14 +596,14 @@ def backward(
 
     if norm is not None and sizes["WIDTH"] > sizes["BLOCK_D"]:
         row = x.new_empty(batch, length, 2, dtype=wide)
-        modulation_row_sums_kernel[(ceil_div(batch * length, sizes["BLOCK_N"]),)](
+        launch(modulation_row_sums_kernel, (ceil_div(batch * length, sizes["BLOCK_N"]),),
             given["passed"][0], given["x"][0], means, rstds, given["scale"][0], weights, row,
             batch * length, length, each, channels, *of("passed", "x", "scale"),
             NORM=NORMS[norm], **has, FACTOR=factor, **sizes, **_threads(sizes, x, 8, 128),
         )  # fmt: skip
     to = [outputs.get(name, x) for name in ("x", "y", "gate", "shift", "scale")]
     grid = (batch * frames * parts * (sizes["WIDTH"] // sizes["BLOCK_D"]),)
-    gated_residual_modulate_bwd_kernel[grid](
+    launch(gated_residual_modulate_bwd_kernel, grid,
         *(given[name][0] for name in ("own", "passed", "x", "y")), means, rstds, row,
         given["gate"][0], given["scale"][0], weights, biases, *to, part,
         length, each, channels, frames, parts,
@@ -616,7 +617,7 @@ def backward(
     )  # fmt: skip
     if kept and not direct:
         blocks = ceil_div(channels, _COLUMNS)
-        modulation_frame_sums_kernel[(batch * frames * blocks,)](
+        launch(modulation_frame_sums_kernel, (batch * frames * blocks,),
             part, given["gate"][0], given["scale"][0], weights, biases, *to[2:],
             channels, frames, parts, *of("gate", "scale"),
             TANH=tanh, **has, BIASED=bias is not None,
@@ -624,7 +625,7 @@ def backward(
             FACTOR=factor, BLOCK=_COLUMNS, **num_threads(64),
         )  # fmt: skip
     if affine:
-        modulation_affine_kernel[(ceil_div(channels, _COLUMNS),)](
+        launch(modulation_affine_kernel, (ceil_div(channels, _COLUMNS),),
             part, outputs.get("weight", x), outputs.get("bias", x), channels, batch * frames, parts,
             TO_WEIGHT="weight" in outputs, TO_BIAS="bias" in outputs,
             BLOCK_N=_FRAMES, BLOCK=_COLUMNS, **num_threads(128),

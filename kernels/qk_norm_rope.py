@@ -24,8 +24,10 @@ from mmfast.kernels.common import (
     pipelined,
     rounded,
 )
+from mmfast.kernels.launching import launch
 
 _TILE = 2048
+_FAR = 1 << 30  # numbers, from which on places are counted in 64 bits
 _MOST_PARTS = 384  # of a sum over tokens; programs of the backward, three for a multiprocessor
 
 
@@ -33,22 +35,34 @@ _MOST_PARTS = 384  # of a sum over tokens; programs of the backward, three for a
 def _places(
     start, total, length, heads, BLOCK_N: tl.constexpr, ACROSS: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """Sample, token, head and mask of the rows from start on, [BLOCK_N, 1]. TOKENS: they are next
-    to each other, not heads."""
+    """Sample, token, head and mask of the rows from start on, [BLOCK_N, 1], in start's type.
+    TOKENS: they are next to each other, not heads."""
     o_n = tl.arange(0, BLOCK_N)[:, None]
     if ACROSS:
-        token = start + tl.zeros_like(o_n).to(tl.int64)
-        b, t, h = token // length, token % length, o_n
+        b, t = _divided(start + tl.zeros_like(o_n).to(start.dtype), length)
+        h = o_n.to(start.dtype)
         mask = o_n < heads
     else:
         n = start + o_n
-        b = n // (length * heads)
         mask = n < total
         if TOKENS:
-            t, h = n % length, n // length % heads
+            rest, t = _divided(n, length)
+            b, h = _divided(rest, heads)
         else:
-            t, h = n // heads % length, n % heads
+            rest, h = _divided(n, heads)
+            b, t = _divided(rest, length)
     return b, t, h, mask
+
+
+@triton.jit
+def _divided(n, by):
+    """Quotient and remainder of what is not negative. Divisions are most of the instructions where
+    there are more of them, or of 64 bits."""
+    if n.dtype == tl.int64:
+        quotient = n // by
+    else:
+        quotient = (n.to(tl.uint32) // tl.cast(by, tl.uint32)).to(tl.int32)
+    return quotient, n - quotient * by
 
 
 @triton.jit
@@ -186,12 +200,13 @@ def qk_norm_rope_kernel(
     tiles, total, length, heads, x_b, x_l, x_h, out_b, out_l, out_h, t_b, t_l, eps,
     NORM: tl.constexpr, ACROSS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     TOKENS: tl.constexpr, E: tl.constexpr, R: tl.constexpr, FACTOR: tl.constexpr,
-    STAGES: tl.constexpr, BLOCK_N: tl.constexpr, P: tl.constexpr, REST: tl.constexpr,
+    FAR: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, P: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     # The next tiles are on their way while this one is added up.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-        place = tl.cast(tile, tl.int64)
+        place = tl.cast(tile, tl.int64 if FAR else tl.int32)
         start = place if ACROSS else place * BLOCK_N
         b, t, h, mask = _places(start, total, length, heads, BLOCK_N, ACROSS, TOKENS)
         p_x = x_ptr + multiple(b * x_b + t * x_l + h * x_h, FACTOR)
@@ -242,12 +257,13 @@ def qk_norm_rope_bwd_kernel(
     total, length, heads, each, x_b, x_l, x_h, g_b, g_l, g_h, out_b, out_l, out_h, t_b, t_l, eps,
     NORM: tl.constexpr, ACROSS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     TOKENS: tl.constexpr, E: tl.constexpr, R: tl.constexpr, FACTOR: tl.constexpr,
-    STAGES: tl.constexpr, BLOCK_N: tl.constexpr, P: tl.constexpr, REST: tl.constexpr,
+    FAR: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, P: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
     """Each program has ``each`` tiles, one after another."""
     DTYPE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     SUMMED: tl.constexpr = BLOCK_N if ACROSS else 1
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64 if FAR else tl.int32)
     wa_sum = tl.zeros([SUMMED, P], DTYPE)
     wb_sum = tl.zeros([SUMMED, P], DTYPE)
     wr_sum = tl.zeros([SUMMED, REST if REST else 1], DTYPE)
@@ -343,6 +359,11 @@ def _with_heads(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
+def _extent(t: Tensor) -> int:
+    """Numbers of the memory that t lies in."""
+    return sum((size - 1) * abs(stride) for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
 def _dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else t.to(dtype).contiguous()
 
@@ -392,6 +413,7 @@ class _Tables:
             "BLOCK_N": block_n,
             "TOKENS": x.stride(1) < x.stride(2),
             "FACTOR": common_multiple(num_dims, *strides),
+            "FAR": max(map(_extent, (x, *views))) >= _FAR,
             "STAGES": 2 if ahead else 1,
             **num_threads(threads),
             **at_most(min(65536 // threads, 255)),
@@ -400,6 +422,14 @@ class _Tables:
 
 # Registers of a thread of up to 256, and of more, with which nothing is spilled.
 _ROOM = {"sm_90": (64, 40)}
+
+
+def _stages(x: Tensor, sizes: dict[str, Any], tensors: int, kib: int, most: int) -> dict[str, int]:
+    """Of the loop over tiles: so many are loaded ahead that ``kib`` are on their way, of as many
+    tensors as the programs of a multiprocessor have, or ``most``."""
+    rows = x.shape[2] if sizes["ACROSS"] else sizes["BLOCK_N"]
+    tile = rows * x.shape[3] * x.element_size()
+    return {"STAGES": 1 + min(most, ceil_div(kib << 10, tensors * tile))}
 
 
 def _total(x: Tensor, across: bool) -> int:
@@ -428,9 +458,13 @@ def qk_norm_rope(
             threads = 32 * options["num_warps"]
             small, large = _ROOM.get(device_kind(), (72, 56))
             registers = small if threads <= 256 else large
-            options |= at_most(registers)
-            programs = min(tiles, num_programs(x.device, 65536 // (threads * registers)))
-        qk_norm_rope_kernel[(programs,)](
+            room = 65536 // (threads * registers)
+            # Where lanes are idle; elsewhere, and of float32, some registers would be spilled.
+            idle = x.shape[3] < 2 * options["P"] + options["REST"]
+            most = 2 if idle and x.element_size() == 2 else 1
+            options |= at_most(registers) | _stages(x, options, room, 15, most)
+            programs = min(tiles, num_programs(x.device, room))
+        launch(qk_norm_rope_kernel, (programs,),
             x, out, _dense(weight, tables.wide), _dense(bias, tables.wide), tables.cos, tables.sin,
             tiles, _total(x, across_heads), *x.shape[1:3], *x.stride()[:3], *out.stride()[:3],
             *tables.strides, eps, **options,
@@ -462,21 +496,23 @@ def qk_norm_rope_bwd(
                     outputs[place].zero_()
             continue
         x, grad = _with_heads(x), _with_heads(grad)
-        tiles, launch = tables.of(x, grad, out)
-        if launch["STAGES"] > 1:
+        tiles, sizes = tables.of(x, grad, out)
+        if sizes["STAGES"] > 1:
             # With which nothing is spilled.
-            few = launch["HALF"] and norm == "rms"
-            launch |= at_most(128 if launch["num_warps"] > 8 else 80 if few else 104)
+            few = sizes["HALF"] and norm == "rms"
+            registers = 128 if sizes["num_warps"] > 8 else 80 if few else 104
+            room = 65536 // (32 * sizes["num_warps"] * registers)
+            sizes |= at_most(registers) | _stages(grad, sizes, 2 * room, 19, 3)
         each = ceil_div(tiles, _MOST_PARTS)
         programs = ceil_div(tiles, each)
         parts = [
             None if row is None else row.new_empty((programs, row.numel()), dtype=tables.wide)
             for row in asked
         ]
-        qk_norm_rope_bwd_kernel[(programs,)](
+        launch(qk_norm_rope_bwd_kernel, (programs,),
             grad, x, out, _dense(weight, tables.wide), tables.cos, tables.sin, *parts,
             _total(x, across_heads), *x.shape[1:3], each, *x.stride()[:3], *grad.stride()[:3],
-            *out.stride()[:3], *tables.strides, eps, **launch,
+            *out.stride()[:3], *tables.strides, eps, **sizes,
         )  # fmt: skip
         for place, part in enumerate(parts, 2 + 2 * i):
             if part is not None:

@@ -8,6 +8,7 @@ Everything is loaded before anything is stored: out may be x, and slots of the h
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from mmfast.kernels.common import (
     at_most,
     ceil_div,
     common_multiple,
-    first_stride,
     load_used,
     lying_together,
     multiple,
@@ -28,6 +28,7 @@ from mmfast.kernels.common import (
     num_threads,
     rounded,
 )
+from mmfast.kernels.launching import launch, place
 from mmfast.kernels.philox import normals_of_sample
 from mmfast.schedule.layout import HISTORY, Layout, M, N, P, X, slots_of
 
@@ -35,8 +36,6 @@ from mmfast.schedule.layout import HISTORY, Layout, M, N, P, X, slots_of
 # multiprocessor is without.
 _EACH = 4
 _OPTIONAL = ("unconditional", "noise", "variance", "denoised", "model_input")
-
-_slots_of = functools.cache(slots_of)
 
 _LOW = tl.constexpr(Layout.LOW)
 _HIGH = tl.constexpr(Layout.HIGH)
@@ -285,38 +284,93 @@ def sampler_step(
     """``torch.ops.mmfast.sampler_step`` on checked arguments."""
     if x.numel() == 0:
         return
-    batch, numbers = x.shape[0], x.shape[1:].numel()
-    sources = [
-        None if t is None else lying_together(t, 1)
-        for t in (x, model_output, unconditional, noise, variance)
-    ]
-    given = [out, history, denoised, model_input]
-    targets = [None if t is None else lying_together(t, 1 + (t is history)) for t in given]
-    strides = [first_stride(t) for t in (*sources, targets[0])]
-    slots = _slots_of(table.shape[1])
-    kept = targets[1] if slots else None
-    strides += [first_stride(kept), 0 if kept is None else first_stride(kept[0])]
-    strides += [first_stride(t) for t in targets[2:]]
-    block = 1024 if x.dtype != torch.float64 else 512 if slots <= 4 else 256
-    per_sample = seed is not None and seed.dim() > 0 and batch > 1
-    blocks = ceil_div(numbers, block)
-    each = max(1, min(_EACH, batch * blocks // num_programs(x.device, 4 * _EACH)))
-    sampler_step_kernel[(batch * ceil_div(blocks, each),)](
-        *sources[:3], guidance_scale, None if guidance is None else guidance.contiguous(),
-        table.contiguous(), step, sources[3], None if seed is None else seed.contiguous(),
-        sources[4], None if threshold is None else threshold.contiguous(), targets[0], kept,
-        *targets[2:], batch, numbers, table.shape[0], each,
-        step.stride(0) if step.dim() and batch > 1 else 0, int(per_sample),
-        2 if guidance is not None and guidance.shape[0] > 1 else 0, *strides, SLOTS=slots,
-        ROW=triton.next_power_of_2(table.shape[1]),
-        COPIES=0 if model_input is None else model_input.shape[0] // batch,
-        FACTOR=common_multiple(numbers, *strides),
-        FOURS=per_sample or batch == 1 or numbers % 4 == 0, BLOCK=block,
-        enable_fp_fusion=False, **num_threads(128), **at_most(255),
+    given = [x, model_output, unconditional, noise, variance, out, history, denoised, model_input]
+    # All of these are read by samples; of the history by slots too.
+    used = [None if t is None else lying_together(t, 1 + (t is history)) for t in given]
+    streams = used[:5]
+    plan = _plan(
+        place(), x.device, tuple(table.shape), step.stride(0) if step.dim() else 0,
+        seed is not None and seed.dim() > 0, guidance is not None and guidance.shape[0] > 1,
+        *(None if t is None else (t.dtype, t.shape, t.stride()) for t in used),
     )  # fmt: skip
-    for tensor, target in zip(given, targets, strict=True):
+    launch(
+        sampler_step_kernel, plan.grid,
+        *streams[:3], guidance_scale, None if guidance is None else guidance.contiguous(),
+        table.contiguous(), step, streams[3], None if seed is None else seed.contiguous(),
+        streams[4], None if threshold is None else threshold.contiguous(), used[5],
+        used[6] if plan.constants["SLOTS"] else None, *used[7:], *plan.numbers, **plan.constants,
+    )  # fmt: skip
+    for tensor, target in zip(given[5:], used[5:], strict=True):
         if tensor is not target and tensor is not None:
             tensor.copy_(target)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a launch is for arguments of these shapes: the same for each step of a loop."""
+
+    grid: tuple[int]
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    place: Any,
+    device: torch.device,
+    rows_columns: tuple[int, int],
+    stride_step: int,
+    seeds: bool,
+    factors: bool,
+    *layouts: tuple[torch.dtype, torch.Size, tuple[int, ...]] | None,
+) -> _Plan:
+    """Of dtypes, shapes and strides.
+
+    Args:
+        place: what it is launched on.
+        seeds, factors: there is one for each sample.
+        layouts: of x, the model's outputs, noise, variance, and of what is written.
+    """
+    x, history = layouts[0], layouts[6]
+    assert x is not None
+    dtype, shape, _ = x
+    batch, numbers = shape[0], shape[1:].numel()
+
+    def first(layout: Any) -> int:
+        """The stride of samples. That of a single one would be but another number."""
+        return 0 if layout is None or layout[1][0] < 2 else layout[2][0]
+
+    strides = [first(layout) for layout in layouts[:6]]
+    slots = slots_of(rows_columns[1])
+    if slots and history is not None:
+        _, (count, *_), (of_slots, of_samples, *_) = history
+        strides += [of_slots if count > 1 else 0, of_samples if batch > 1 else 0]
+    else:
+        strides += [0, 0]
+    strides += [first(layout) for layout in layouts[7:]]
+    block = 1024 if dtype != torch.float64 else 512 if slots <= 4 else 256
+    per_sample = seeds and batch > 1
+    blocks = ceil_div(numbers, block)
+    each = max(1, min(_EACH, batch * blocks // num_programs(device, 4 * _EACH)))
+    model_input = layouts[8]
+    return _Plan(
+        (batch * ceil_div(blocks, each),),
+        (
+            batch, numbers, rows_columns[0], each, stride_step if batch > 1 else 0,
+            int(per_sample), 2 if factors else 0, *strides,
+        ),
+        {
+            "SLOTS": slots,
+            "ROW": triton.next_power_of_2(rows_columns[1]),
+            "COPIES": 0 if model_input is None else model_input[1][0] // batch,
+            "FACTOR": common_multiple(numbers, *strides),
+            "FOURS": per_sample or batch == 1 or numbers % 4 == 0,
+            "BLOCK": block,
+            "enable_fp_fusion": False,
+            **num_threads(128),
+            **at_most(255),
+        },
+    )  # fmt: skip
 
 
 def offline_variants() -> list[Any]:

@@ -27,6 +27,8 @@ CASES = (
     "sampler_step/tiny",
     "gated_activation/dit",
     "layer_norm_modulate_bwd/dit",
+    "attention_step/2x",
+    "sampling_loop/tiny",
     "dit_eval",
 )
 DIVISOR = 128

@@ -17,7 +17,9 @@ from benchmarks import (
     cases,
     contest,
     goals,
+    gpu_attention,
     levels,
+    loops,
     peers,
     plots,
     ratios,
@@ -79,7 +81,8 @@ def results() -> Results:
 
 def test_every_op_has_cases_and_contenders():
     assert {c.op for c in cases.all_cases() if c.quick} >= {*OPS, "kmeans"}
-    assert {c.op for c in cases.all_cases()} == {*OPS, *COMPOSITES}
+    of_gpus = {gpu_attention.STEP, loops.OP}
+    assert {c.op for c in cases.all_cases()} == {*OPS, *COMPOSITES} - of_gpus
     for op in [*OPS, *COMPOSITES]:
         kinds = {s.kind for s in subjects.subjects(op)}
         # An op without kernels is its reference.
@@ -145,8 +148,12 @@ def modules_problem(op: str) -> tuple:
         return vqvae.arguments(vqvae.Setting(2, 32, 50, 6, (4, 8)), CPU)
     if op.startswith("lfq"):
         return normal(40, 6), normal(41, 6)[1:]
-    if op in transformers.OPS:
+    if op == gpu_attention.STEP:
+        return gpu_attention.arguments((2, 3, 20, 8), CPU)
+    if op in (*transformers.OPS, loops.OP):
         setting = transformers.Setting("small", 8, 2, 2, 2, 5)
+        if op == loops.OP:
+            return loops.arguments(loops.Setting(setting, 3, (2, 5, 16)), CPU)
         return transformers.arguments(setting, CPU)
     codes = normal(2, 9, 4) if op.startswith("residual") else normal(9, 4)
     return normal(50, 4), codes, *([normal(51, 4)[1:]] if op.endswith("step") else [])

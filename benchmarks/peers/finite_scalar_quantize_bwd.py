@@ -8,19 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import Peer, needs
+from benchmarks.peers import Peer, compiled, needs
 from benchmarks.peers.finite_scalar_quantize import only_bound
 
 
-def _eager(grad: Tensor, z: Tensor, levels: list[int], *_: Any) -> Callable[[], Any]:
+def _quantized(z: Tensor, levels: list[int]) -> Tensor:
     size = torch.tensor(levels, device=z.device)
     half = (size - 1) * (1 + 1e-3) / 2
     offset = torch.where(size % 2 == 0, 0.5, 0.0)
     shift = torch.atanh(offset / half)
+    t = torch.tanh(z + shift) * half - offset
+    return (t + (t.round() - t).detach()) / (size // 2)
+
+
+def _autograd(forward: Callable[..., Tensor], grad: Tensor, z: Tensor, levels: list[int]) -> Any:
     leaf = z.detach().clone().requires_grad_()
-    t = torch.tanh(leaf + shift) * half - offset
-    quantized = (t + (t.round() - t).detach()) / (size // 2)
+    quantized = forward(leaf, levels)
     return lambda: torch.autograd.grad(quantized, leaf, grad, retain_graph=True)[0]
+
+
+def _eager(grad: Tensor, z: Tensor, levels: list[int], *_: Any) -> Callable[[], Any]:
+    made: Callable[[], Any] = _autograd(_quantized, grad, z, levels)
+    return made
+
+
+def _compiled(grad: Tensor, z: Tensor, levels: list[int], *_: Any) -> Callable[[], Any]:
+    made: Callable[[], Any] = _autograd(compiled(_quantized), grad, z, levels)
+    return made
 
 
 def _library(grad: Tensor, z: Tensor, levels: list[int], *_: Any) -> Callable[[], Any]:
@@ -37,6 +51,9 @@ def _unsupported(grad: Tensor, *arguments: Any) -> list[str]:
 
 PEERS = {
     "plain torch": Peer(_eager, unsupported=_unsupported),
+    "torch.compile": Peer(
+        _compiled, unsupported=_unsupported, note="of the same; compiling is not timed"
+    ),
     "vector-quantize-pytorch": Peer(
         _library, needs("vector_quantize_pytorch"), unsupported=_unsupported
     ),

@@ -12,7 +12,7 @@ from benchmarks.peers import Peer, compiled
 from mmfast.ops import qk_norm_rope
 
 
-def _plain(
+def plain(
     q: Tensor,
     k: Tensor,
     weight_q: Tensor,
@@ -55,12 +55,12 @@ def _unsupported(*arguments: Any) -> list[str]:
 
 def _eager(*arguments: Any) -> Callable[[], Any]:
     given = as_models_have_them(arguments)
-    return lambda: _plain(*given)
+    return lambda: plain(*given)
 
 
 def _compiled(*arguments: Any) -> Callable[[], Any]:
-    given, plain = as_models_have_them(arguments), compiled(_plain, None)
-    return lambda: plain(*given)
+    given, run = as_models_have_them(arguments), compiled(plain, None)
+    return lambda: run(*given)
 
 
 def traffic(bytes_moved: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Any]:
@@ -87,4 +87,3 @@ PEERS = {
         _traffic, cut=False, floor=True, note="the same bytes, read twice and written once"
     ),
 }
-PLAIN = _plain

@@ -9,17 +9,17 @@ import torch
 import torch._functorch.config as functorch
 
 from benchmarks.peers import Peer, compiled
-from benchmarks.peers.qk_norm_rope import PLAIN, as_models_have_them, traffic
+from benchmarks.peers.qk_norm_rope import as_models_have_them, plain, traffic
 from mmfast.ops import qk_norm_rope
 
 
-def _autograd(plain: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+def _autograd(forward: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
     grads, (*given, _) = arguments[:2], arguments[2:]
     given = list(as_models_have_them(tuple(given)))
     leaves = [0, 1, 2, 4]
     for i in leaves:
         given[i] = given[i].detach().requires_grad_()
-    outputs = plain(*given)
+    outputs = forward(*given)
     inputs = [given[i] for i in leaves]
     none = torch.empty(0)
 
@@ -31,13 +31,13 @@ def _autograd(plain: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
 
 
 def _eager(*arguments: Any) -> Callable[[], Any]:
-    return _autograd(PLAIN, *arguments)
+    return _autograd(plain, *arguments)
 
 
 def _compiled(*arguments: Any) -> Callable[[], Any]:
     # Buffers of a graph that is kept may not be reused.
     with functorch.patch(donated_buffer=False):
-        return _autograd(compiled(PLAIN, None), *arguments)
+        return _autograd(compiled(plain, None), *arguments)
 
 
 def _traffic(*arguments: Any) -> Callable[[], Any]:

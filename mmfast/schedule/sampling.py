@@ -68,6 +68,7 @@ def sample(
         ``(B, ...)``, x's dtype.
 
     Raises:
+        TypeError: x is not of floating numbers, or the model returns none.
         ValueError: shapes do not fit, ``cuda_graph`` elsewhere than on CUDA, or a callback inside a
             graph of the whole loop.
     """
@@ -123,6 +124,8 @@ class SampleLoop:
         check_floating("x", x)
         if x.dim() < 1:
             raise ValueError("x must be (B, ...), got a number")
+        if not isinstance(table, SamplerTable):
+            raise TypeError(f"table must be a SamplerTable, got {type(table).__name__}")
         if cuda_graph not in (False, True, "step", "loop"):
             raise ValueError(f"cuda_graph must be a bool, 'step' or 'loop', got {cuda_graph!r}")
         if cuda_graph and x.device.type != "cuda":
@@ -152,6 +155,9 @@ class SampleLoop:
         self._coefficients = table.coefficients.to(device, copy=True)
         whole = bool((table.timesteps == table.timesteps.round()).all())
         self._times = table.timesteps.to(device, torch.int64 if whole else torch.float32, copy=True)
+        # Without a graph each step has its row and time as views: nothing is launched for them.
+        self._rows = torch.arange(len(table), device=device).unbind()
+        self._times_of_rows = [t.expand(calls) for t in self._times.unbind()]
         self._table = table
         # Asked once: elsewhere than on the CPU the answers synchronise.
         self._stochastic, self._learned = table.stochastic, table.learned_variance
@@ -232,7 +238,7 @@ class SampleLoop:
         with _bar(progress, len(self._table)) as done:
             for i in range(0, len(self._table), self._rows_at_once):
                 if self._graph is None:
-                    self._advance()
+                    self._advance(self._rows[i], self._times_of_rows[i])
                 else:
                     self._graph.replay()
                 if callback is not None:
@@ -241,12 +247,19 @@ class SampleLoop:
                 done(i + self._rows_at_once)
         return self._x.to(self._out_dtype, copy=True)
 
-    def _advance(self) -> None:
+    def _advance_in_graph(self) -> None:
+        """One step, whose row the device knows."""
+        timestep = self._times.index_select(0, self._step.view(1)).expand(self._input.shape[0])
+        self._advance(self._step, timestep)
+        self._step.add_(1)
+
+    def _advance(self, step: Tensor, timestep: Tensor) -> None:
         from mmfast.ops.sampler_step import sampler_step
 
-        timestep = self._times.index_select(0, self._step.view(1)).expand(self._input.shape[0])
         output = self._model(self._input, timestep, **self._kwargs)
         if not isinstance(output, Tensor):
+            if output is None:
+                raise TypeError("the model must return a tensor, or a tensor first, got None")
             output = output[0]
         variance = None
         if self._learned:
@@ -264,7 +277,7 @@ class SampleLoop:
             threshold = dynamic_threshold(
                 self._x,
                 output,
-                self._coefficients.index_select(0, self._step.view(1))[0],
+                self._coefficients.index_select(0, step.view(1))[0],
                 unconditional=unconditional,
                 guidance=self._guidance,
                 ratio=ratio,
@@ -274,7 +287,7 @@ class SampleLoop:
             self._x,
             output,
             self._coefficients,
-            self._step,
+            step,
             unconditional=unconditional,
             guidance=self._guidance,
             history=self._history,
@@ -285,7 +298,6 @@ class SampleLoop:
             denoised=self.denoised,
             model_input=self._input,
         )
-        self._step.add_(1)
 
     def _set_seed(self, seed: int | Tensor | None) -> None:
         device = self._seed.device
@@ -312,13 +324,13 @@ class SampleLoop:
             with torch.cuda.stream(side):
                 for _ in range(3):
                     self._step.zero_()
-                    self._advance()
+                    self._advance_in_graph()
             main.wait_stream(side)
             self._step.zero_()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=side):
                 for _ in range(self._rows_at_once):
-                    self._advance()
+                    self._advance_in_graph()
         self._graph = graph
 
 
