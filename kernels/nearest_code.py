@@ -190,7 +190,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
             rows, centre, packed, terms, statistics, rounded, indices, again, listed, near, counts,
             num_rows, num_codes, num_dims, *x_strides, EUCLIDEAN=euclidean, WIDE=wide,
             PACKED=packed_rows, AGAIN=is_again, BLOCK_D=block_d, GROUP=group, PADDED_D=padded,
-            STEP_D=block_d if is_again else sizes["STEP_D"],
+            STEP_D=block_d if is_again else sizes["STEP_D"], facts={"WHOLE": num_dims == padded},
         )  # fmt: skip
     programs = ceil_div(num_programs(x.device, 4), num_heads)
     both = (num_rows, num_codes, num_dims, *x_strides, *code_strides)

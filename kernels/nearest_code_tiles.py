@@ -21,6 +21,8 @@ _NARROW: Size = (128, 64, 4)
 _MANY: Size = (128, 64, 8)
 _SMALL: Size = (64, 64, 4)
 _MOST_REGISTERS = 255  # of a thread
+# Triton 3.6 needs a few registers more.
+_OLD = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
 
 
 def config(
@@ -65,9 +67,13 @@ def fitting(
     STEP_D: int,
     AGAIN: bool = False,
     WIDE: bool = False,
+    WHOLE: bool = True,
     **others: Any,
 ) -> list[triton.Config]:
-    """Of each size the configuration with most stages whose float16 tiles fit the device."""
+    """Of each size the configuration with most stages whose float16 tiles fit the device.
+
+    WHOLE: rows have as many dimensions as their tiles.
+    """
     backend, arch, limit = device_limits(triton.runtime.driver.active.get_current_device())
     stepping = STEP_D != PADDED_D
     found: dict[tuple[Any, ...], triton.Config] = {}
@@ -79,6 +85,8 @@ def fitting(
         size = 2 * STEP_D * (rows * (stages if stepping else 1) + codes * stages)
         size = size * (1 + AGAIN) + codes * (STEP_D * ahead + 4 * stages)
         possible = _possible(c, backend, arch, PADDED_D, stepping, AGAIN, WIDE)
+        if ahead and possible:
+            possible = _possible_ahead(c, PADDED_D, WIDE, WHOLE)
         if possible and size <= limit and stages <= (1 if backend == "hip" else 4):
             key = (rows, codes, c.num_warps, tma, ahead)
             found.setdefault(key, _limited(c, backend, arch, PADDED_D, stepping, WIDE))
@@ -104,7 +112,7 @@ def _possible(
     if tma and not (hopper or blackwell):
         return False
     if c.kwargs["AHEAD"]:
-        return hopper and not stepping and not again and _possible_ahead(c, padded, wide)
+        return hopper and not stepping and not again
     if again:
         # On AMD so large that a thread has loads of 128 bits.
         return smallest != (hopper or (backend == "hip" and padded == 16))
@@ -130,10 +138,10 @@ def _possible(
     return padded < 128 or stepping or size[1] != 128
 
 
-def _possible_ahead(c: triton.Config, padded: int, wide: bool) -> bool:
+def _possible_ahead(c: triton.Config, padded: int, wide: bool, whole: bool) -> bool:
     """Likewise, on Hopper."""
     if padded == 256:
-        return c.kwargs["STAGES"] == 0
+        return c.kwargs["STAGES"] == 0 and (_size(c) == _MANY or (whole and not wide and not _OLD))
     if c.kwargs["STAGES"] == 0 or padded < 32:
         return False
     return (padded == 32 or _size(c) != _TALL) and not (wide and _size(c) == _SMALL)

@@ -68,7 +68,7 @@ def compiled(config, width: int):
         patch.setattr(
             Tuned,
             "run",
-            lambda self, *args, grid, **constants: (
+            lambda self, *args, grid, facts, **constants: (
                 constants["AGAIN"] or self.launch(config, args, grid, constants)
             ),
         )
@@ -97,11 +97,11 @@ AMONG = re.compile(r"p\|?w\|?(a{32,})\|?(m*p[mp]*)\|")
 @pytest.mark.parametrize("width", [32, 64, 128, 256])
 def test_scores_are_compared_between_products(width, tmp_path):
     config = candidates(HOPPER, width)[0]
-    assert tiles._size(config) == (128, 128, 8)
+    rows, codes, warps = tiles._size(config)
     found = AMONG.search(order(compiled(config, width), tmp_path))
     assert found
     terms, among = found.groups()
-    scores = 128 * 128 // 256  # of a thread
+    scores = rows * codes // (32 * warps)  # of a thread
     assert len(terms) == scores
     assert among.count("p") == width // 2 // 16  # half of the dimensions, 16 at a time
     # Of a group of codes all but one, and three of each group's place.
@@ -116,3 +116,14 @@ def test_without_it_products_are_waited_for(tmp_path):
     text = order(compiled(config, 64), tmp_path)
     assert re.search(r"p{4}w[am]{100,}", text)
     assert not AMONG.search(text)
+
+
+@pytest.mark.parametrize(
+    "name", ["nearest_code: euclidean, float32, D 64", "code_statistics: float32, D 64"]
+)
+def test_nothing_adds_floats_in_any_order(name):
+    """Of what an iteration of kmeans launches: it gives the same bits each time."""
+    (variant,) = (v for v in offline.variants(quick=True) if v.name == name)
+    for kernel in offline.compile_variant(variant, offline.TARGETS[HOPPER]):
+        found = re.findall(r"\b(?:atom|red)\.[\w.:]*\.(?:b?f16|f32|f64)\w*", kernel.assembly)
+        assert not found, kernel.kernel
