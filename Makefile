@@ -17,7 +17,7 @@ pip := $(python) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) 
 extras := triton,test,bench,train,examples,integrations,lint
 # pytest exits with 5 when TEST_ARGS select nothing in a file.
 none_selected := $(if $(TEST_ARGS),|| test $$$$? -eq 5)
-interpreted := tests/test_triton.py tests/test_triton_hopper.py
+interpreted := tests/test_triton.py tests/test_triton_hopper.py tests/test_nearest_code_work.py
 workers := --numprocesses auto --maxprocesses 8 --dist worksteal
 sources := $(shell find csrc -name '*.cpp' -o -name '*.h')
 

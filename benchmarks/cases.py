@@ -159,7 +159,7 @@ def _tables() -> Iterator[Case]:
     yield Case(
         "kmeans",
         "patches_k1024",
-        {"N": patches.COUNT, "K": 1024, "D": patches.DIMENSIONS},
+        {"N": patches.COUNT, "K": 1024, "D": patches.dimensions()},
         "image patches",
         lambda device: _kmeans(patches.patches().to(device), 1024),
         full=True,
@@ -289,14 +289,17 @@ def _gaussian(
     return Case("nearest_code", name, shape, "Gaussian", make, sweep, quick=quick, full=full)
 
 
-def _patches(num_codes: int, name: str = "", sweep: str | None = None) -> Case:
+def _patches(
+    num_codes: int, name: str = "", sweep: str | None = None, patch: int = patches.PATCH
+) -> Case:
     def make(device: torch.device) -> tuple[Any, ...]:
-        return patches.patches().to(device), patches.codebook(num_codes).to(device), "euclidean"
+        codes = patches.codebook(num_codes, patch)
+        return patches.patches(patch).to(device), codes.to(device), "euclidean"
 
     return Case(
         "nearest_code",
         name or f"patches_k{num_codes}",
-        {"N": patches.COUNT, "K": num_codes, "D": patches.DIMENSIONS},
+        {"N": patches.COUNT, "K": num_codes, "D": patches.dimensions(patch)},
         "image patches",
         make,
         sweep,

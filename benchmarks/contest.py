@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu, memory, peers, timing
+from benchmarks import gpu, memory, peers, rotation, timing
 from benchmarks.cases import SHIFTED, Case
 from benchmarks.modules import Step
 from benchmarks.results import Row
@@ -120,6 +120,9 @@ def run(
     with spent.on(case.key, TRUTH), timing.threads(most):
         arguments = gpu.arguments_of(case.make, device)
         truth, reference = _truth(case, arguments, device, truths)
+    turns = [arguments]
+    if device.type == "cpu" and case.op in rotation.OPS:
+        turns = rotation.copies(arguments, lambda: case.make(device))
     entries: list[Entry] = []
     rows = []
     with timing.threads(most):
@@ -130,7 +133,7 @@ def run(
                 if subject.kind == "reference" and reference and not effort.full:
                     entry = Entry(subject, lambda: None, case.shape["N"], "", *reference)
                 else:
-                    entry = _entered(case, subject, arguments, truth, device, effort)
+                    entry = _entered(case, subject, arguments, truth, device, effort, turns[1:])
             if isinstance(entry, Entry):
                 entries.append(entry)
             else:
@@ -219,12 +222,17 @@ def enter(
     truth: Any,
     device: torch.device,
     effort: Effort,
+    turns: Sequence[Arguments] = (),
 ) -> Entry | str:
-    """The contender, warm and judged, or why it does not run."""
+    """The contender, warm and judged, or why it does not run.
+
+    Args:
+        turns: other copies of ``arguments``, on which its calls work in turns.
+    """
     headline = case.name in HEADLINES.get(case.op, (case.name,))
     if not effort.full and (
         (subject.compiled and not (case.compiled or (case.op in COMPILED and headline)))
-        or (subject.peer.rarely and not headline)
+        or (subject.peer.rarely and not headline and device.type == "cpu")
     ):
         return ABSENT
     reasons = subject.reasons(arguments)
@@ -256,6 +264,13 @@ def enter(
     taken = taken._replace(result=None)
     if subject.compiled or not sure:
         taken = memory.watch(call, device)
+    if turns:
+        shortened = turns if rows == case.shape["N"] else [_shorten(case.op)(t, rows) for t in turns]
+        others = [subject.peer.make(*own(case.op, other)) for other in shortened]
+        call = rotation.in_turns([call, *others])
+        if taken.seconds * len(turns) < _SURE:
+            for _ in range(1 + len(turns)):  # the memory of results is new in the first round
+                call()
     return Entry(subject, call, rows, match, taken.memory, taken.seconds, wrong_by)
 
 

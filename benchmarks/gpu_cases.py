@@ -240,7 +240,11 @@ def _lookups(sizes: Sizes) -> Iterator[Case]:
     for k, d in ((1024, 8), (8192, 32), (262144, 16)):
         yield lookup(65536, k, d, DTYPES[0], quick=k == 8192)
     yield lookup(65536, 8192, 64, DTYPES[0], offset=100.0)
+    for k, d in ((8192, 256), (65536, 64)):
+        yield lookup(65536, k, d, DTYPES[0], offset=100.0, full=True)
     yield cases._patches(8192)
+    large = cases._patches(8192, "patches_k8192_d192", patch=8)
+    yield dataclasses.replace(large, compiled=True)
 
 
 def _quantisers(sizes: Sizes) -> Iterator[Case]:
@@ -265,6 +269,7 @@ def _quantisers(sizes: Sizes) -> Iterator[Case]:
             "Gaussian",
             functools.partial(_kmeans, shape),
             quick=k == 1024,
+            compiled=True,
         )
     n, k, d = sizes(65536), sizes(8192), 32
     shape = {"N": n, "K": k, "D": d}

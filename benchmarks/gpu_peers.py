@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import gpu_attention_peers, loops, transformers
-from benchmarks.peers import Peer
+from benchmarks.peers import Peer, needs
+from benchmarks.peers.nearest_code import addmm_argmin
 
+FLASH_KMEANS, COMPILED_TF32 = "flash-kmeans", "torch.compile, TF32"
 BF16_PRODUCT, TF32_PRODUCT = "torch.mm, bfloat16", "torch.mm, TF32"
 
 
@@ -23,12 +26,62 @@ def _product(precision: str, x: Tensor, codebook: Tensor, metric: str) -> Callab
         return lambda: torch.mm(a, b.T)
 
     def run() -> Tensor:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
-        try:
+        with _precision(precision):
             return torch.mm(x, codebook.T)
-        finally:
-            torch.set_float32_matmul_precision(before)
+
+    return run
+
+
+@contextlib.contextmanager
+def _precision(name: str) -> Iterator[None]:
+    """Of float32's products inside the block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _compiled_tf32(x: Tensor, codebook: Tensor, metric: str) -> Callable[[], Tensor]:
+    compiled = torch.compile(addmm_argmin, dynamic=False)
+
+    def run() -> Tensor:
+        with _precision("high"):
+            found: Tensor = compiled(x, codebook)
+            return found
+
+    return run
+
+
+def _flash_lookup(x: Tensor, codebook: Tensor, metric: str) -> Callable[[], Tensor]:
+    """The assignment of flash-kmeans, which wants the squared norms of the vectors."""
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+    vectors, codes = x[None], codebook[None]
+
+    def run() -> Tensor:
+        found: Tensor = euclid_assign_triton(vectors, codes, (vectors**2).sum(-1))
+        return found[0].long()
+
+    return run
+
+
+def _flash_kmeans(x: Tensor, codebook: Tensor, iterations: int) -> Callable[[], Tensor]:
+    """All iterations: centres never move by less than nothing."""
+    from flash_kmeans import batch_kmeans_Euclid
+
+    def run() -> Tensor:
+        # It writes into the initial centres.
+        made = batch_kmeans_Euclid(
+            x[None],
+            len(codebook),
+            max_iters=iterations,
+            tol=-1.0,
+            init_centroids=codebook[None].clone(),
+        )
+        codes: Tensor = made[1][0]
+        return codes
 
     return run
 
@@ -63,7 +116,20 @@ _PEERS: Mapping[str, Mapping[str, Peer]] = {
             note="the blocks; the loop and its arithmetic are plain PyTorch",
         ),
     },
+    "kmeans": {FLASH_KMEANS: Peer(_flash_kmeans, needs("flash_kmeans"), cut=False)},
     "nearest_code": {
+        COMPILED_TF32: Peer(
+            _compiled_tf32,
+            unsupported=_float32,
+            workspace=_bytes(4),
+            note="compiling is not timed; not exact",
+        ),
+        FLASH_KMEANS: Peer(
+            _flash_lookup,
+            needs("flash_kmeans"),
+            cut=False,
+            note="TF32 where vectors are float32: not exact",
+        ),
         BF16_PRODUCT: Peer(
             functools.partial(_product, "bfloat16"),
             workspace=_bytes(2),

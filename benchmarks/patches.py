@@ -12,7 +12,7 @@ import mmfast
 
 COUNT = 65536
 PATCH = 4
-DIMENSIONS = PATCH * PATCH * 3
+STEP = 4  # pixels from one patch to the next; larger patches overlap
 
 _ITERATIONS = 8
 
@@ -25,20 +25,26 @@ def photographs() -> list[np.ndarray]:
     return [data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), left, right]
 
 
+def dimensions(patch: int = PATCH) -> int:
+    """Of so many pixels squared."""
+    return patch * patch * 3
+
+
 @functools.cache
-def patches() -> Tensor:
-    """(COUNT, DIMENSIONS) float32 in 0 to 1, in a random order that never changes."""
+def patches(patch: int = PATCH) -> Tensor:
+    """(COUNT, dimensions) float32 in 0 to 1, in a random order that never changes."""
     rows = []
     for picture in photographs():
-        height, width = (size // PATCH * PATCH for size in picture.shape[:2])
-        grid = picture[:height, :width].reshape(height // PATCH, PATCH, width // PATCH, PATCH, 3)
-        rows.append(grid.transpose(0, 2, 1, 3, 4).reshape(-1, DIMENSIONS))
+        windows = np.lib.stride_tricks.sliding_window_view(picture, (patch, patch), axis=(0, 1))
+        grid = windows[::STEP, ::STEP].transpose(0, 1, 3, 4, 2)  # colours last
+        rows.append(grid.reshape(-1, dimensions(patch)))
     everything = torch.from_numpy(np.concatenate(rows))
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
     return everything[order[:COUNT]].float() / 255
 
 
 @functools.cache
-def codebook(num_codes: int) -> Tensor:
-    """(num_codes, DIMENSIONS) float32, by k-means on :func:`patches`."""
-    return mmfast.kmeans(patches(), num_codes, iterations=_ITERATIONS, tolerance=0).codebook
+def codebook(num_codes: int, patch: int = PATCH) -> Tensor:
+    """(num_codes, dimensions) float32, by k-means on :func:`patches`, on a GPU if there is one."""
+    vectors = patches(patch).to("cuda" if torch.cuda.is_available() else "cpu")
+    return mmfast.kmeans(vectors, num_codes, iterations=_ITERATIONS, tolerance=0).codebook.cpu()

@@ -39,8 +39,8 @@ class Subject:
     @property
     def compiled(self) -> bool:
         """Whether torch.compile makes it."""
-        made = "torch.compile", gpu_attention_peers.FLEX
-        return self.kind == "compile" or self.name.endswith(made)
+        named = self.name.startswith("torch.compile") or self.name.endswith("torch.compile")
+        return self.kind == "compile" or named or self.name.endswith(gpu_attention_peers.FLEX)
 
     def reasons(self, arguments: Arguments) -> list[str]:
         """Why it cannot take part."""

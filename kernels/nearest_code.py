@@ -1,10 +1,10 @@
 """Exact nearest codes in Triton: tensor cores screen in float16, float64 settles what is close.
 
-Scores are x.c - |c|^2 / 2 (euclidean) or x.c, with codes less their mean: larger is nearer. For
+Scores are x.c - |c|^2 / 2 (euclidean) or x.c, with codes less their centre: larger is nearer. For
 cosine the codes are normalised first; the norm of x changes no order.
 
-1. ``nearest_code_pack_kernel``: the codes, scaled by a power of two and rounded to float16, and
-   what the rounding left of them in another float16.
+1. ``nearest_code_centre_kernel`` and ``nearest_code_pack_kernel``: the codes less a centre, scaled
+   by a power of two and rounded to float16, and what the rounding left in another float16.
 2. ``nearest_code_screen_kernel``: a block of rows, rounded likewise, meets tile after tile of
    codes, which TMA fetches where there is one. Of each group of 2 to 8 codes that follow each other
    only the best score is looked at. Each place of a tile keeps its best group, with the tile's
@@ -15,9 +15,9 @@ cosine the codes are normalised first; the norm of x changes no order.
    products instead of one, and a bound of float32's accumulation alone.
 4. ``nearest_code_exact_kernel``: the groups that are left to the listed rows, in float64, in the
    definition's order; of rows with too many still, or of which nothing is known (NaN, overflow),
-   all codes.
-5. ``nearest_code_finish_kernel``: which code of the winning group it is, and the metric, in
-   float64.
+   all codes. Of the other rows, which code of the winning group it is, and the metric, likewise.
+
+Five launches, and one more for cosine, whatever the size.
 
 Workspace: 4 bytes per element of the codebook, padded, and 40 bytes per row; for cosine 4 bytes
 more per element; above 256 dimensions 4 bytes per element of the rows at work. Nothing is read
@@ -34,18 +34,26 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmfast.kernels.common import at_most, device_limits, interpreting, num_programs, strides
+from mmfast.kernels import nearest_code_tiles as tiles
+from mmfast.kernels.common import (
+    at_most,
+    ceil_div,
+    device_limits,
+    interpreting,
+    num_programs,
+    strides,
+)
 from mmfast.kernels.nearest_code_exact import (
     nearest_code_exact_kernel,
-    nearest_code_finish_kernel,
     nearest_code_norm_kernel,
 )
-from mmfast.kernels.nearest_code_screen import (
-    NEAR,
+from mmfast.kernels.nearest_code_pack import (
+    MOST_PARTS,
     TILE,
+    nearest_code_centre_kernel,
     nearest_code_pack_kernel,
-    nearest_code_screen_kernel,
 )
+from mmfast.kernels.nearest_code_screen import NEAR, nearest_code_screen_kernel
 from mmfast.kernels.tuned import Problem, Tuned
 
 METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
@@ -55,85 +63,18 @@ _MOST_PACKED = 2**30  # packed codes of all heads, whose rows are counted in 32 
 _MOST_HEADS = 65535
 _STEP_D = 64
 _MOST_BLOCK_N = 256
-_FINISHED = 64  # rows of a program that finishes them
 
-SCREEN_CONFIGS = [
-    triton.Config({"BLOCK_N": n, "BLOCK_K": k, "TMA": tma}, num_warps=warps, num_stages=stages)
-    for tma in (True, False)
-    for n, k, warps in ((128, 128, 8), (256, 64, 8), (128, 64, 4), (64, 64, 4))
-    for stages in (4, 3, 2)
-]
-AGAIN_CONFIGS = [
-    triton.Config({"BLOCK_N": n, "BLOCK_K": n, "TMA": tma}, num_warps=8, num_stages=stages)
-    for tma in (True, False)
-    for n in (128, 64)
-    for stages in (4, 3, 2)
-]
-
-
-def _spills(
-    config: triton.Config, backend: str, arch: int, padded: int, stepping: bool, again: bool
-) -> bool:
-    """Whether a tile is known to need more registers than there are."""
-    block_n, block_k, tma = (config.kwargs[name] for name in ("BLOCK_N", "BLOCK_K", "TMA"))
-    smallest = block_n == block_k == 64
-    hopper, blackwell = (backend == "cuda" and arch in of for of in ((90,), range(100, 130)))
-    if again:
-        return smallest == hopper
-    narrow = block_k == 64 and not smallest
-    if hopper:
-        if padded == 256 and not stepping:
-            return narrow and (tma or block_n == 128)
-        return narrow and not tma and (stepping or (padded == 128 and block_n == 128))
-    if blackwell:
-        return (narrow and padded >= 128) or (padded == 256 and not stepping and not smallest)
-    if backend == "cuda":
-        return not stepping and block_n * block_k > (64 if padded >= 128 else 128) * 64
-    return padded >= 128 and not stepping and block_k == 128
-
-
-def _fitting(
-    configs: list[triton.Config], *, PADDED_D: int, STEP_D: int, AGAIN: bool = False, **others: Any
-) -> list[triton.Config]:
-    """Of each size the configuration with most stages whose float16 tiles fit the device."""
-    backend, arch, limit = device_limits(triton.runtime.driver.active.get_current_device())
-    tensor_memory, stepping = backend == "cuda" and arch >= 90, STEP_D != PADDED_D
-    fitting: dict[tuple[int, int, bool], triton.Config] = {}
-    for c in configs:
-        block_n, block_k, tma = (c.kwargs[name] for name in ("BLOCK_N", "BLOCK_K", "TMA"))
-        # On AMD one of the stages is in registers, and more than two do not pay.
-        stages = c.num_stages - (backend == "hip")
-        # Rows are staged too where they come in steps.
-        size = 2 * STEP_D * (block_n * (stages if stepping else 1) + block_k * stages)
-        size *= 1 + AGAIN
-        possible = (tensor_memory or not tma) and not _spills(
-            c, backend, arch, PADDED_D, stepping, AGAIN
-        )
-        if possible and size <= limit and stages <= (1 if backend == "hip" else 4):
-            fitting.setdefault((block_n, block_k, tma), c)
-    return list(fitting.values()) or configs[-1:]
-
-
-def _first_fitting(configs: list[triton.Config], **constants: Any) -> list[triton.Config]:
-    return _fitting(configs, **constants)[:1]
-
-
-_INTERPRETED = [triton.Config({"BLOCK_N": 32, "BLOCK_K": 128, "TMA": True})]
-_configs = _INTERPRETED if interpreting() else SCREEN_CONFIGS
-_screen = Tuned(nearest_code_screen_kernel, _configs, ["PADDED_D"], _fitting)
+_screen = Tuned(nearest_code_screen_kernel, tiles.SCREEN, ["PADDED_D"], tiles.fitting)
 # The few rows that it leaves: no choice.
 _screen_again = Tuned(
-    nearest_code_screen_kernel,
-    _configs if interpreting() else AGAIN_CONFIGS,
-    ["PADDED_D", "AGAIN"],
-    _first_fitting,
+    nearest_code_screen_kernel, tiles.AGAIN, ["PADDED_D", "AGAIN"], tiles.first_fitting
 )
 
 
 def _padded(num_dims: int) -> dict[str, int]:
     """Compile-time sizes of the screening: of a row, and of a step through it."""
     if num_dims > _whole_dims():
-        return {"PADDED_D": triton.cdiv(num_dims, _STEP_D) * _STEP_D, "STEP_D": _STEP_D}
+        return {"PADDED_D": ceil_div(num_dims, _STEP_D) * _STEP_D, "STEP_D": _STEP_D}
     power = max(16, triton.next_power_of_2(num_dims))
     return {"PADDED_D": power, "STEP_D": power}
 
@@ -196,7 +137,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     if metric == "cosine":
         source = x.new_empty(codes.shape, dtype=torch.float32)
         source_strides = source.stride()
-        nearest_code_norm_kernel[(triton.cdiv(num_codes, 32), num_heads)](
+        nearest_code_norm_kernel[(ceil_div(num_codes, 32), num_heads)](
             codes, norms, source, num_codes, num_dims, *code_strides,
             BLOCK_K=32, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
@@ -205,18 +146,25 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     padded = sizes["PADDED_D"]
     block_d = min(padded, _STEP_D)
     group = _group(padded)
-    padded_codes = triton.cdiv(num_codes, TILE.value) * TILE.value
+    padded_codes = ceil_div(num_codes, TILE.value) * TILE.value
     wide_codes = source.dtype == torch.float64
-    mean = source.mean(1, dtype=torch.float64 if wide_codes else torch.float32).contiguous()
-    low, high = (t.contiguous() for t in torch.aminmax(source, dim=1))
+    centre = x.new_empty(
+        (num_heads, num_dims), dtype=torch.float64 if wide_codes else torch.float32
+    )
     half = x.new_empty((2 * num_heads * padded_codes, padded), dtype=torch.float16)
     terms = x.new_empty((num_heads, padded_codes), dtype=torch.float32)
-    numbers = x.new_zeros((num_heads * 12,), dtype=torch.int32)
+    numbers = x.new_empty((num_heads * 12,), dtype=torch.int32)
     statistics, counts = numbers[: num_heads * 8], numbers[num_heads * 8 :]
+    parts = min(ceil_div(num_codes, 32), MOST_PARTS.value, num_programs(x.device))
+    largest = x.new_empty((num_heads, parts), dtype=torch.int32)
+    options = {"WIDE": wide_codes, "BLOCK_D": block_d, "BLOCK_K": 32, **at_most(128)}
+    nearest_code_centre_kernel[(parts, num_heads)](
+        source, centre, largest, numbers, num_codes, num_dims, *source_strides, NUMBERS=12,
+        SAMPLE=32, **options,
+    )  # fmt: skip
     nearest_code_pack_kernel[(padded_codes // 32, num_heads)](
-        source, mean, low, high, half, terms, statistics, num_codes, num_dims, *source_strides,
-        EUCLIDEAN=euclidean, WIDE=wide_codes, PADDED_D=padded, BLOCK_D=block_d, GROUP=group,
-        BLOCK_K=32, **at_most(128),
+        source, centre, largest, half, terms, statistics, num_codes, parts, num_dims,
+        *source_strides, EUCLIDEAN=euclidean, PADDED_D=padded, GROUP=group, **options,
     )  # fmt: skip
 
     again, listed = (x.new_empty((num_heads, num_rows), dtype=torch.int32) for _ in range(2))
@@ -224,37 +172,36 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
     # Persistent where each program has memory of its own. Otherwise more than fit at a time, so
     # that the device deals them out.
     stepping = block_d < padded
-    programs = triton.cdiv(num_programs(x.device, 2 if stepping else 4), num_heads)
+    programs = ceil_div(num_programs(x.device, 2 if stepping else 4), num_heads)
     scratch = num_heads * programs * 2 * _MOST_BLOCK_N * padded if stepping else 0
     rounded = x.new_empty(scratch, dtype=torch.float16)
 
     def packed(constants: dict[str, Any]) -> Tensor | TensorDescriptor:
         if not constants["TMA"]:
             return half
-        step = constants["STEP_D"]
+        step = constants["STEP_D"] // (1 + constants["AHEAD"])
         return TensorDescriptor.from_tensor(half, [constants["BLOCK_K"], step])
 
     def grid(constants: dict[str, Any]) -> tuple[int, int]:
-        return min(programs, triton.cdiv(num_rows, constants["BLOCK_N"])), num_heads
+        return min(programs, ceil_div(num_rows, constants["BLOCK_N"])), num_heads
 
     for kernel, is_again in ((_screen, False), (_screen_again, True)):
         kernel[grid](
-            rows, mean, packed, terms, statistics, rounded, indices, again, listed, near, counts,
+            rows, centre, packed, terms, statistics, rounded, indices, again, listed, near, counts,
             num_rows, num_codes, num_dims, *x_strides, EUCLIDEAN=euclidean, WIDE=wide,
             PACKED=packed_rows, AGAIN=is_again, BLOCK_D=block_d, GROUP=group, PADDED_D=padded,
-            STEP_D=block_d if is_again else sizes["STEP_D"], **at_most(255),
+            STEP_D=block_d if is_again else sizes["STEP_D"],
         )  # fmt: skip
-    programs = triton.cdiv(num_programs(x.device, 4), num_heads)
+    programs = ceil_div(num_programs(x.device, 4), num_heads)
     both = (num_rows, num_codes, num_dims, *x_strides, *code_strides)
     four = not any(n % 4 for n in (num_dims, *x_strides[:2], *code_strides[:2]))
     options = {"METRIC": METRICS[metric], "FOUR": four, "GROUP": group, "enable_fp_fusion": False}
+    # Fewer at a time in float64, whose numbers take two registers.
+    sizes = {"BLOCK_N": 8, "BLOCK_ROWS": 16} if wide else {"BLOCK_N": 16, "BLOCK_ROWS": 32}
     nearest_code_exact_kernel[(programs, num_heads)](
-        rows, codes, norms, indices, listed, near, counts, *both,
-        SCREEN=not wide and metric != "cosine", BLOCK_N=16, BLOCK_K=32, **options, **at_most(168),
-    )  # fmt: skip
-    nearest_code_finish_kernel[(triton.cdiv(num_rows, _FINISHED), num_heads)](
-        rows, codes, norms, indices, distances, *both, BLOCK_N=_FINISHED, **options,
-        **at_most(128),
+        rows, codes, norms, indices, distances, listed, near, counts, *both,
+        SCREEN=not wide and metric != "cosine", BLOCK_K=32, **sizes, **options,
+        **at_most(255 if wide else 168),
     )  # fmt: skip
     return indices, distances
 
@@ -277,7 +224,7 @@ def offline_variants() -> list[Any]:
     # The kernels that read all vectors.
     wide = (
         ("nearest_code_screen_kernel", "b_x = tl.load(p_x"),
-        ("nearest_code_finish_kernel", "b = tl.load(p["),
+        ("nearest_code_exact_kernel", "b = tl.load(p["),
     )
     dims = (8, 32, 64, 128, 256, 512)
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

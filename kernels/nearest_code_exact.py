@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from mmfast.kernels.common import multiple
-from mmfast.kernels.nearest_code_screen import LEAST_NORMAL, MOST_PLACES, NEAR
+from mmfast.kernels.nearest_code_screen import LEAST_NORMAL, LISTED, MOST_PLACES, NEAR
 
 
 @triton.jit
@@ -107,6 +107,21 @@ def nearest_code_norm_kernel(
 
 
 @triton.jit
+def _sizes(p_x, mask, D, stride_xd, LARGEST: tl.constexpr):
+    """Of rows p_x the sum of absolute elements, or the largest, in float32."""
+    total = tl.zeros(mask.shape, tl.float32)
+    for d in range(0, D, 4):
+        x_0, x_1, x_2, x_3 = _four(p_x, mask, d, D, stride_xd)
+        x_0, x_1 = tl.abs(x_0.to(tl.float32)), tl.abs(x_1.to(tl.float32))
+        x_2, x_3 = tl.abs(x_2.to(tl.float32)), tl.abs(x_3.to(tl.float32))
+        if LARGEST:
+            total = tl.maximum(total, tl.maximum(tl.maximum(x_0, x_1), tl.maximum(x_2, x_3)))
+        else:
+            total += (x_0 + x_1) + (x_2 + x_3)
+    return total
+
+
+@triton.jit
 def _least(b_value, b_code, mask, best, index):
     """Best value and lowest index of it, so far and among b_value [A, B]."""
     b_value = tl.where(mask, b_value, float("inf"))
@@ -116,12 +131,22 @@ def _least(b_value, b_code, mask, best, index):
     return tl.minimum(best, least), index
 
 
+@triton.jit
+def _store(index_ptr, distance_ptr, rows, index, value, mask, METRIC: tl.constexpr):
+    """What was found of rows; METRIC 1 and 2 have the sign of a distance."""
+    tl.store(index_ptr + rows, index.to(tl.int64), mask=mask)
+    if METRIC != 0:
+        value = 0.0 - value
+    tl.store(distance_ptr + rows, value.to(distance_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["N", "K"])
 def nearest_code_exact_kernel(
     x_ptr,
     code_ptr,
     norm_ptr,  # [H, K] of the codes, for cosine
-    index_ptr,  # [H, N]
+    index_ptr,  # [H, N] of rows that are on no list -1 - group
+    distance_ptr,  # [H, N]
     list_ptr,
     near_ptr,
     count_ptr,
@@ -140,6 +165,7 @@ def nearest_code_exact_kernel(
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
     if FOUR:
         D = multiple(D, 4)
@@ -152,6 +178,7 @@ def nearest_code_exact_kernel(
     code_ptr += head * stride_ch
     norm_ptr += head * K
     index_ptr += head * N
+    distance_ptr += head * N
     list_ptr += head * N
     near_ptr += head * N * NEAR
     some = tl.load(count_ptr + head * 4)
@@ -190,7 +217,7 @@ def nearest_code_exact_kernel(
                 )  # fmt: skip
                 best, index = _least(b_value, b_code, mask, best, index)
                 group += BLOCK_K // GROUP * step
-        tl.store(index_ptr + rows, index.to(tl.int64), mask=m_n)
+        _store(index_ptr, distance_ptr, rows, index, best, m_n, METRIC)
 
     for first in range(tl.program_id(0) * BLOCK_N, others, tl.num_programs(0) * BLOCK_N):
         m_n = first + o_n < others
@@ -204,6 +231,9 @@ def nearest_code_exact_kernel(
         best = tl.full([BLOCK_N], float("inf"), tl.float64)
         index = tl.full([BLOCK_N], 0x7FFFFFFF, tl.int32)
         first_nan = index
+        size_x = tl.zeros([BLOCK_N, 1], tl.float32)
+        if SCREEN and METRIC != 0:
+            size_x = _sizes(p_x, m_row, D, stride_xd, False)
         for k in range(0, K, BLOCK_K):
             b_code = k + o_k  # [1, BK]
             m_k = b_code < K
@@ -216,7 +246,8 @@ def nearest_code_exact_kernel(
                 )  # fmt: skip
                 b_size = b_sum
                 if METRIC != 0:
-                    b_size = _summed(p_x, m_row, p_c, m_k, D, stride_xd, stride_cd, 3, tl.float32)
+                    # Not less than the sum of absolute products, and not as dear.
+                    b_size = size_x * _sizes(p_c, m_k, D, stride_cd, True)
                 # Underflow is covered by the constant, overflow and NaN by the negation.
                 b_error = (D + 8) * (1.2e-7 * b_size + 2 * LEAST_NORMAL)
                 b_far = (b_sum - b_error).to(tl.float64) > best[:, None]
@@ -232,61 +263,30 @@ def nearest_code_exact_kernel(
                 best, index = _least(b_value, b_code, mask & (b_nan == 0), best, index)
         # NaN is nearest of all.
         index = tl.where(first_nan < K, first_nan, index)
-        tl.store(index_ptr + rows, index.to(tl.int64), mask=m_n)
+        best = tl.where(first_nan < K, float("nan"), best)
+        _store(index_ptr, distance_ptr, rows, index, best, m_n, METRIC)
 
-
-@triton.jit(do_not_specialize=["N", "K"])
-def nearest_code_finish_kernel(
-    x_ptr,
-    code_ptr,
-    norm_ptr,
-    index_ptr,  # [H, N] indices, or -1 - group where it is one of the group's codes
-    distance_ptr,  # [H, N]
-    N,
-    K,
-    D,
-    stride_xh,
-    stride_xn,
-    stride_xd,
-    stride_ch,
-    stride_ck,
-    stride_cd,
-    METRIC: tl.constexpr,
-    FOUR: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    if FOUR:
-        D = multiple(D, 4)
-        stride_xh = multiple(stride_xh, 4)
-        stride_xn = multiple(stride_xn, 4)
-        stride_ch = multiple(stride_ch, 4)
-        stride_ck = multiple(stride_ck, 4)
-    head = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
-    m_n = rows < N
-    m_row = m_n[:, None]
-    index_ptr += head * N + rows
-    index = tl.load(index_ptr, mask=m_n, other=0)
+    # Which code of the group it is, of rows that were certain of one.
     o_g = tl.arange(0, GROUP)[None, :]
-    found = (index >= 0)[:, None]
-    b_code = tl.where(found, index[:, None], (-1 - index)[:, None] * GROUP + o_g).to(tl.int32)
-    mask = m_row & (b_code < K) & ((found == 0) | (o_g == 0))
-    p_x = x_ptr + head * stride_xh + rows[:, None] * stride_xn
-    norm_x = tl.zeros([BLOCK_N, 1], tl.float64)
-    if METRIC == 1:
-        norm_x = _defined_norm(p_x, m_row, D, stride_xd)
-    b_value = _definition(
-        p_x, m_row, code_ptr + head * stride_ch, norm_ptr + head * K, b_code, mask, norm_x,
-        D, stride_xd, stride_ck, stride_cd, METRIC,
-    )  # fmt: skip
-    # What was found may be NaN; a group that won has none.
-    value = tl.sum(tl.where(o_g == 0, b_value, 0.0), 1)
-    best = tl.full([BLOCK_N], float("inf"), tl.float64)
-    best, code = _least(b_value, b_code, mask, best, tl.full([BLOCK_N], 0x7FFFFFFF, tl.int32))
-    value = tl.where(index >= 0, value, best)
-    tl.store(index_ptr, tl.where(index >= 0, index, code.to(tl.int64)), mask=m_n)
-    if METRIC != 0:
-        value = 0.0 - value
-    p_distance = distance_ptr + head * N + rows
-    tl.store(p_distance, value.to(distance_ptr.dtype.element_ty), mask=m_n)
+    o_r = tl.arange(0, BLOCK_ROWS)
+    for first in range(tl.program_id(0) * BLOCK_ROWS, N, tl.num_programs(0) * BLOCK_ROWS):
+        rows = first + o_r.to(tl.int64)
+        entry = tl.load(index_ptr + rows, mask=rows < N, other=0)
+        # Others are, or will be, found from the lists.
+        m_n = (entry < 0) & (entry != LISTED)
+        m_row = m_n[:, None]
+        b_code = ((-1 - entry)[:, None] * GROUP + o_g).to(tl.int32)
+        mask = m_row & (b_code < K)
+        p_x = x_ptr + rows[:, None] * stride_xn
+        norm_x = tl.zeros([BLOCK_ROWS, 1], tl.float64)
+        if METRIC == 1:
+            norm_x = _defined_norm(p_x, m_row, D, stride_xd)
+        b_value = _definition(
+            p_x, m_row, code_ptr, norm_ptr, b_code, mask, norm_x,
+            D, stride_xd, stride_ck, stride_cd, METRIC,
+        )  # fmt: skip
+        best = tl.full([BLOCK_ROWS], float("inf"), tl.float64)
+        best, index = _least(
+            b_value, b_code, mask, best, tl.full([BLOCK_ROWS], 0x7FFFFFFF, tl.int32)
+        )
+        _store(index_ptr, distance_ptr, rows, index, best, m_n, METRIC)

@@ -32,7 +32,8 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 def check_integer(name: str, value: int) -> None:
     """``value`` is an int, or a number of another library that stands for one, else TypeError."""
-    if not hasattr(value, "__index__"):
+    # Symbolic numbers of torch.compile are ints, and know of no attributes.
+    if not isinstance(value, int) and not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 

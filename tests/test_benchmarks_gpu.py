@@ -12,10 +12,12 @@ import os
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from cases import normal
 from test_benchmarks import row
 from torch.nn.attention.flex_attention import flex_attention
 from torch.overrides import TorchFunctionMode
@@ -39,6 +41,7 @@ from benchmarks import (
     warm,
 )
 from benchmarks.modules import Step
+from benchmarks.peers import kmeans as peer_kmeans
 from benchmarks.results import Results, Row
 from benchmarks.subjects import expected, judge, own, subjects
 from mmfast.registry import OPS
@@ -72,7 +75,13 @@ def test_shapes_of_the_models():
     joint = {k for name, k, _ in shapes if name == "joint_attention"}
     assert joint == {4096 + 333, 4096 + 512, 32760 + 512}
     codes = {k for name, k, _ in shapes if name == "nearest_code"}
-    assert codes >= {8192, 65536, 262144}
+    assert codes >= {1024, 8192, 65536, 262144}
+    assert {k for name, k, _ in shapes if name == "kmeans"} == {1024, 65536}
+    # Numbers of all kinds meet products of as many codes and dimensions.
+    products = [c for c in CASES if c.op == "nearest_code" and c.shape["D"] >= 64]
+    assert {c.data.split(",")[0] for c in products} == {
+        "Gaussian", "Gaussian + 100", "image patches",
+    }  # fmt: skip
     kinds = {c.key.rpartition("_")[2] for c in CASES if c.op == "gated_residual_modulate"}
     assert kinds == {"float32", "bfloat16"}
 
@@ -138,6 +147,63 @@ def test_real_sizes_on_a_device_that_is_not_there(case):
             assert peer.floor or first.shape == wanted[0], name
 
 
+def test_who_takes_part_in_lookups():
+    """Those that the goals name, on a GPU without being asked for."""
+    names = {s.name for s in subjects("nearest_code")} | set(gpu_peers.of("nearest_code"))
+    assert names >= {
+        "torch.compile", gpu_peers.COMPILED_TF32, "addmm+argmin", "cdist+argmin", "KeOps",
+        "vector-quantize-pytorch", gpu_peers.FLASH_KMEANS, gpu_peers.BF16_PRODUCT,
+        gpu_peers.TF32_PRODUCT,
+    }  # fmt: skip
+    names = {s.name for s in subjects("kmeans")} | set(gpu_peers.of("kmeans"))
+    assert names >= {"torch.compile", "plain torch", gpu_peers.FLASH_KMEANS}
+    assert all(c.compiled for c in CASES if c.op == "kmeans")
+
+
+def test_flash_kmeans(monkeypatch):
+    """How it is called, by functions of its signatures; its kernels need a GPU."""
+
+    def assign(x, centroids, x_sq):
+        assert x_sq.shape == x.shape[:2]
+        return torch.cdist(x, centroids).argmin(2).int()
+
+    def kmeans(x, n_clusters, max_iters=100, tol=0.0, init_centroids=None, verbose=False):
+        assert (n_clusters, tol) == (init_centroids.shape[1], -1.0)
+        found = init_centroids[0].clone()
+        init_centroids.zero_()
+        return None, peer_kmeans.PLAIN(x[0], found, max_iters)[None], max_iters
+
+    package, assigning = ModuleType("flash_kmeans"), ModuleType("assign_euclid_triton")
+    package.batch_kmeans_Euclid, assigning.euclid_assign_triton = kmeans, assign
+    monkeypatch.setitem(sys.modules, "flash_kmeans", package)
+    monkeypatch.setitem(sys.modules, "flash_kmeans.assign_euclid_triton", assigning)
+    x, codebook = normal(50, 8), normal(9, 8, seed=1)
+    call = gpu_peers.of("nearest_code")[gpu_peers.FLASH_KMEANS].make(x, codebook, "euclidean")
+    arguments = x, codebook, "euclidean"
+    assert judge("nearest_code", call(), arguments, expected("nearest_code", arguments)) == ""
+    arguments = (x, x[:9].clone(), 3)
+    call = gpu_peers.of("kmeans")[gpu_peers.FLASH_KMEANS].make(*arguments)
+    for _ in range(2):  # the initial codes are as they were
+        assert judge("kmeans", call(), arguments, expected("kmeans", arguments)) == ""
+
+
+def test_products_of_tf32_leave_the_precision_as_it_was():
+    before = torch.get_float32_matmul_precision()
+    x, codebook = normal(50, 8), normal(9, 8, seed=1)
+    peer = gpu_peers.of("nearest_code")[gpu_peers.TF32_PRODUCT]
+    seen = []
+    product = torch.mm
+
+    def seeing(*factors):
+        seen.append(torch.get_float32_matmul_precision())
+        return product(*factors)
+
+    with mock.patch.object(torch, "mm", seeing):
+        peer.make(x, codebook, "euclidean")()
+    assert seen == ["high"]
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_lookups_ask_for_products_of_their_dtype():
     with WithoutNumbers():
         for case in CASES:
@@ -145,6 +211,8 @@ def test_lookups_ask_for_products_of_their_dtype():
                 continue
             x, codebook, metric = metas_of(case)
             for name, peer in gpu_peers.of(case.op).items():
+                if not peer.floor:
+                    continue
                 if peer.unsupported(x, codebook, metric):
                     assert name == gpu_peers.TF32_PRODUCT
                     assert x.dtype == torch.bfloat16

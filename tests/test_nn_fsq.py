@@ -26,6 +26,10 @@ FSQS = {
         {"levels": [8, 5, 4], "preserve_symmetry": True, "noise_dropout": 0.4},
         (2, 30, 3),
     ),
+    "noise of an image": (
+        {"levels": [8, 5], "preserve_symmetry": True, "noise_dropout": 0.4},
+        (2, 2, 5, 6),
+    ),
     "hard": ({"levels": [8, 5, 4], "bound_hard_clamp": True}, (2, 30, 3)),
     "rotated": ({"levels": [5, 5, 5], "orthogonal_rotation": True}, (2, 30, 3)),
 }
@@ -51,6 +55,16 @@ RESIDUALS = {
         (2, 30, 2),
     ),
     "one": ({"levels": [8, 5], "num_quantizers": 1}, (2, 30, 2)),
+    "nothing to drop": (
+        {
+            "levels": [8, 5],
+            "num_quantizers": 1,
+            "quantize_dropout": True,
+            "quantize_dropout_cutoff_index": 2,
+        },
+        (2, 30, 2),
+    ),
+    "kept": ({"levels": [8, 5], "num_quantizers": 2, "keep_num_codebooks_dim": True}, (2, 30, 2)),
 }
 
 
@@ -130,8 +144,9 @@ def test_residual_fsq(case):
     check_same(got, want)
     assert got[1].dtype == want[1].dtype
     check_same(ours(x, return_all_codes=True), theirs(x, return_all_codes=True))
-    check_same([ours.get_output_from_indices(got[1])], [theirs.get_output_from_indices(want[1])])
-    check_same([ours.get_output_from_indices(got[1])], [got[0]])
+    output = ours.get_output_from_indices(got[1])
+    check_same([output], [theirs.get_output_from_indices(want[1])])
+    check_same([output.reshape(shape)], [got[0]])
     check_same([ours.codebooks, ours.scales], [theirs.codebooks, theirs.scales])
 
 
@@ -231,6 +246,14 @@ def test_messages():
         ResidualFSQ(levels=[5, 5], num_quantizers=2, soft_clamp_input_value=2.0)
     with pytest.raises(ValueError, match="dim must be a multiple of groups = 3, got 4"):
         GroupedResidualFSQ(dim=4, groups=3, levels=[5, 5], num_quantizers=2)
+    for name, expected, given in (
+        ("num_codebooks", 1, 2),
+        ("return_indices", True, False),
+        ("channel_first", False, True),
+    ):
+        message = f"{name} must be {expected} in a residual quantiser, got {given}"
+        with pytest.raises(ValueError, match=message):
+            ResidualFSQ(levels=[5, 5], num_quantizers=2, **{name: given})
     with pytest.raises(TypeError, match="nonsense"):
         FSQ([5, 5], nonsense=1)
     residual = ResidualFSQ(levels=[5, 5], num_quantizers=3)

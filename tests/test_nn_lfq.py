@@ -43,6 +43,7 @@ INV_TEMPERATURE = 0.3
 def gradients(module, x, **more):
     """Outputs of a call, and the gradients of x and the parameters."""
     x = x.clone().requires_grad_()
+    torch.manual_seed(3)
     (out, indices, loss), parts = module(x, INV_TEMPERATURE, return_loss_breakdown=True, **more)
     weight = normal(*out.shape, seed=1)
     parameters = [x, *module.parameters()] if module.training or module.has_projections else []
@@ -118,6 +119,12 @@ def test_a_fraction_of_the_vectors():
         assert not (sampled & ~inside).any()
 
 
+def test_the_fraction_is_the_peers():
+    options = {"dim": 5, "frac_per_sample_entropy": 0.3, "commitment_loss_weight": 1.0}
+    theirs, ours = pair("LFQ", options, LFQ)
+    check_same(gradients(ours, normal(2, 25, 5)), gradients(theirs, normal(2, 25, 5)))
+
+
 def test_entropy_by_groups():
     x = normal(2, 40, 20)
     module = LFQ(dim=20, spherical=True, entropy_group_bits=5)
@@ -133,6 +140,12 @@ RESIDUALS = {
     "projected": {"dim": 7, "codebook_size": 16, "num_quantizers": 2},
     "clamped": {"dim": 4, "codebook_size": 16, "num_quantizers": 3, "soft_clamp_input_value": 2.0},
     "spherical": {"dim": 4, "codebook_size": 16, "num_quantizers": 2, "spherical": True},
+    "kept": {
+        "dim": 7,
+        "codebook_size": 16,
+        "num_quantizers": 2,
+        "keep_num_codebooks_dim": True,
+    },
 }
 
 
@@ -151,8 +164,8 @@ def test_residual_lfq(case):
     check_same(mine, torch.autograd.grad((want[0] * weight).sum() + want[2].sum(), parameters))
     check_same([ours.codebooks], [theirs.codebooks])
     quantized, indices, _, codes = ours(x, return_all_codes=True)
-    check_same([ours.get_output_from_indices(indices)], [quantized])
-    check_same([ours.project_out(codes.sum(0))], [quantized])
+    check_same([ours.get_output_from_indices(indices).reshape(x.shape)], [quantized])
+    check_same([ours.project_out(codes.sum(0)).reshape(x.shape)], [quantized])
     if case != "spherical":  # the peer's codes are not normalised
         check_same([codes], [theirs.get_codes_from_indices(indices)])
 
@@ -171,6 +184,19 @@ def test_residual_lfq_of_images():
     flat, flat_indices, _ = ours(x.flatten(2).transpose(1, 2))
     check_same([quantized.flatten(2).transpose(1, 2)], [flat])
     assert torch.equal(indices.flatten(1, 2), flat_indices)
+    grouped = GroupedResidualLFQ(
+        dim=14, groups=2, codebook_size=16, num_quantizers=2, accept_image_fmap=True
+    )
+    for shape in ((2, 14, 3, 4), (2, 14, 5)):
+        quantized, indices, _ = grouped(normal(*shape))
+        check_same([grouped.get_output_from_indices(indices).movedim(-1, 1)], [quantized])
+
+
+def test_residual_lfq_with_channels_first():
+    options = {"dim": 4, "codebook_size": 16, "num_quantizers": 2, "channel_first": True}
+    theirs, ours = pair("ResidualLFQ", options | {"entropy_loss_weight": 0.0}, ResidualLFQ)
+    x = normal(2, 4, 9)
+    check_same(ours(x), theirs(x))
 
 
 def test_quantize_dropout():
@@ -251,5 +277,10 @@ def test_messages():
         LFQ(dim=4)(normal(2, 4, 3))
     with pytest.raises(ValueError, match="dim must be a multiple of groups = 3, got 4"):
         GroupedResidualLFQ(dim=4, groups=3, codebook_size=4, num_quantizers=2)
+    residual = {"dim": 4, "codebook_size": 16, "num_quantizers": 2}
+    with pytest.raises(ValueError, match="has_projections must be False in a residual"):
+        ResidualLFQ(**residual, has_projections=True)
+    with pytest.raises(ValueError, match="num_codebooks must be 1 in a residual quantiser, got 2"):
+        ResidualLFQ(**residual, num_codebooks=2)
     with pytest.raises(TypeError, match="nonsense"):
         LFQ(dim=4, nonsense=1)

@@ -21,6 +21,7 @@ OPTIONS = {
     "projected": {"codebook_dim": 4},
     "shared": {"shared_codebook": True},
     "dropout": {"quantize_dropout": True, "quantize_dropout_cutoff_index": 1},
+    "cutoff_without_dropout": {"quantize_dropout_cutoff_index": 5},
     "dropout_multiple": {"quantize_dropout": True, "quantize_dropout_multiple_of": 2},
     "sizes": {"num_quantizers": None, "codebook_size": (16, 8, 4)},
     "cosine": {"use_cosine_sim": True},
@@ -32,6 +33,8 @@ OPTIONS = {
     "implicit_shared": {"implicit_neural_codebook": True, "shared_codebook": True},
     "beam": BY_GRADIENT | {"beam_size": 3, "beam_score_quantizer_weights": WEIGHTS},
     "beam_shared": BY_GRADIENT | {"beam_size": 2, "shared_codebook": True},
+    "beam_drawn": BY_GRADIENT
+    | {"beam_size": 2, "stochastic_sample_codes": True, "rotation_trick": False},
     "beam_dropout": BY_GRADIENT | {"beam_size": 2, "quantize_dropout": True},
     "beam_in_eval": {"beam_size": 1, "eval_beam_size": 3},
 }
@@ -230,11 +233,18 @@ def test_checkpoints_load_both_ways(options):
     torch.testing.assert_close(a[0], b[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"quantize_dropout": True}, OPTIONS["beam"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quantize_dropout": True},
+        OPTIONS["beam"],
+        {"stochastic_sample_codes": True, "rotation_trick": False},
+    ],
+)
 def test_grouped(options):
     ours, theirs = pair("", GroupedResidualVQ, groups=2, **options)
     assert_same_state(ours, theirs, exact=True)
-    # The peer draws a seed in each step, whether it has a use for it or not.
     train((ours, theirs), steps=5)
     assert_same_state(ours, theirs)
     torch.testing.assert_close(ours.codebooks, theirs.codebooks)
@@ -503,7 +513,7 @@ def test_exports():
         ),
         ({"eval_beam_size": 2}, ValueError, "eval_beam_size 2 needs a beam_size, got None"),
         (
-            {"quantize_dropout_cutoff_index": 3},
+            {"quantize_dropout": True, "quantize_dropout_cutoff_index": 3},
             ValueError,
             "quantize_dropout_cutoff_index must be from 0 to num_quantizers - 1 = 2, got 3",
         ),

@@ -194,7 +194,9 @@ def test_messages():
     with pytest.raises(ValueError, match="heads must be 1 in a residual quantiser, got 2"):
         ResidualSimVQ(**BASE, num_quantizers=2, heads=2)
     with pytest.raises(ValueError, match="quantize_dropout_cutoff_index must be from 0 to"):
-        ResidualSimVQ(**BASE, num_quantizers=2, quantize_dropout_cutoff_index=2)
+        ResidualSimVQ(
+            **BASE, num_quantizers=2, quantize_dropout=True, quantize_dropout_cutoff_index=2
+        )
     residual = ResidualSimVQ(**BASE, num_quantizers=2)
     with pytest.raises(ValueError, match=r"with Q = 2 stages, got shape \(5, 3\)"):
         residual.get_codes_from_indices(torch.zeros(5, 3, dtype=torch.int64))

@@ -262,6 +262,15 @@ def test_negative_sizes_are_refused():
         mmfast.randn((2, -1), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [(5, "a sequence of ints, got int"), ((2, 1.5), "size of shape must be an int, got float")],
+)
+def test_shapes_of_other_kinds_are_refused(shape, message):
+    with pytest.raises(TypeError, match=message):
+        mmfast.randn(shape, seed=0)
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles(compiler):
     def noise(x, seed, step):

@@ -543,6 +543,14 @@ def test_the_builder_remembers():
         (lambda: S.EDMSchedule(sigma_min=0.0), "0 < sigma_min <= sigma_max"),
         (lambda: S.EDMSchedule().grid(5, sigmas="linear"), "sigmas must be one of karras"),
         (lambda: S.EDMSchedule().grid(5, final="last"), "final must be one of zero, sigma_min"),
+        (lambda: VP.grid(5, final=-1.0), "final must be from 0 to 1.798e.308, got -1.0"),
+        (lambda: VP.grid(5, final=math.nan), "final must be from 0 to .*, got nan"),
+        (lambda: VP.grid(5, sigmas="karras", rho=0), "rho must be a finite number other than 0"),
+        (lambda: S.FlowSchedule().grid(5, final=1.5), "final must be from 0 to 1, got 1.5"),
+        (lambda: S.FlowSchedule().grid(5, mu=math.nan), "mu must be finite, got nan"),
+        (lambda: S.FlowSchedule().grid(5, terminal=1.0), "terminal must be from 0 to below 1"),
+        (lambda: S.ddim(VP.grid(5), clip=0.0), "clip must be a number above 0, or a low and a hig"),
+        (lambda: S.ddim(VP.grid(5), clip=(1.0, -1.0)), r"higher one, got \(1.0, -1.0\)"),
         (lambda: S.spacings.consistency(1000, 51), "original_steps . strength = 50, got 51"),
         (lambda: weights.mode_quantile(torch.ones(1), 3.0), "scale must be from -1 to 1.752"),
         (lambda: S.Grid(torch.ones(3), torch.ones(3), torch.ones(4), torch.ones(4), VP),
@@ -572,6 +580,12 @@ def test_sample_refuses(arguments, error, message):
     churned = S.euler(VP.grid(4), churn=1.0)
     with pytest.raises(ValueError, match="not possible: dynamic_threshold with churn"):
         S.sample(model, START, churned, dynamic_threshold=(0.9, 2.0), progress=False)
+    with pytest.raises(TypeError, match="table must be a SamplerTable, got Tensor"):
+        S.sample(model, START, S.ddpm(VP.grid(4)).coefficients)
+    with pytest.raises(
+        TypeError, match="the model must return a tensor, or a tensor first, got No"
+    ):
+        S.sample(lambda x, t: None, START, S.ddpm(VP.grid(4)), progress=False)
     with pytest.raises(TypeError, match="x must be float32, float16, bfloat16, float64, got int64"):
         S.sample(model, torch.ones(2, 6, dtype=torch.int64), S.ddpm(VP.grid(4)), progress=False)
 

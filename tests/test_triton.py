@@ -317,15 +317,24 @@ def test_nearest_code_hard_data(name, metric):
 
 
 @pytest.mark.skipif(not interpreting(), reason="tiles of the interpreter; a GPU's are searched")
-@pytest.mark.parametrize(("columns", "tma"), [(128, False), (64, True)])
+@pytest.mark.parametrize(
+    ("columns", "tma", "ahead"),
+    [(128, False, False), (64, True, False), (64, True, True)],
+)
 @pytest.mark.parametrize("name", HARD)
-def test_nearest_code_other_tiles(name, columns, tma):
-    """Codes by pointers, as where there are no descriptors, and half as many of them at a time."""
+def test_nearest_code_other_tiles(name, columns, tma, ahead):
+    """Codes by pointers, as where there are no descriptors, half as many of them at a time, and
+    products that begin before the scores of the tile before are compared."""
     from mmfast.kernels import nearest_code
+    from mmfast.kernels.nearest_code_tiles import config
 
-    config = triton.Config({"BLOCK_N": 32, "BLOCK_K": columns, "TMA": tma})
-    with nearest_code._screen.forcing(config), nearest_code._screen_again.forcing(config):
+    again = config((32, columns, 4), 2, tma=tma)
+    first = config((32, columns, 4), 2, tma=tma, ahead=ahead)
+    with nearest_code._screen.forcing(first), nearest_code._screen_again.forcing(again):
         check_nearest(*HARD[name](20, 200, 24))
+        if ahead and name == "mixed magnitudes":
+            for d, metric in ((64, "dot"), (100, "cosine"), (200, "euclidean")):
+                check_nearest(*HARD[name](9, 130, d), metric)
 
 
 @pytest.mark.parametrize("name", HARD)

@@ -22,7 +22,10 @@ from mmfast.kernels.tuned import Entry, Problem, Tuned
 SCREEN, PROBLEMS = nearest_code.tuning
 CONSTANTS = {"PADDED_D": 64, "STEP_D": 64}
 KEY = "PADDED_D 64"
-SECOND = {"BLOCK_N": 64, "BLOCK_K": 64, "TMA": True, "num_warps": 4, "num_stages": 4}
+SECOND = {
+    "BLOCK_N": 64, "BLOCK_K": 64, "TMA": True, "AHEAD": True, "STAGES": 3, "num_warps": 4,
+    "num_stages": 3,
+}  # fmt: skip
 
 
 @triton.jit
@@ -161,8 +164,10 @@ def searched(content, again: bool = False, widths=(64, 128)):
 def test_search(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
     found, timed, candidates = searched({})
-    assert [c["TMA"] for c in candidates] == [True] * 4 + [False] * 4
-    assert [width for width, _ in timed] == [64] * 8 + [128] * 7  # one of them would spill
+    assert [(c["TMA"], c["AHEAD"]) for c in candidates] == (
+        [(True, True)] * 3 + [(True, False)] * 5 + [(False, False)] * 4
+    )
+    assert [width for width, _ in timed] == [64] * 12 + [128] * 10  # two of them would spill
     assert [c for width, c in timed if width == 64] == candidates
     assert found[-1][KEY] == candidates[2]
     assert len(found) == 2  # kept one after the other

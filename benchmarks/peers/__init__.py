@@ -46,7 +46,7 @@ class Peer:
         floor: it does less than the op (a bare matrix product) and returns nothing to compare.
         random: it does the same with other random numbers: there is nothing to compare.
         aside: no goal compares with it: it is timed once unless it is quick.
-        rarely: and it takes part in ``contest.HEADLINES`` only, without ``--full``.
+        rarely: and on a CPU it takes part in ``contest.HEADLINES`` only, without ``--full``.
         note: what a reader must know about it.
     """
 

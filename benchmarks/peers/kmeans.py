@@ -1,4 +1,4 @@
-"""Peers of kmeans: scikit-learn, faiss, plain PyTorch. Each returns its codebook."""
+"""Peers of kmeans: scikit-learn, faiss, plain PyTorch, flash-kmeans. Each returns its codebook."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from benchmarks.peers import Peer, needs
 from benchmarks.peers.nearest_code import addmm_argmin
 
 
+def PLAIN(x: Tensor, codebook: Tensor, iterations: int) -> Tensor:
+    """Lloyd's iterations as users write them; torch.compile gets it too."""
+    ones, codes = x.new_ones(x.shape[0]), codebook
+    for _ in range(iterations):
+        indices = addmm_argmin(x, codes)
+        counts = torch.zeros_like(codes[:, 0]).index_add_(0, indices, ones)  # [K]
+        sums = torch.zeros_like(codes).index_add_(0, indices, x)  # [K, D]
+        codes = torch.where(counts[:, None] > 0, sums / counts[:, None], codes)
+    return codes
+
+
+def PLAIN_WORKSPACE(x: Tensor, codebook: Tensor, iterations: int) -> int:
+    """Distances of all vectors from all codes."""
+    return 4 * x.shape[0] * codebook.shape[0]
+
+
 def _torch(x: Tensor, codebook: Tensor, iterations: int) -> Callable[[], Tensor]:
-    ones = x.new_ones(x.shape[0])
-
-    def run() -> Tensor:
-        codes = codebook
-        for _ in range(iterations):
-            indices = addmm_argmin(x, codes)
-            counts = torch.zeros_like(codes[:, 0]).index_add_(0, indices, ones)  # [K]
-            sums = torch.zeros_like(codes).index_add_(0, indices, x)  # [K, D]
-            codes = torch.where(counts[:, None] > 0, sums / counts[:, None], codes)
-        return codes
-
-    return run
+    return lambda: PLAIN(x, codebook, iterations)
 
 
 def _sklearn(x: Tensor, codebook: Tensor, iterations: int) -> Callable[[], Tensor]:
@@ -66,7 +71,7 @@ def _on_cpu(x: Tensor, codebook: Tensor, iterations: int) -> list[str]:
 PEERS = {
     "plain torch": Peer(
         _torch,
-        workspace=lambda x, codebook, _: 4 * x.shape[0] * codebook.shape[0],
+        workspace=PLAIN_WORKSPACE,
         aside=True,
         note="addmm+argmin, index_add",
     ),

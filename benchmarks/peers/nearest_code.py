@@ -76,7 +76,7 @@ def _keops(x: Tensor, codebook: Tensor, metric: str) -> Callable[[], Tensor]:
     from pykeops.torch import LazyTensor
 
     vectors, codes = LazyTensor(x[:, None]), LazyTensor(codebook[None])
-    return lambda: ((vectors - codes) ** 2).sum(-1).argKmin(1, dim=1)[:, 0]
+    return lambda: vectors.sqdist(codes).argmin(dim=1)[:, 0]
 
 
 def _keops_unsupported(x: Tensor, codebook: Tensor, metric: str) -> list[str]:

@@ -5,6 +5,7 @@
 // width. A head that is narrower than a vector is padded with zeros.
 #pragma once
 #include <atomic>
+#include <utility>
 
 #include "cpu/numbers.h"
 #include "cpu/past_cache.h"
@@ -23,6 +24,7 @@ struct QkNormRope {
   static constexpr int64_t size = DTYPE == Dtype::float64 ? 8 : DTYPE == Dtype::float32 ? 4 : 2;
   static constexpr int64_t block = 16;  // tokens whose tables are made at once
   static constexpr int64_t together = 16;  // heads, unless a norm is of more
+  static constexpr int at_once = W * sizeof(T) == 64 ? 4 : 2;  // of these, if they are of one token
   static constexpr int64_t most_parts = 64, least_part = 64;  // of a sum over tokens, and tokens
 
   const QkNormRopeArgs& args;
@@ -172,6 +174,18 @@ struct QkNormRope {
     return (uintptr_t)a.out.data % 64 == 0;
   }
 
+  // Calls use(v) for the vectors of a head, or for the first half of them. Written out if USUAL: what
+  // is added up stays in registers then.
+  template <bool USUAL, int UP_TO = COUNT, class Use>
+  __attribute__((always_inline)) void for_vectors(const Use& use) const {
+    if constexpr (USUAL)
+      [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+        (use((int64_t)I), ...);
+      }(std::make_integer_sequence<int, UP_TO>{});
+    else
+      for (int64_t v = 0, end = UP_TO == COUNT ? vectors() : UP_TO; v < end; ++v) use(v);
+  }
+
   // Where vector v of a head begins.
   __attribute__((always_inline)) int64_t place(int64_t v) const {
     return v + 1 < vectors() || (!COUNT && E < W) ? v * W : E - W;
@@ -266,33 +280,59 @@ struct QkNormRope {
     }
   }
 
-  // Calls give(v, e, rotated) for the vectors of a head, whose numbers are at(v, e).
-  template <Way WAY, class At, class Give>
+  // A root mean square of a head, no bias, and all numbers are rotated or none: nothing is left to ask
+  // for each vector.
+  bool usual() const {
+    return COUNT && args.norm == Norm::rms && !args.across_heads && !args.bias && !args.grad_bias &&
+           (R == 0 || R == E);
+  }
+
+  // Calls give(v, e, rotated) for the vectors of MANY heads with one table, whose numbers are
+  // at(i, e); rotated[i] is head i's vector v.
+  template <Way WAY, bool USUAL, int MANY, class At, class Give>
   __attribute__((always_inline)) void rotate(const T* table, T* pairs, const At& at,
                                              const Give& give) const {
     const int64_t R = this->R, h = R / 2;
-    const bool partly = R < E;
+    const bool partly = !USUAL && R < E;
     const T *c = table, *s = table + stride;
-    const auto turned = [=](int64_t e, V n, V partner) __attribute__((always_inline)) {
-      const V r = fma(n, load<V>(c + e), partner * load<V>(s + e));
-      return partly ? first(R - e, r, n) : r;
-    };
+    V made[MANY];
     if constexpr (WAY == Way::none) {
-      for (int64_t v = 0; v < vectors(); ++v) give(v, place(v), at(v, place(v)));
+      for_vectors<USUAL>([&](int64_t v) __attribute__((always_inline)) {
+        for (int i = 0; i < MANY; ++i) made[i] = at(i, place(v));
+        give(v, place(v), made);
+      });
     } else if constexpr (WAY == Way::neighbours) {
-      for (int64_t v = 0; v < vectors(); ++v) {
+      for_vectors<USUAL>([&](int64_t v) __attribute__((always_inline)) {
         const int64_t e = place(v);
-        const V n = at(v, e);
-        give(v, e, turned(e, n, swap_pairs(n)));
-      }
+        const V to_self = load<V>(c + e), to_partner = load<V>(s + e);
+        for (int i = 0; i < MANY; ++i) {
+          const V n = at(i, e), r = fma(n, to_self, swap_pairs(n) * to_partner);
+          made[i] = partly ? first(R - e, r, n) : r;
+        }
+        give(v, e, made);
+      });
     } else if constexpr (WAY == Way::halves) {
-      for (int64_t v = 0, u = vectors() / 2; u < vectors(); ++v, ++u) {
-        const V a = at(v, v * W), b = at(u, u * W);
-        give(v, v * W, fma(a, load<V>(c + v * W), b * load<V>(s + v * W)));
-        give(u, u * W, fma(b, load<V>(c + u * W), a * load<V>(s + u * W)));
-      }
+      const auto both = [&](int64_t v, int64_t u) __attribute__((always_inline)) {
+        const V c1 = load<V>(c + v * W), s1 = load<V>(s + v * W);
+        const V c2 = load<V>(c + u * W), s2 = load<V>(s + u * W);
+        V second[MANY];
+        for (int i = 0; i < MANY; ++i) {
+          const V a = at(i, v * W), b = at(i, u * W);
+          made[i] = fma(a, c1, b * s1);
+          second[i] = fma(b, c2, a * s2);
+        }
+        give(v, v * W, made);
+        give(u, u * W, second);
+      };
+      if constexpr (COUNT != 0)
+        for_vectors<USUAL, COUNT / 2>([&](int64_t v) __attribute__((always_inline)) {
+          both(v, v + COUNT / 2);
+        });
+      else
+        for (int64_t v = 0, u = vectors() / 2; u < vectors(); ++v, ++u) both(v, u);
     } else {
-      for (int64_t v = 0; v < vectors(); ++v) store(pairs + place(v), at(v, place(v)));
+      static_assert(MANY == 1);
+      for (int64_t v = 0; v < vectors(); ++v) store(pairs + place(v), at(0, place(v)));
       int64_t offset = 0;  // from a number to its partner
       if (args.half) {
         // What follows the rotated numbers makes room for their beginning: it is not needed.
@@ -311,25 +351,33 @@ struct QkNormRope {
       }
       for (int64_t v = 0; v < vectors(); ++v) {
         const int64_t e = place(v);
-        give(v, e, turned(e, at(v, e), load<V>(pairs + e + offset)));
+        const V n = at(0, e), partner = load<V>(pairs + e + offset);
+        const V r = fma(n, load<V>(c + e), partner * load<V>(s + e));
+        made[0] = partly ? first(R - e, r, n) : r;
+        give(v, e, made);
       }
     }
   }
 
-  // of[i]: what the vectors partial(i) of a head add up to, or those of all heads of a norm.
+  // of[i]: what the numbers of a head's vector add up to, or those of all heads of a norm. Calls
+  // partial(i, found), which makes the vectors of as many heads from i on as it returns.
   template <class Partial>
   __attribute__((always_inline)) void add_up(Row* rows, int64_t count, T Row::*of,
                                              const Partial& partial) const {
+    V found[together];
     if (args.across_heads) {
       V total{};
-      for (int64_t i = 0; i < count; ++i) total += partial(i);
+      for (int64_t i = 0; i < count;) {
+        const int64_t many = partial(i, found);
+        for (int64_t j = 0; j < many; ++j) total += found[j];
+        i += many;
+      }
       const T sum = sum_lanes(total);
       for (int64_t i = 0; i < count; ++i) rows[i].*of = sum;
       return;
     }
-    V found[together];
     T sums[together];
-    for (int64_t i = 0; i < count; ++i) found[i] = partial(i);
+    for (int64_t i = 0; i < count;) i += partial(i, found + i);
     for (int64_t i = count; i < together; ++i) found[i] = V{};
     if constexpr (sizeof(T) == 4)
       sum_lanes_of(found, sums);
@@ -339,20 +387,21 @@ struct QkNormRope {
   }
 
   // Means and inverses of the rows.
-  template <bool PAIRED = false>
+  template <bool PAIRED = false, bool USUAL = false>
   void measure(Row* rows, int64_t count) const {
-    if (args.norm == Norm::none) return;
+    if (!USUAL && args.norm == Norm::none) return;
     const T numbers = (T)(E * group);
-    const bool layer = this->layer;
+    const bool layer = !USUAL && this->layer;
     if (layer) {
-      add_up(rows, count, &Row::mean, [&](int64_t i) __attribute__((always_inline)) {
+      add_up(rows, count, &Row::mean, [&](int64_t i, V* found) __attribute__((always_inline)) {
         V total{};
         for (int64_t v = 0; v < vectors(); ++v) total += own(take(rows[i].x, place(v)), v);
-        return total;
+        found[0] = total;
+        return 1;
       });
       for (int64_t i = 0; i < count; ++i) rows[i].mean /= numbers;
     }
-    add_up(rows, count, &Row::inverse, [&](int64_t i) __attribute__((always_inline)) {
+    add_up(rows, count, &Row::inverse, [&](int64_t i, V* found) __attribute__((always_inline)) {
       V squares[2]{};
       if constexpr (PAIRED) {
         const auto blocks = this->pair_blocks();
@@ -362,12 +411,13 @@ struct QkNormRope {
               add_squares(squares[j & 1], rows[i].x + blocks.place(j) * size, blocks.own(j));
       } else {
         const V mean = V{} + rows[i].mean;
-        for (int64_t v = 0; v < vectors(); ++v) {
+        for_vectors<USUAL>([&](int64_t v) __attribute__((always_inline)) {
           const V x = take(rows[i].x, place(v)), mine = own(layer ? x - mean : x, v);
           squares[v & 1] = fma(mine, mine, squares[v & 1]);
-        }
+        });
       }
-      return squares[0] + squares[1];
+      found[0] = squares[0] + squares[1];
+      return 1;
     });
     const int64_t different = args.across_heads ? 1 : count;
     T inverses[together];
@@ -381,66 +431,140 @@ struct QkNormRope {
     for (int64_t i = 0; i < count; ++i) rows[i].inverse = inverses[args.across_heads ? 0 : i];
   }
 
+  // How many heads ahead their numbers are asked for: not a page, or near to one, for loads wait for
+  // stores to the same place of another page.
+  int64_t rows_ahead() const {
+    int64_t rows = together;
+    while (rows < 2 * together && (uint64_t)(rows * E * size % 4096 - 1024) > 2048) ++rows;
+    return rows;
+  }
+
   // Asks for a part of the row that comes soon, where vector v of this one is. Into the second cache:
   // the first would wait for memory with too few lines at a time.
   __attribute__((always_inline)) void ask(const char* next, int64_t v) const {
     if (COUNT && v * W * size % 64 == 0) __builtin_prefetch(next + v * W * size, 0, 2);
   }
 
-  template <Way WAY>
+  // Whether heads from i on, as many as are taken at once, have one table.
+  static bool as_one(const Row* rows, int64_t i, int64_t count) {
+    if (i + at_once > count) return false;
+    for (int j = 1; j < at_once; ++j)
+      if (rows[i + j].table != rows[i].table) return false;
+    return true;
+  }
+
+  // What is the same for all rows; copies stay in registers, members would be read again after every
+  // store.
+  template <bool USUAL>
+  struct Flags {
+    const bool plain, layer, biased, folded, streams, of_weight, of_bias;
+
+    explicit Flags(const QkNormRope& op)
+        : plain(!USUAL && op.args.norm == Norm::none),
+          layer(!USUAL && op.layer),
+          biased(!USUAL && op.args.bias),
+          folded(op.folded),
+          streams(op.streams),
+          of_weight(op.args.grad_weight),
+          of_bias(!USUAL && op.args.grad_bias) {}
+  };
+
+  template <Way WAY, bool USUAL, int MANY>
+  __attribute__((always_inline)) void write_heads(const Row* rows, T* pairs,
+                                                  const Flags<USUAL>& is) const {
+    V mean[MANY], inverse[MANY];
+    for (int i = 0; i < MANY; ++i) {
+      mean[i] = V{} + rows[i].mean;
+      inverse[i] = V{} + rows[i].inverse;
+    }
+    const T *weight = rows[0].weight, *bias = rows[0].bias;
+    const auto normed = [&](int i, int64_t e) __attribute__((always_inline)) {
+      const V x = is.layer ? take(rows[i].x, e) - mean[i] : take(rows[i].x, e);
+      if (is.folded) return x;
+      const V n = x * inverse[i] * load<V>(weight + e);
+      return is.biased ? n + load<V>(bias + e) : n;
+    };
+    const auto write = [&](int64_t v, int64_t e, const V* made) __attribute__((always_inline)) {
+      for (int i = 0; i < MANY; ++i) {
+        put(rows[i].out, e, is.folded ? made[i] * inverse[i] : made[i], is.streams);
+        ask(rows[i].next, v);
+      }
+    };
+    rotate<WAY, USUAL, MANY>(rows[0].table, pairs, normed, write);
+  }
+
+  template <Way WAY, bool USUAL>
   void forward(Row* rows, int64_t count, T* pairs) const {
-    measure(rows, count);
-    // Copies stay in registers; members would be read again after every store.
-    const bool biased = args.bias != nullptr, layer = this->layer, folded = this->folded;
-    const bool streams = this->streams;
-    for (int64_t i = 0; i < count; ++i) {
-      const Row row = rows[i];
-      const V mean = V{} + row.mean, inverse = V{} + row.inverse;
-      const auto normed = [=, this](int64_t, int64_t e) __attribute__((always_inline)) {
-        const V x = layer ? take(row.x, e) - mean : take(row.x, e);
-        if (folded) return x;
-        const V n = x * inverse * load<V>(row.weight + e);
-        return biased ? n + load<V>(row.bias + e) : n;
-      };
-      const auto write = [=, this](int64_t i, int64_t e, V v) __attribute__((always_inline)) {
-        put(row.out, e, folded ? v * inverse : v, streams);
-        ask(row.next, i);
-      };
-      rotate<WAY>(row.table, pairs, normed, write);
+    measure<false, USUAL>(rows, count);
+    const Flags<USUAL> is(*this);
+    for (int64_t i = 0; i < count;) {
+      if constexpr (USUAL)
+        if (as_one(rows, i, count)) {
+          write_heads<WAY, USUAL, at_once>(rows + i, pairs, is);
+          i += at_once;
+          continue;
+        }
+      write_heads<WAY, USUAL, 1>(rows + i, pairs, is);
+      ++i;
     }
   }
 
-  template <Way WAY>
+  // Gradients of what the norm makes, in to_xhat, and found: their products with it.
+  template <Way WAY, bool USUAL, int MANY>
+  __attribute__((always_inline)) void gradients_of_norm(Row* rows, T* pairs, V* found,
+                                                        const Flags<USUAL>& is) const {
+    V mean[MANY], inverse[MANY], total[MANY]{}, products[MANY][2]{};
+    for (int i = 0; i < MANY; ++i) {
+      mean[i] = V{} + rows[i].mean;
+      inverse[i] = V{} + rows[i].inverse;
+    }
+    const Row& one = rows[0];
+    const auto read = [&](int i, int64_t e) __attribute__((always_inline)) {
+      return take(rows[i].grad, e);
+    };
+    const auto use = [&](int64_t v, int64_t e, const V* made) __attribute__((always_inline)) {
+      if (is.plain) {
+        for (int i = 0; i < MANY; ++i) put(rows[i].out, e, made[i], is.streams);
+        return;
+      }
+      const V w = load<V>(one.weight + e);
+      V to_weight{}, to_bias{};
+      if (is.of_weight) to_weight = load<V>(one.to_weight + e);
+      if (is.of_bias) to_bias = load<V>(one.to_bias + e);
+      for (int i = 0; i < MANY; ++i) {
+        const V x = take(rows[i].x, e), g = made[i], mine = own(g, v), mine_w = mine * w;
+        const V xhat = (is.layer ? x - mean[i] : x) * inverse[i];
+        to_weight = fma(mine, xhat, to_weight);
+        if (is.of_bias) to_bias += mine;
+        store(rows[i].to_xhat + e, g * w);
+        ask(rows[i].next, v);
+        products[i][v & 1] = fma(mine_w, xhat, products[i][v & 1]);
+        if (is.layer) total[i] += mine_w;
+      }
+      if (is.of_weight) store(one.to_weight + e, to_weight);
+      if (is.of_bias) store(one.to_bias + e, to_bias);
+    };
+    rotate<WAY, USUAL, MANY>(one.table, pairs, read, use);
+    for (int i = 0; i < MANY; ++i) {
+      rows[i].average = is.layer ? sum_lanes(total[i]) : 0;
+      found[i] = products[i][0] + products[i][1];
+    }
+  }
+
+  template <Way WAY, bool USUAL>
   void backward(Row* rows, int64_t count, T* pairs) const {
-    measure(rows, count);
-    const bool plain = args.norm == Norm::none, of_weight = args.grad_weight, of_bias = args.grad_bias;
-    const bool layer = this->layer, streams = this->streams;
-    add_up(rows, count, &Row::along, [&](int64_t i) __attribute__((always_inline)) {
-      const Row row = rows[i];
-      const V mean = V{} + row.mean, inverse = V{} + row.inverse;
-      V products[2]{}, total{};
-      const auto read = [&](int64_t, int64_t e) __attribute__((always_inline)) {
-        return take(row.grad, e);
-      };
-      const auto use = [&](int64_t v, int64_t e, V g) __attribute__((always_inline)) {
-        if (plain) {
-          put(row.out, e, g, streams);
-          return;
+    measure<false, USUAL>(rows, count);
+    const Flags<USUAL> is(*this);
+    add_up(rows, count, &Row::along, [&](int64_t i, V* found) __attribute__((always_inline)) {
+      if constexpr (USUAL)
+        if (as_one(rows, i, count)) {
+          gradients_of_norm<WAY, USUAL, at_once>(rows + i, pairs, found, is);
+          return at_once;
         }
-        const V x = take(row.x, e), xhat = (layer ? x - mean : x) * inverse, mine = own(g, v);
-        const V w = load<V>(row.weight + e), mine_w = mine * w;
-        if (of_weight) store(row.to_weight + e, fma(mine, xhat, load<V>(row.to_weight + e)));
-        if (of_bias) store(row.to_bias + e, load<V>(row.to_bias + e) + mine);
-        store(row.to_xhat + e, g * w);
-        ask(row.next, v);
-        products[v & 1] = fma(mine_w, xhat, products[v & 1]);
-        if (layer) total += mine_w;
-      };
-      rotate<WAY>(row.table, pairs, read, use);
-      rows[i].average = layer ? sum_lanes(total) : 0;
-      return products[0] + products[1];
+      gradients_of_norm<WAY, USUAL, 1>(rows + i, pairs, found, is);
+      return 1;
     });
-    if (plain) return;
+    if (is.plain) return;
     if (args.across_heads) {
       T total = 0;
       for (int64_t i = 0; i < count; ++i) total += rows[i].average;
@@ -452,22 +576,28 @@ struct QkNormRope {
       const V mean = V{} + row.mean, inverse = V{} + row.inverse;
       const V average = V{} + row.average * per_number;
       const V along = V{} + row.along * per_number * row.inverse;
-      for (int64_t v = 0; v < vectors(); ++v) {
+      for_vectors<USUAL>([&](int64_t v) __attribute__((always_inline)) {
         const int64_t e = place(v);
         const V x = take(row.x, e);
-        V to_x = fma(layer ? x - mean : x, -along, load<V>(row.to_xhat + e));
-        if (layer) to_x -= average;
-        put(row.out, e, to_x * inverse, streams);
+        V to_x = fma(is.layer ? x - mean : x, -along, load<V>(row.to_xhat + e));
+        if (is.layer) to_x -= average;
+        put(row.out, e, to_x * inverse, is.streams);
         ask(row.next_grad, v);
-      }
+      });
     }
+  }
+
+  template <Way WAY, bool USUAL>
+  void run_rows(const Work& work, int64_t count) const {
+    args.grad.data ? backward<WAY, USUAL>(work.rows, count, work.pairs)
+                   : forward<WAY, USUAL>(work.rows, count, work.pairs);
   }
 
   template <Way WAY>
   void run_block(const Work& work, int64_t index) const {
     const int64_t b = index / blocks_per_sample, first = index % blocks_per_sample * block;
     const int64_t last = first + block < args.length ? first + block : args.length;
-    const bool in_pairs = paired();
+    const bool in_pairs = paired(), is_usual = usual();
     // Sums have one order, whatever the strides.
     const bool by_head = args.x.strides[1] < args.x.strides[2] && !args.across_heads && !work.sums;
     // Tables of as many tokens as heads at once can be of.
@@ -490,27 +620,38 @@ struct QkNormRope {
           args.grad.data ? PairedHeads<QkNormRope>{*this}.template backward<WAY>(work.rows, count)
                          : PairedHeads<QkNormRope>{*this}.template forward<WAY>(work.rows, count);
       } else {
-        args.grad.data ? backward<WAY>(work.rows, count, work.pairs)
-                       : forward<WAY>(work.rows, count, work.pairs);
+        constexpr bool can_be =
+            COUNT && DTYPE == Dtype::float32 && WAY != Way::memory && sizeof(V) >= 32;
+        if (can_be && is_usual)
+          run_rows<WAY, can_be>(work, count);
+        else
+          run_rows<WAY, false>(work, count);
       }
       count = 0;
     };
-    const int64_t tokens = args.across_heads ? 1 : by_head ? 0 : together / args.heads;
-    const int64_t others = args.across_heads ? 0 : by_head ? 1 : together % args.heads;
-    const auto add = [&](int64_t l, int64_t h) {
+    const int64_t inner = by_head ? last - first : args.heads;
+    const int64_t ahead = args.across_heads ? args.heads : rows_ahead();
+    const int64_t outer_step = ahead / inner, inner_step = ahead % inner;
+    const HeadsView x = args.x, grad = args.grad, out = args.out;
+    const int64_t heads = args.heads, length = args.length;
+    const auto add = [&](int64_t l, int64_t h) __attribute__((always_inline)) {
       const int64_t offset = args.across_heads ? h * stride : 0;
       Row& row = work.rows[count];
-      row.x = args.x.head(b, l, h);
-      row.grad = args.grad.data ? args.grad.head(b, l, h) : nullptr;
-      int64_t next_l = l + tokens, next_h = h + others;
-      if (next_h >= args.heads && !by_head) {
-        next_h -= args.heads;
+      int64_t next_l = l + (by_head ? inner_step : outer_step);
+      int64_t next_h = h + (by_head ? outer_step : inner_step);
+      if (by_head && next_l >= last) {
+        next_l -= inner;
+        ++next_h;
+      } else if (!by_head && next_h >= heads) {
+        next_h -= heads;
         ++next_l;
       }
-      const bool there = next_l < args.length && next_h < args.heads;
-      row.next = there ? args.x.head(b, next_l, next_h) : row.x;
-      row.next_grad = there && args.grad.data ? args.grad.head(b, next_l, next_h) : row.x;
-      row.out = args.out.head(b, l, h);
+      const bool there = next_l < length && next_h < heads;
+      row.x = x.head(b, l, h);
+      row.grad = grad.data ? grad.head(b, l, h) : nullptr;
+      row.next = there ? x.head(b, next_l, next_h) : row.x;
+      row.next_grad = there && grad.data ? grad.head(b, next_l, next_h) : row.x;
+      row.out = out.head(b, l, h);
       row.table = work.tables + l % slots * 2 * stride;
       row.weight = work.weight + offset;
       row.bias = work.bias + offset;

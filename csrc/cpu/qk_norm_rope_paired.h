@@ -116,7 +116,7 @@ struct PairedHeads {
     const PairBlocks blocks = op.pair_blocks();
     const bool plain = op.args.norm == Norm::none, of_weight = op.args.grad_weight;
     const bool streams = op.streams;
-    op.add_up(rows, count, &Row::along, [&](int64_t i) __attribute__((always_inline)) {
+    op.add_up(rows, count, &Row::along, [&](int64_t i, V* found) __attribute__((always_inline)) {
       const Row row = rows[i];
       const V inverse = V{} + row.inverse;
       V products[2]{};
@@ -145,7 +145,8 @@ struct PairedHeads {
         products[1] = fma(own.odd, xhat.odd, products[1]);
       };
       rotate<WAY>(row.table, read, use);
-      return products[0] + products[1];
+      found[0] = products[0] + products[1];
+      return 1;
     });
     if (plain) return;
     const T per_number = 1 / (T)(op.E * op.group);

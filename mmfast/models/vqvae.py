@@ -21,10 +21,12 @@ from mmfast.models.shortcut import (
     set_principal_components,
 )
 from mmfast.nn.grouped_residual import GroupedResidual
+from mmfast.results import exportable
 
 _TO_OUTPUT = ("get_output_from_indices", "indices_to_codes")  # names that the quantisers use
 
 
+@exportable
 class VQVAEOutput(NamedTuple):
     """What :class:`VQVAE` returns.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.nn.ranks import add_up, several
+from mmfast.regions import without_gradients
 
 _LEAST_VARIANCE = 1e-5
 _WHAT = "adding up moments of vectors"
@@ -53,7 +54,7 @@ class Affine(nn.Module):
                 setattr(self, name, torch.empty_like(self.codebook_mean))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    @torch.no_grad()
+    @without_gradients
     def update_affine(self, x: Tensor, embed: Tensor, mask: Tensor | None = None) -> None:
         """Let the averages follow the vectors ``x`` (H, N, D), where ``mask`` (H, N) is True,
         and, while training, the codes ``embed`` (H, K, D). What is not finite moves nothing."""

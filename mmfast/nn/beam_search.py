@@ -61,7 +61,11 @@ def beam_search(
         codes, indices, losses = (t.flatten(2, 3) for t in stage(residual))
         branches = codes.shape[2] // residual.shape[2]
         reached = score.repeat_interleave(branches, 2) - weight * losses  # [B, L, J k]
-        score, best = reached.topk(min(width, reached.shape[2]), 2)
+        if reached.shape[2] > width:
+            score, best = reached.topk(width, 2)
+        else:  # all go on, in their order
+            score, best = reached, torch.arange(reached.shape[2], device=x.device)
+            best = best.expand_as(reached)
         parent = best // branches  # [B, L, J']
         kept.append((residual.detach(), parent, indices.gather(2, best), losses.gather(2, best)))
         code = _beams(codes, best)

@@ -16,6 +16,7 @@ from mmfast.nn.ranks import Sharing, add_up, check_agreement, several
 from mmfast.nn.sharded_parameter import is_sharded, set_whole, whole
 from mmfast.ops.code_statistics import code_statistics
 from mmfast.ops.ema_update import ema_update_from_statistics_
+from mmfast.regions import without_gradients
 
 Weight = Tensor | Callable[[Tensor, Tensor], Tensor]
 
@@ -180,7 +181,7 @@ class Codebook(CodeBuffers, Affine):
             embed = self.vq_bridge(embed)
         return self.carried(embed) if self.affine_param else embed
 
-    @torch.no_grad()
+    @without_gradients
     def update_(
         self,
         x: Tensor,
@@ -256,7 +257,7 @@ class Codebook(CodeBuffers, Affine):
         """Set the codes to the means that the averages say."""
         self._follow_statistics(self.cluster_size, self.embed_avg, 1.0)
 
-    @torch.no_grad()
+    @without_gradients
     def expire_codes_(self, x: Tensor, inside: Tensor | None = None) -> None:
         """While training, put random ones of the vectors ``x`` (H, ..., D), transformed, in the
         place of codes whose ``cluster_size`` is below the threshold.

@@ -133,8 +133,10 @@ class FSQ(nn.Module):
         if not self.training or self.noise_dropout == 0:
             return None
         dtype = z.dtype if z.dtype in self.allowed_dtypes else torch.float32
-        chosen = torch.full_like(z, self.noise_dropout, dtype=dtype).bernoulli_().bool()
-        return torch.where(chosen, torch.rand_like(z, dtype=dtype) - 0.5, 0)
+        # New tensors, not like z: where z is strided the numbers would come in another order.
+        chosen = z.new_full(z.shape, self.noise_dropout, dtype=dtype).bernoulli_().bool()
+        offset = torch.rand(z.shape, dtype=dtype, device=z.device) - 0.5
+        return torch.where(chosen, offset, 0)
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
         """The levels ``(..., D)`` of codes ``(...)``."""

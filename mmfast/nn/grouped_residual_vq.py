@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.nn.quantize_dropout import draw_seed
+from mmfast.nn.ranks import several
 from mmfast.nn.residual_vq import ResidualVQ
 
 
@@ -116,8 +117,11 @@ class GroupedResidualVQ(nn.Module):
                     f"indices must be of {self.groups} groups, got {len(indices)} of them"
                 )
             given = list(indices)
+        # Drawn also where nothing is dropped, if that is free: as the library's, so that the same
+        # numbers follow.
         seed = None
-        if self.training and self._groups[0].quantize_dropout:
+        free = not several() and not torch.compiler.is_compiling()
+        if self.training and (free or self._groups[0].quantize_dropout):
             seed = draw_seed(x.device)
         results = [
             rvq(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmfast.nn.similarity import slices
+
 _WORKSPACE = 1 << 20  # numbers in a piece's largest intermediate
 
 
@@ -41,7 +43,8 @@ class ImplicitCodebook(nn.Module):
     def forward(self, codes: Tensor, *, condition: Tensor) -> Tensor:
         """The codes ``(..., D)`` from ``codes`` (..., D) and ``condition`` (..., D), which
         broadcast."""
-        dim = codes.shape[-1]
+        dim, dtype = codes.shape[-1], torch.promote_types(codes.dtype, condition.dtype)
+        codes, condition = codes.to(dtype), condition.to(dtype)
         of_condition, of_codes = self.proj_in.weight.split(dim, 1)
         # As a product with both side by side, which would have to be made for all pairs.
         hidden = nn.functional.linear(condition, of_condition, self.proj_in.bias)
@@ -61,9 +64,9 @@ class ImplicitCodebook(nn.Module):
         """
         step = max(1, _WORKSPACE // (len(codes) * max(codes.shape[1], self.dim_hidden)))
         nearest = [torch.zeros(0, dtype=torch.int64, device=x.device)]
-        for rows, conditions in zip(x.split(step), condition.split(step), strict=True):
-            made = self(codes, condition=conditions[:, None])  # [n, K, D]
-            square = (rows[:, None].double() - made.double()).square().sum(2)
+        for rows in slices(x.shape[0], step):
+            made = self(codes, condition=condition[rows, None])  # [n, K, D]
+            square = (x[rows, None].double() - made.double()).square().sum(2)
             nearest.append(square.argmin(1))
         return torch.cat(nearest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,10 @@ from mmfast.ops.lookup_free_quantize import (
     batch_entropy,
     lookup_free_quantize,
 )
+from mmfast.results import exportable
 
 
+@exportable
 class LFQReturn(NamedTuple):
     """What :class:`LFQ` returns; ``entropy_aux_loss`` holds the weighted losses."""
 
@@ -25,6 +28,7 @@ class LFQReturn(NamedTuple):
     entropy_aux_loss: Tensor
 
 
+@exportable
 class LFQLossBreakdown(NamedTuple):
     """The losses of :class:`LFQ`, without their weights."""
 
@@ -282,13 +286,16 @@ class LFQ(nn.Module):
         """The mask of those vectors that the entropies are of."""
         if not self.training or self.frac_per_sample_entropy == 1:
             return mask
-        scores = torch.rand(x.shape[:-1].numel(), device=x.device)
-        count: int | Tensor = scores.numel()
-        if mask is not None:
-            scores = torch.where(mask.flatten(), scores, 2)
+        scores = torch.randn(math.prod(x.shape[:-1]), device=x.device)
+        if mask is None:
+            rank = scores.argsort()  # of random numbers the order is as random as the ranks
+            count = torch.ones_like(rank).sum()
+        else:
+            rank = torch.where(mask.flatten(), scores, math.inf).argsort().argsort()
             count = mask.sum()
-        rank = scores.argsort().argsort()
-        return (rank < count * self.frac_per_sample_entropy // 1).view(x.shape[:-1])
+        # A tensor: of a symbol the comparison would make a constant.
+        sampled = (count.double() * self.frac_per_sample_entropy).floor()
+        return (rank < sampled).view(x.shape[:-1])
 
     def _losses(
         self, result: LookupFreeQuantized, x: Tensor, mask: Tensor | None

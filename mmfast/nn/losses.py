@@ -9,8 +9,10 @@ from torch import Tensor
 
 from mmfast.nn.initialisation import unit
 from mmfast.ops.vector_quantize import directional
+from mmfast.results import exportable
 
 
+@exportable
 class LossBreakdown(NamedTuple):
     """The losses of a quantiser before their weights."""
 

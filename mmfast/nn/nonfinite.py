@@ -6,6 +6,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 
 class NonFiniteBatches:
@@ -22,7 +23,7 @@ class NonFiniteBatches:
 
     def look(self, counter: Tensor) -> None:
         """Warn if ``counter`` () int64 has been seen to rise."""
-        if torch.compiler.is_compiling() or counter.is_meta:
+        if torch.compiler.is_compiling() or counter.is_meta or is_fake(counter):
             return
         if counter.device.type == "cpu":
             self._tell(int(counter))

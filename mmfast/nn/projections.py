@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +24,16 @@ def random_rotation(dim: int) -> Tensor:
 def soft_clamp(x: Tensor, value: Tensor | float) -> Tensor:
     """x bent to stay within plus and minus ``value``."""
     return (x / value).tanh() * value
+
+
+def check_stages(given: Mapping[str, Any], allowed: Mapping[str, tuple[object, ...]]) -> None:
+    """The options ``given`` for the stages of a residual quantiser are ``allowed``, else
+    ValueError."""
+    for name, values in allowed.items():
+        if given.get(name, values[0]) not in values:
+            raise ValueError(
+                f"{name} must be {values[0]} in a residual quantiser, got {given[name]}"
+            )
 
 
 def check_last(x: Tensor, dim: int) -> None:

@@ -6,6 +6,7 @@ import random
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from mmfast.nn.ranks import of_first, several
 
@@ -13,9 +14,10 @@ _SEEDS = 10_000
 _WHAT = "drawing the number of stages"
 
 
-def check_dropout(num_quantizers: int, cutoff_index: int, multiple_of: int) -> None:
-    """The settings of a module with quantize dropout make sense, else ValueError."""
-    if not 0 <= cutoff_index < num_quantizers:
+def check_dropout(dropping: bool, num_quantizers: int, cutoff_index: int, multiple_of: int) -> None:
+    """The settings of quantize dropout make sense, else ValueError. Where nothing is dropped, the
+    cutoff may be beyond the last stage."""
+    if cutoff_index < 0 or (dropping and cutoff_index >= num_quantizers):
         raise ValueError(
             f"quantize_dropout_cutoff_index must be from 0 to num_quantizers - 1 = "
             f"{num_quantizers - 1}, got {cutoff_index}"
@@ -30,7 +32,7 @@ def draw_seed(device: torch.device) -> int | Tensor:
     together = several()
     where = device if together or torch.compiler.is_compiling() else torch.device("cpu")
     seed = of_first(torch.randint(0, _SEEDS, (), device=where), together, _WHAT)
-    return seed if torch.compiler.is_compiling() else int(seed)
+    return seed if torch.compiler.is_compiling() or is_fake(seed) else int(seed)
 
 
 def draw_num_stages(

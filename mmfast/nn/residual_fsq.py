@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn import functional
 from mmfast.nn import quantize_dropout as dropout
 from mmfast.nn.fsq import FSQ
 from mmfast.nn.grouped_residual import GroupedResidual
-from mmfast.nn.projections import check_last, projection, soft_clamp
+from mmfast.nn.projections import check_last, check_stages, projection, soft_clamp
 from mmfast.nn.residual_codes import with_all_stages, without_dropped
 
 
@@ -35,7 +36,8 @@ class ResidualFSQ(nn.Module):
         soft_clamp_input_value: bend the input to stay within it; only without
             ``bound_hard_clamp``, which has a value of its own.
         bound_hard_clamp: of the stages.
-        **kwargs: of every stage.
+        **kwargs: of every stage, but for ``num_codebooks``, ``channel_first`` and
+            ``return_indices``.
 
     Raises:
         ValueError: arguments do not fit together.
@@ -59,6 +61,9 @@ class ResidualFSQ(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        check_stages(
+            kwargs, {"num_codebooks": (1,), "channel_first": (False,), "return_indices": (True,)}
+        )
         codebook_dim = len(levels)
         dim = codebook_dim if dim is None else dim
         self.has_projections = codebook_dim != dim
@@ -79,8 +84,6 @@ class ResidualFSQ(nn.Module):
             for _ in range(num_quantizers)
         ]
         self.layers: Any = nn.ModuleList(layers)
-        if any(layer.has_projections for layer in layers):
-            raise ValueError("num_codebooks must be 1: the stages have no projections")
         self.codebook_size = layers[0].codebook_size
         sizes = torch.tensor(self.levels)
         scales = torch.stack([sizes.float() ** -stage for stage in range(num_quantizers)])
@@ -88,7 +91,10 @@ class ResidualFSQ(nn.Module):
         self.register_buffer("scales", scales, persistent=False)
         self.quantize_dropout = quantize_dropout and num_quantizers > 1
         dropout.check_dropout(
-            num_quantizers, quantize_dropout_cutoff_index, quantize_dropout_multiple_of
+            self.quantize_dropout,
+            num_quantizers,
+            quantize_dropout_cutoff_index,
+            quantize_dropout_multiple_of,
         )
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
@@ -155,7 +161,8 @@ class ResidualFSQ(nn.Module):
             x = x.movedim(1, -1)
         check_last(x, self.dim)
         shape = x.shape
-        residual = self.project_in(x).reshape(x.shape[0], -1, len(self.levels))
+        length = math.prod(shape[1:-1])
+        residual = self.project_in(x).reshape(shape[0], length, len(self.levels))
         if self.soft_clamp_input_value is not None:
             residual = soft_clamp(residual, self.soft_clamp_input_value)
         num_stages: int | Tensor = self.num_quantizers
@@ -181,7 +188,7 @@ class ResidualFSQ(nn.Module):
             indices.append(index)
         missing = (0, self.num_quantizers - len(indices))
         all_indices = functional.pad(torch.stack(indices, -1), missing, value=-1)
-        all_indices = all_indices.view(*shape[:-1], self.num_quantizers)
+        all_indices = all_indices.view(*shape[:-1], *all_indices.shape[2:])
         out = self.project_out(out).view(shape)
         if self.is_channel_first:
             out, all_indices = out.movedim(-1, 1), all_indices.movedim(-1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from mmfast.nn import quantize_dropout as dropout
 from mmfast.nn.grouped_residual import GroupedResidual
 from mmfast.nn.lfq import LFQ
-from mmfast.nn.projections import check_last, projection
+from mmfast.nn.projections import check_last, check_stages, projection
 from mmfast.nn.residual_codes import with_all_stages, without_dropped
 
 
@@ -29,7 +30,9 @@ class ResidualLFQ(nn.Module):
         quantize_dropout_cutoff_index: the stages up to it are always used.
         quantize_dropout_multiple_of: so many stages come and go together.
         soft_clamp_input_value: of the first stage; halved from stage to stage.
-        **kwargs: of every stage.
+        channel_first: the channels are dimension 1; by default where there are four or more
+            dimensions.
+        **kwargs: of every stage, but for ``num_codebooks`` and ``has_projections``.
 
     Raises:
         ValueError: arguments do not fit together.
@@ -48,14 +51,17 @@ class ResidualLFQ(nn.Module):
         quantize_dropout_cutoff_index: int = 0,
         quantize_dropout_multiple_of: int = 1,
         soft_clamp_input_value: float | None = None,
+        channel_first: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        check_stages(kwargs, {"num_codebooks": (1,), "has_projections": (False, None)})
         bits = codebook_size.bit_length() - 1
         self.has_projections = bits != dim
         self.project_in = projection(dim, bits, True, self.has_projections)
         self.project_out = projection(bits, dim, True, self.has_projections)
         self.dim = dim
+        self.channel_first = channel_first
         self.num_quantizers = num_quantizers
         layers = []
         for stage in range(num_quantizers):
@@ -67,15 +73,17 @@ class ResidualLFQ(nn.Module):
                     codebook_size=codebook_size,
                     codebook_scale=scale,
                     soft_clamp_input_value=clamp,
+                    channel_first=False,
                     **kwargs,
                 )
             )
         self.layers: Any = nn.ModuleList(layers)
-        if any(layer.has_projections for layer in layers):
-            raise ValueError("num_codebooks must be 1: the stages have no projections")
         self.quantize_dropout = quantize_dropout and num_quantizers > 1
         dropout.check_dropout(
-            num_quantizers, quantize_dropout_cutoff_index, quantize_dropout_multiple_of
+            self.quantize_dropout,
+            num_quantizers,
+            quantize_dropout_cutoff_index,
+            quantize_dropout_multiple_of,
         )
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
@@ -112,7 +120,7 @@ class ResidualLFQ(nn.Module):
         return_all_codes: bool = False,
         rand_quantize_dropout_fixed_seed: int | Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Quantise ``(B, L, dim)``, or images and videos ``(B, dim, ...)``.
+        """Quantise ``(B, L, dim)``, or ``(B, dim, ...)`` where channels are first.
 
         Args:
             mask: ``(B, L)``, bool; vectors where it is False count for no loss.
@@ -126,12 +134,12 @@ class ResidualLFQ(nn.Module):
         Raises:
             ValueError: x does not have ``dim`` channels.
         """
-        first = x.dim() >= 4
+        first = x.dim() >= 4 if self.channel_first is None else self.channel_first
         if first:
             x = x.movedim(1, -1)
         check_last(x, self.dim)
         shape = x.shape
-        residual = self.project_in(x.reshape(shape[0], -1, self.dim))
+        residual = self.project_in(x.reshape(shape[0], math.prod(shape[1:-1]), self.dim))
         if mask is not None:
             mask = mask.reshape(residual.shape[:-1])
         num_stages: int | Tensor = self.num_quantizers
@@ -156,7 +164,7 @@ class ResidualLFQ(nn.Module):
             indices.append(index)
             losses.append(loss)
         all_indices, all_losses = dropout.stack_stages(self.num_quantizers, indices, losses)
-        all_indices = all_indices.view(*shape[:-1], self.num_quantizers)
+        all_indices = all_indices.view(*shape[:-1], *all_indices.shape[2:])
         out = self.project_out(out).view(shape)
         if first:
             out = out.movedim(-1, 1)
@@ -182,9 +190,16 @@ class GroupedResidualLFQ(GroupedResidual):
     def __init__(
         self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any
     ) -> None:
+        if accept_image_fmap:
+            kwargs.setdefault("channel_first", True)
         super().__init__(
             dim, groups, accept_image_fmap, lambda width: ResidualLFQ(dim=width, **kwargs)
         )
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """The vectors ``(B, ..., dim)`` with these indices; channels are last, of images too."""
+        pairs = zip(self.rvqs, indices, strict=True)
+        return torch.cat([rvq.get_output_from_indices(index) for rvq, index in pairs], -1)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, return_all_codes: bool = False

@@ -71,8 +71,13 @@ class ResidualSimVQ(nn.Module):
             )
             for _ in range(num_quantizers)
         )
-        check_dropout(num_quantizers, quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
         self.quantize_dropout = quantize_dropout and num_quantizers > 1
+        check_dropout(
+            self.quantize_dropout,
+            num_quantizers,
+            quantize_dropout_cutoff_index,
+            quantize_dropout_multiple_of,
+        )
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
 

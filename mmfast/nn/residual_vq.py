@@ -60,7 +60,7 @@ class ResidualVQ(nn.Module):
       are (B, height, width, Q);
     - each stage's cross-entropy is that of what the earlier stages left over;
     - a beam search moves the codebooks of all stages, not the first one's alone, and none that
-      is frozen;
+      is frozen; its diversity loss is that of the batch, and not of each vector's beams;
     - a shared codebook that learns by an in-place optimizer takes its step, and its dead codes
       are replaced by vectors of all samples, masked ones left out;
     - ``diveq`` adds no noise in eval mode.
@@ -158,8 +158,13 @@ class ResidualVQ(nn.Module):
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.beam_size = beam_size
         self.eval_beam_size = beam_size if eval_beam_size is None else eval_beam_size
-        check_dropout(len(sizes), quantize_dropout_cutoff_index, quantize_dropout_multiple_of)
         self.quantize_dropout = quantize_dropout and len(sizes) > 1
+        check_dropout(
+            self.quantize_dropout,
+            len(sizes),
+            quantize_dropout_cutoff_index,
+            quantize_dropout_multiple_of,
+        )
         self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
 
@@ -416,7 +421,7 @@ class ResidualVQ(nn.Module):
                 if not self._frozen(call["freeze_codebook"]):
                     layer.update_indices(self._arranged(residual), indices, mask=mask)
         if mask is None:
-            losses = [loss.mean() for loss in path.losses]
+            losses = [loss.sum() / max(loss.numel(), 1) for loss in path.losses]
         else:
             count = mask.sum().clamp_min(1)
             losses = [torch.where(mask, loss, 0).sum() / count for loss in path.losses]

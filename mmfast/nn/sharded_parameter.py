@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfast.nn.ranks import reported
+from mmfast.regions import without_gradients
 
 
 def is_sharded(t: Any) -> bool:
@@ -34,7 +35,7 @@ def part_of(values: Tensor, like: Any) -> Tensor:
     return same.redistribute(placements=like.placements).to_local()
 
 
-@torch.no_grad()
+@without_gradients
 def set_whole(t: Any, values: Tensor, at: Tensor | None = None) -> None:
     """Copy ``values``, a plain tensor that is the same on all ranks, to ``t``.
 

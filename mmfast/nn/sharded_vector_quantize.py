@@ -17,6 +17,7 @@ from mmfast.nn.sharded_codebook import CodebookShard
 from mmfast.nn.sharded_look_up import codes_at, look_up
 from mmfast.nn.sharded_parameter import whole
 from mmfast.ops.nearest_code import output_dtype
+from mmfast.regions import without_autocast
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -174,7 +175,7 @@ class ShardedVectorQuantize(nn.Module):
         if mask is not None:
             check_mask(x, mask)
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return self._quantize(x, mask, self.training and not frozen)
 
     def _quantize(

@@ -36,12 +36,21 @@ def rows_of(codes: Tensor, rows: slice) -> Tensor:
 
 def pieces(num_vectors: int, num_codebooks: int, num_codes: int) -> list[slice]:
     """Slices of the vectors with bounded similarities."""
-    step = max(1, _WORKSPACE // (num_codebooks * num_codes))
-    return [slice(start, start + step) for start in range(0, num_vectors, step)]
+    return slices(num_vectors, max(1, _WORKSPACE // (num_codebooks * num_codes)))
+
+
+def slices(length: int, step: int) -> list[slice]:
+    """Slices of ``step`` that make up ``length``; the last ends where that does, so that what a
+    tracer makes of them holds for each length of as many."""
+    starts = [step * i for i in range((length + step - 1) // step)]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], None], strict=True)] if starts else []
 
 
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``function(*tensors)``, none of whose intermediates are kept for the gradient."""
+    """``function(*tensors)``, none of whose intermediates are kept for the gradient, but in an
+    exported program, which cannot say so."""
+    if torch.compiler.is_exporting():
+        return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 

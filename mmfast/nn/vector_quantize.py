@@ -19,6 +19,7 @@ from mmfast.nn.layouts import Heads, Layout, mask_of_lens
 from mmfast.nn.look_up import Chosen, in_pieces, nearest
 from mmfast.nn.losses import LossBreakdown
 from mmfast.nn.ranks import add_up
+from mmfast.regions import without_autocast, without_gradients
 
 
 class _Call(NamedTuple):
@@ -368,7 +369,7 @@ class VectorQuantize(nn.Module):
         vectors = self._heads.split(x.flatten(0, -2)[None])
         self._codebook.expire_codes_(self._codebook.transform_input(vectors))
 
-    @torch.no_grad()
+    @without_gradients
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """Let the codebook follow vectors that have been given codes elsewhere.
 
@@ -418,7 +419,7 @@ class VectorQuantize(nn.Module):
         if tokens.shape[2] != self.dim:
             raise ValueError(f"x must have dim = {self.dim} channels, got shape {tuple(x.shape)}")
         vectors = self._heads.split(self.project_in(tokens)).to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return self._codebook.transform_input(vectors), sizes
 
     def _rows_of(self, indices: Tensor) -> Tensor:
@@ -503,7 +504,7 @@ class VectorQuantize(nn.Module):
             length,
         )
         routed = self.training and x.requires_grad and self.route_gradients_to_input
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             self._codebook.ensure_initialised(vectors, call.mask)
             if self._codebook.affine_param:
                 self._codebook.update_affine(vectors, self._codebook.plain_embed, call.mask)

@@ -14,6 +14,7 @@ from mmfast import backends, philox
 from mmfast.checks import FLOATING, check_beside, check_choice, check_dtype, check_floating
 from mmfast.ops.per_sample import differences, drawn, rounding, rows_of
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
+from mmfast.results import exportable
 
 TARGETS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
@@ -29,6 +30,7 @@ class Schedule(Protocol):
         """(T, 5) float64: see :func:`add_noise`."""
 
 
+@exportable
 class AddedNoise(NamedTuple):
     """What :func:`add_noise` returns.
 

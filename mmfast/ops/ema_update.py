@@ -10,6 +10,7 @@ from torch import Tensor
 from mmfast import backends
 from mmfast.checks import FLOATING, check_device, check_floating
 from mmfast.ops.code_statistics import code_statistics
+from mmfast.regions import without_gradients
 from mmfast.registry import Arguments, Cost, Op, Sample, register
 
 _LEAST_NORM = 1e-6  # of a normalised code's division
@@ -59,7 +60,7 @@ def ema_update_(
     )
 
 
-@torch.no_grad()
+@without_gradients
 def ema_update_from_statistics_(
     codebook: Tensor,
     cluster_size: Tensor,

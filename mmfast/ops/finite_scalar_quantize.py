@@ -13,6 +13,7 @@ from torch import Tensor
 from mmfast import backends
 from mmfast.checks import FLOATING, check_choice, check_device, check_floating
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
+from mmfast.results import exportable
 
 VARIANTS = ("bound", "symmetric")
 
@@ -20,6 +21,7 @@ _MARGIN = 1e-3  # by which "bound" reaches beyond its outermost levels
 _MOST_CODES = 2**31 - 1  # indices are int32
 
 
+@exportable
 class FiniteScalarQuantized(NamedTuple):
     """What :func:`finite_scalar_quantize` returns.
 

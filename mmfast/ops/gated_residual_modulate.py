@@ -25,10 +25,12 @@ from mmfast.ops.modulation import (
 )
 from mmfast.ops.per_sample import differences
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
+from mmfast.results import exportable
 
 GRADIENTS = ("x", "gate", "y", "shift", "scale", "weight", "bias")
 
 
+@exportable
 class GatedResidualModulated(NamedTuple):
     """What :func:`gated_residual_modulate` returns.
 

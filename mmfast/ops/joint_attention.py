@@ -25,8 +25,10 @@ from mmfast.ops.attention import (
     too_wide,
 )
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
+from mmfast.results import exportable
 
 
+@exportable
 class JointAttention(NamedTuple):
     """What :func:`joint_attention` returns.
 

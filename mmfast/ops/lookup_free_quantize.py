@@ -12,6 +12,7 @@ from torch import Tensor
 from mmfast import backends
 from mmfast.checks import FLOATING, check_device, check_dtype, check_floating
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
+from mmfast.results import exportable
 
 MOST_BITS = 63  # of an index
 MOST_GROUP_BITS = 24  # of a group whose distribution is wanted, 2^24 numbers
@@ -20,6 +21,7 @@ _LEAST_NORM = 1e-12  # of the spherical variant's division
 _WORKSPACE = 1 << 20  # float64 elements of the reference's largest temporary
 
 
+@exportable
 class LookupFreeQuantized(NamedTuple):
     """What :func:`lookup_free_quantize` returns; C codebooks of B bits, groups of g bits.
 

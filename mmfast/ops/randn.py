@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backends, philox
-from mmfast.checks import FLOATING
+from mmfast.checks import FLOATING, check_integer
 from mmfast.registry import Arguments, Cost, Op, Sample, register
 
 
@@ -42,7 +42,8 @@ def randn(
         from the same uniform numbers. ``mmfast/philox.py`` is the definition.
 
     Raises:
-        TypeError: ``seed`` or ``offset`` is no int and no int64 tensor, or ``dtype`` another one.
+        TypeError: ``seed`` or ``offset`` is no int and no int64 tensor, ``shape`` no sequence of
+            ints, or ``dtype`` another one.
         ValueError: shapes or devices do not fit.
 
     Source: Philox 4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011);
@@ -52,7 +53,11 @@ def randn(
         got = str(dtype).removeprefix("torch.")
         raise TypeError(f"dtype must be float32, float16, bfloat16, float64, got {got}")
     seed, offset = philox.streams(seed, offset, device)
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be a sequence of ints, got {type(shape).__name__}")
     shape = list(shape)
+    for size in shape:
+        check_integer("a size of shape", size)
     if any(size < 0 for size in shape):
         raise ValueError(f"shape must have no negative size, got {shape}")
     for name, stream in (("seed", seed), ("offset", offset)):

@@ -19,6 +19,7 @@ from mmfast.checks import (
 )
 from mmfast.ops import code_statistics, nearest_code, vector_quantize
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
+from mmfast.results import exportable
 
 GRADIENTS = ("straight_through", "none")
 
@@ -26,6 +27,7 @@ _WORKSPACE = 1 << 20  # float64 elements of the beam search's largest temporary
 _SPARE = 8  # candidates that the beam search evaluates beyond those that it keeps
 
 
+@exportable
 class ResidualQuantized(NamedTuple):
     """What :func:`residual_quantize` returns.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backends, library, memory, philox
-from mmfast.checks import FLOATING, check_beside, check_dtype, check_floating
+from mmfast.checks import FLOATING, check_beside, check_dtype, check_floating, check_integer
 from mmfast.ops.per_sample import differences, drawn, rounding, rows_of
 from mmfast.registry import Arguments, Cost, Op, Sample, register
 from mmfast.schedule.layout import HISTORY, Layout, M, N, P, X, slots_of
@@ -113,6 +113,7 @@ def sampler_step(
             raise ValueError(f"step must be () or (B,) = ({batch},), got {tuple(step.shape)}")
         check_beside("x", device, "step", step)
     else:
+        check_integer("step", step)
         if not 0 <= step < rows:
             raise IndexError(f"step must be from 0 to {rows - 1} for a table of {rows}, got {step}")
         step = torch.full((), step, dtype=torch.int64, device=device)
@@ -136,6 +137,7 @@ def sampler_step(
         _check("guidance", guidance, (guidance.shape[0], 2), device)
     if history is not None:
         _check("history", history, (slots, *shape), device)
+        _check_apart("history", history)
     elif slots:
         raise ValueError(f"history must be {(slots, *shape)} for this table, got None")
     if noise is not None:
@@ -146,13 +148,16 @@ def sampler_step(
         _check("threshold", threshold, (batch,), device)
     if out is not None and out is not x:
         _check("out", out, shape, device)
+        _check_apart("out", out)
     if denoised is not None:
         _check("denoised", denoised, shape, device)
+        _check_apart("denoised", denoised)
     if model_input is not None:
         if model_input.dim() and model_input.shape[0] == 2 * batch:
             _check("model_input", model_input, (2 * batch, *shape[1:]), device)
         else:
             _check("model_input", model_input, shape, device)
+        _check_apart("model_input", model_input)
     call: Callable[..., None] = backends.call
     if library.tracked(
         x, model_output, unconditional, guidance, history, noise, variance, threshold
@@ -171,6 +176,17 @@ def sampler_step(
 
 def _tracked(_: Op, *args: Any) -> None:
     reference(*args)
+
+
+def _check_apart(name: str, written: Tensor) -> None:
+    """No two elements lie in one place, as those of an expanded tensor do."""
+    if written.is_contiguous():
+        return
+    if any(
+        size > 1 and not stride
+        for size, stride in zip(written.shape, written.stride(), strict=True)
+    ):
+        raise ValueError(f"{name} is written and must not be an expanded tensor: clone it")
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

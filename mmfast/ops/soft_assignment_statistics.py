@@ -20,6 +20,7 @@ from mmfast.checks import (
 )
 from mmfast.ops.nearest_code import output_dtype
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
+from mmfast.results import exportable
 
 METRICS = ("euclidean", "distance", "cosine", "dot")
 LEAST_SQUARE = 1e-8  # of a distance: its root's gradient at 0 is infinite
@@ -28,6 +29,7 @@ _LEAST_TEMPERATURE = 1e-30  # its inverse must be a float32
 _WORKSPACE = 1 << 20  # float64 elements of the reference's largest temporary
 
 
+@exportable
 class SoftAssignmentStatistics(NamedTuple):
     """What :func:`soft_assignment_statistics` returns.
 

@@ -20,12 +20,14 @@ from mmfast.checks import (
 )
 from mmfast.ops import code_statistics, nearest_code
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
+from mmfast.results import exportable
 
 GRADIENTS = ("straight_through", "rotation", "directional", "none")
 
 _LEAST_NORM = 1e-6  # of the rotation's divisions
 
 
+@exportable
 class VectorQuantized(NamedTuple):
     """What :func:`vector_quantize` returns.
 

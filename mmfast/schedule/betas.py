@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmfast.checks import check_choice
+from mmfast.checks import check_choice, check_integer
 
 BETAS = ("linear", "scaled_linear", "squared_cosine", "sigmoid", "laplace", "exponential")
 
@@ -68,6 +68,7 @@ def make_betas(name: str, num_steps: int, start: float = 1e-4, end: float = 0.02
         ValueError: an unknown name, or no step.
     """
     check_choice("betas", name, BETAS)
+    check_integer("num_steps", num_steps)
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     if name == "linear":

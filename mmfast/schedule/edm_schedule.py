@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mmfast.checks import check_choice
+from mmfast.checks import check_choice, check_integer
 from mmfast.schedule.grid import Grid
 from mmfast.schedule.noising import noising_rows, remembered
 from mmfast.schedule.sigmas import SIGMAS, make_sigmas
@@ -75,6 +75,7 @@ class EDMSchedule:
         """
         check_choice("sigmas", sigmas, SIGMAS)
         check_choice("final", final, ("zero", "sigma_min"))
+        check_integer("num_steps", num_steps)
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
         levels = make_sigmas(sigmas, num_steps, self.sigma_min, self.sigma_max, rho)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmfast.schedule.grid import Grid
+from mmfast.checks import check_integer
+from mmfast.schedule.grid import Grid, check_final
 from mmfast.schedule.noising import noising_rows, remembered
 from mmfast.schedule.sigmas import make_sigmas, shift, stretch_to_terminal
 from mmfast.schedule.weights import Weighting
@@ -86,6 +87,7 @@ class FlowSchedule:
             raise ValueError("one of num_steps and levels must be given")
         if levels is None:
             assert num_steps is not None
+            check_integer("num_steps", num_steps)
             if num_steps < 1:
                 raise ValueError(f"num_steps must be at least 1, got {num_steps}")
             lowest = float(self.sigmas[0])
@@ -97,15 +99,19 @@ class FlowSchedule:
             )
             if not inside or bool((visited[1:] >= visited[:-1]).any()):
                 raise ValueError("levels must be (S,), falling, above 0 and at most 1")
+        if mu is not None and not math.isfinite(mu):
+            raise ValueError(f"mu must be finite, got {mu}")
         visited = shift(visited, self.factor if mu is None else math.exp(mu))
         if terminal is not None:
+            if not 0 <= terminal < 1:
+                raise ValueError(f"terminal must be from 0 to below 1, got {terminal}")
             visited = stretch_to_terminal(visited, terminal)
         if sigmas is not None:
             visited = make_sigmas(sigmas, len(visited), float(visited[-1]), float(visited[0]), rho)
         known = {"zero": 0.0, "last": float(visited[-1])}
         if isinstance(final, str) and final not in known:
             raise ValueError(f"final must be one of {', '.join(known)} or a number, got {final!r}")
-        last = known[final] if isinstance(final, str) else float(final)
+        last = known[final] if isinstance(final, str) else check_final(final, 1.0)
         sigma = torch.cat([visited, torch.tensor([last], dtype=torch.float64)])
         grid = Grid(visited * self.num_steps, 1 - sigma, sigma, torch.ones_like(sigma), self)
         return grid.skip(start) if start else grid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -160,3 +161,10 @@ class Grid:
             input_scale=self.input_scale[steps:],
             skipped=self.skipped + steps,
         )
+
+
+def check_final(final: float, highest: float = sys.float_info.max) -> float:
+    """The level of the result, if there is such a level, else ValueError."""
+    if not 0 <= final <= highest:
+        raise ValueError(f"final must be from 0 to {highest:.4g}, got {final}")
+    return float(final)

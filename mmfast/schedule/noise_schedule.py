@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfast.schedule.betas import make_betas, zero_terminal_snr
-from mmfast.schedule.grid import Grid
+from mmfast.schedule.grid import Grid, check_final
 from mmfast.schedule.noising import noising_rows, remembered
 from mmfast.schedule.sigmas import make_sigmas
 from mmfast.schedule.spacings import spaced
@@ -214,7 +214,7 @@ class NoiseSchedule:
 
     def _final(self, final: str | float, last: tuple[float, float]) -> tuple[float, float]:
         if not isinstance(final, str):
-            return self._of_ratio(float(final))
+            return self._of_ratio(check_final(final))
         known = {"zero": (1.0, 0.0), "sigma_min": self.at(0), "last": last}
         if final not in known:
             raise ValueError(f"final must be one of {', '.join(known)} or a number, got {final!r}")

@@ -68,6 +68,7 @@ def sample(
         ``(B, ...)``, x's dtype.
 
     Raises:
+        TypeError: x is not of floating numbers, or the model returns none.
         ValueError: shapes do not fit, ``cuda_graph`` elsewhere than on CUDA, or a callback inside a
             graph of the whole loop.
     """
@@ -123,6 +124,8 @@ class SampleLoop:
         check_floating("x", x)
         if x.dim() < 1:
             raise ValueError("x must be (B, ...), got a number")
+        if not isinstance(table, SamplerTable):
+            raise TypeError(f"table must be a SamplerTable, got {type(table).__name__}")
         if cuda_graph not in (False, True, "step", "loop"):
             raise ValueError(f"cuda_graph must be a bool, 'step' or 'loop', got {cuda_graph!r}")
         if cuda_graph and x.device.type != "cuda":
@@ -255,6 +258,8 @@ class SampleLoop:
 
         output = self._model(self._input, timestep, **self._kwargs)
         if not isinstance(output, Tensor):
+            if output is None:
+                raise TypeError("the model must return a tensor, or a tensor first, got None")
             output = output[0]
         variance = None
         if self._learned:

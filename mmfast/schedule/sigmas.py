@@ -33,12 +33,14 @@ def make_sigmas(name: str, num_steps: int, low: float, high: float, rho: float =
     """The levels called ``name``: one of :data:`SIGMAS`. ``rho`` is of karras.
 
     Raises:
-        ValueError: an unknown name, or not 0 < low <= high.
+        ValueError: an unknown name, not 0 < low <= high, or ``rho`` is 0 or not finite.
     """
     check_choice("sigmas", name, SIGMAS)
     if not 0 < low <= high < math.inf:
         raise ValueError(f"sigmas must lie in 0 < low <= high < infinity, got {low} to {high}")
     if name == "karras":
+        if not rho or not math.isfinite(rho):
+            raise ValueError(f"rho must be a finite number other than 0, got {rho}")
         return karras(num_steps, low, high, rho)
     if name == "beta":
         return beta(num_steps, low, high)
@@ -70,6 +72,8 @@ def dynamic_mu(
 
 def stretch_to_terminal(sigmas: Tensor, terminal: float) -> Tensor:
     """Scale 1 - sigma so that the last is ``terminal`` (HaCohen et al. 2024, arXiv 2501.00103)."""
+    if sigmas[-1] == 1:  # a single step, which stays where it is
+        return sigmas
     return 1 - (1 - sigmas) * ((1 - terminal) / (1 - sigmas[-1]))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmfast.checks import check_choice
+from mmfast.checks import check_choice, check_integer
 
 SPACINGS = ("linspace", "leading", "trailing")
 
@@ -83,6 +83,7 @@ def spaced(
         ValueError: an unknown name, or S not from 1 to T.
     """
     check_choice("spacing", name, SPACINGS)
+    check_integer("num_steps", num_steps)
     usable = total if highest is None else highest
     if not 1 <= num_steps <= usable:
         raise ValueError(f"num_steps must be from 1 to {usable}, got {num_steps}")

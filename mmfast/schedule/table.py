@@ -181,7 +181,8 @@ class TableBuilder:
             guidance: 1 where guidance holds, 0 outside its interval.
 
         Raises:
-            ValueError: a coefficient is not finite, or ``denoised`` asks for what is not there yet.
+            ValueError: a coefficient is not finite, ``denoised`` asks for what is not there yet, or
+                ``clip`` is no range.
         """
         layout = self._layout
         row = [0.0] * layout.columns
@@ -195,7 +196,12 @@ class TableBuilder:
                 row[start + source] = weight if source < sources else 0.0
 
         put(Layout.DENOISED, denoised, P)
-        low, high = clip if isinstance(clip, tuple) else (-(clip or math.inf), clip or math.inf)
+        clip = math.inf if clip is None else clip
+        low, high = clip if isinstance(clip, tuple) else (-clip, clip)
+        if not low < high:
+            raise ValueError(
+                f"clip must be a number above 0, or a low and a higher one, got {clip}"
+            )
         row[Layout.LOW], row[Layout.HIGH] = low, high
         row[Layout.LOG_SCALE : Layout.LOG_SCALE + 2] = log_scale
         row[Layout.GUIDANCE] = guidance

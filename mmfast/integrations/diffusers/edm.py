@@ -13,9 +13,10 @@ from mmfast.integrations.diffusers.families import (
     Generator,
     NoiseOfBoth,
     Output,
+    Outputs,
     SetFirst,
 )
-from mmfast.integrations.diffusers.history import Count, History
+from mmfast.integrations.diffusers.history import History
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import edm
 
@@ -56,10 +57,9 @@ class EDMEuler(_Preconditioned):
         return self._run(output, timestep, sample, return_dict, options, generator)
 
 
-class EDMDPM(NoiseOfBoth, _Preconditioned, SetFirst, Generated):
+class EDMDPM(NoiseOfBoth, Outputs, _Preconditioned, SetFirst, Generated):
     _program = staticmethod(edm.edm_dpm)
     _outputs = (SchedulerOutput, 1)
     _missing_is_last = True
 
     model_outputs = History("model_outputs", "solver_order")
-    lower_order_nums = Count()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from diffusers.schedulers import (
@@ -11,9 +11,16 @@ from diffusers.schedulers import (
 )
 from torch import Tensor
 
-from mmfast.integrations.diffusers.families import Churned, Generator, Output, Stretched, TwoCalls
+from mmfast.integrations.diffusers.families import (
+    Churned,
+    Generator,
+    Output,
+    Stretched,
+    Trapezoidal,
+)
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import sigmas
+from mmfast.integrations.diffusers.tables.sigmas import churn_of
 
 
 class _Flow(Tabled):
@@ -69,9 +76,16 @@ class FlowEuler(_Flow, Stretched):
         return self._noised(sample, noise, timestep)
 
 
-class FlowHeun(TwoCalls, _Flow, Churned):
+class FlowHeun(Trapezoidal, _Flow, Churned):
     _program = staticmethod(sigmas.flow_heun)
     _outputs = (scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput, 1)
+
+    def _length(self, sigmas: Sequence[float], index: int) -> float:
+        churn, low, high, _ = vars(self)["_tabled"].options
+        more = 0.0
+        if churn > 0 and low <= sigmas[index] <= high:
+            more = churn_of(churn, len(sigmas) - 1)
+        return sigmas[index + 1] - sigmas[index] * (1 + more)
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """As the library's: the sample with the noise of the step's timestep."""

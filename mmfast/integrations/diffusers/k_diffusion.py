@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers.schedulers import (
@@ -14,7 +15,14 @@ from diffusers.schedulers import (
 )
 from torch import Tensor
 
-from mmfast.integrations.diffusers.families import Churned, Generated, Output, Plain, TwoCalls
+from mmfast.integrations.diffusers.families import (
+    Churned,
+    Generated,
+    Output,
+    Plain,
+    Trapezoidal,
+    TwoCalls,
+)
 from mmfast.integrations.diffusers.history import History
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import sigmas
@@ -37,7 +45,7 @@ class EulerAncestral(Generated):
     _whole = False
 
 
-class Heun(TwoCalls, Plain):
+class Heun(Trapezoidal, Plain):
     _program = staticmethod(sigmas.heun)
     _outputs = (scheduling_heun_discrete.HeunDiscreteSchedulerOutput, 2)
     _scaled = True
@@ -67,6 +75,16 @@ class LMS(Tabled):
     _scaled = True
 
     derivatives = History("derivatives")
+
+    def _recalled(self) -> tuple[int, Sequence[Tensor | None]]:
+        values = vars(self)["derivatives"]
+        return len(values), values
+
+    def _cleared(self) -> None:
+        vars(self)["derivatives"] = []
+
+    def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
+        vars(self)["derivatives"] = pushed
 
     def step(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,16 @@ from mmfast.integrations.diffusers.families import (
     CumulativeNoise,
     Generator,
     Output,
+    Outputs,
     Plain,
     SetFirst,
     Stretched,
 )
-from mmfast.integrations.diffusers.history import Count, History, LastSample
+from mmfast.integrations.diffusers.handover import filled
+from mmfast.integrations.diffusers.history import History, LastSample
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import solvers
+from mmfast.integrations.diffusers.tables.program import Program
 
 
 class Solver(SetFirst):
@@ -67,16 +70,12 @@ class KeepsType(Tabled):
         return sample
 
 
-class DEIS(Solver, Plain):
+class DEIS(Outputs, Solver, Plain):
     _program = staticmethod(solvers.deis)
 
-    lower_order_nums = Count()
 
-
-class DPMMultistep(DPM):
+class DPMMultistep(Outputs, DPM):
     _program = staticmethod(solvers.dpm_multistep)
-
-    lower_order_nums = Count()
 
     def _result(self, sample: torch.dtype, model_output: torch.dtype) -> torch.dtype:
         return self._converted(sample, model_output)
@@ -119,19 +118,65 @@ class Predicting(Solver):
 class DPMSinglestep(DPM, Predicting):
     _program = staticmethod(solvers.dpm_singlestep)
 
+    sample: Any  # of the library: what the group of steps started from
+
     def _noise(self, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor:
         dtype = self._converted(sample.dtype, model_output.dtype)
         return self._draw(model_output, dtype, generator)
+
+    def _recalled(self) -> tuple[int, Sequence[Tensor | None]]:
+        values = [value for value in vars(self)["model_outputs"] if value is not None]
+        return len(values), values
+
+    def _recalled_kept(self, program: Program, row: int) -> list[Tensor | None]:
+        return [self.sample]
+
+    def _cleared(self) -> None:
+        vars(self)["model_outputs"] = [None] * self.config.solver_order
+        self.sample = None
+
+    def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
+        vars(self)["model_outputs"] = filled(pushed, self.config.solver_order)
+        (self.sample,) = kept
+
+
+class Corrected(Outputs):
+    """Those that correct the last step, for which they keep what it started from."""
+
+    timestep_list: list[Any]
+
+    def _recalled_kept(self, program: Program, row: int) -> list[Tensor | None]:
+        last = vars(self)["last_sample"]
+        return [None if last is None else last * program.factors[row]]
+
+    def _cleared(self) -> None:
+        super()._cleared()
+        vars(self)["last_sample"] = None
+        self.timestep_list = filled([], len(self.timestep_list))
+
+    def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
+        super()._handed(made, pushed, kept)
+        state = vars(self)["_tabled"]
+        factor = state.program.factors[made - 1]
+        vars(self)["last_sample"] = kept[0] / factor if factor else None
+        told = list(state.timesteps[state.begin : state.begin + made])
+        self.timestep_list = filled(told, len(self.timestep_list))
+
+    def _order_of_last(self, highest: int, made: int, more: int = 0) -> int:
+        """Of the last of so many steps: the corrector, with one more value, has one more."""
+        highest = min(highest, made + more)
+        if self.config.lower_order_final:
+            highest = min(highest, len(self.timesteps) - self._step_index + 1 + more)
+        return highest
 
 
 _HIGHEST = 12
 
 
-class UniPC(KeepsType, Solver, Stretched):
+class UniPC(KeepsType, Corrected, Solver, Stretched):
     _program = staticmethod(solvers.unipc)
 
     last_sample = LastSample()
-    lower_order_nums = Count()
 
     def step(
         self,
@@ -153,11 +198,26 @@ class UniPC(KeepsType, Solver, Stretched):
     def _thresholded(self) -> bool:
         return self.predict_x0 and super()._thresholded()  # type: ignore[attr-defined]
 
+    def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
+        super()._handed(made, pushed, kept)
+        self.this_order = self._order_of_last(self.config.solver_order, made)
 
-class SASolver(KeepsType, CumulativeNoise, Predicting):
+
+class SASolver(KeepsType, Corrected, CumulativeNoise, Predicting):
     _program = staticmethod(solvers.sa_solver)
 
-    lower_order_nums = Count()
+    last_noise: Any  # of the library
+
+    def _recalled_kept(self, program: Program, row: int) -> list[Tensor | None]:
+        (base,) = super()._recalled_kept(program, row)
+        return [None if base is None else base + program.noises[row] * self.last_noise]
+
+    def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
+        super()._handed(made, pushed, kept)
+        self.last_noise = torch.zeros_like(kept[0])  # that of last_sample is in it
+        config = self.config
+        self.this_predictor_order = self._order_of_last(config.predictor_order, made)
+        self.this_corrector_order = self._order_of_last(config.corrector_order, made, 1)
 
     def _highest(self) -> int:
         return max(self.config.predictor_order, self.config.corrector_order - 1)

@@ -29,7 +29,8 @@ class Noised(Placed):
         timestep = args[0] if args else options.get("timestep")
         state = self._state()
         index = self._index(timestep, state)
-        self.is_scale_input_called = True
+        if not self._twice:  # the library's have no such attribute
+            self.is_scale_input_called = True
         scales = state.scales
         if scales is None:
             scales = state.scales = self._scales()

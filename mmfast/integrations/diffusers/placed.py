@@ -45,7 +45,15 @@ class Placed:
     def _state(self) -> State:
         has = self.__dict__
         state: State | None = has.get("_tabled")
-        return state if state is not None and state.holds(has) else self._prepare()
+        return state if state is not None and state.holds(has) else self._renew()
+
+    def _renew(self) -> State:
+        """Read them again, for a run that may be under way."""
+        self._hand_back()
+        return self._prepare()
+
+    def _hand_back(self) -> None:
+        """What steps remember, as the library does."""
 
     def _forget(self) -> None:
         state = vars(self).get("_tabled")

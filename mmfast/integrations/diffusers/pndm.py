@@ -28,19 +28,23 @@ class Fixed(Tabled):
         self._by_library = self._by_library or bool(values)
 
     def _prepare(self) -> State:
-        self._by_library = False
+        self._by_library = bool(vars(self).get("ets"))  # those of a run that was the library's
         return super()._prepare()
+
+    def _hand_back(self) -> None:
+        if not self._by_library:
+            self._leave()
 
     def _leave(self) -> None:
         """Go on with the library's arithmetic, until timesteps are set."""
-        state = self._state()
-        history, past = state.history, self._past()
+        past = self._past()
         if past:
-            assert history is not None
+            state = vars(self)["_tabled"]
+            dtype = None if state.ready is None else state.ready.dtype
             for slot, name in self._kept:
-                if slot < len(history):
-                    setattr(self, name, history[slot].clone())
-            past = [value.clone() for value in past]
+                if slot < len(state.history):
+                    setattr(self, name, state.history[slot].to(dtype, copy=True))
+            past = [value.to(dtype, copy=True) for value in past]
         self._forget()
         if past is not None:
             vars(self)["ets"] = past
@@ -61,14 +65,17 @@ class PNDM(Fixed, Cumulative):
     ) -> Output:
         """As the library's, by a table."""
         if not self._by_library and not self._follows(timestep):
-            between = self.counter % 4 and self._starting()
             self._leave()
-            if not between:
-                self.cur_model_output = 0
         if self._by_library:
             step = super().step_prk if self._starting() else super().step_plms  # type: ignore[misc]
             return step(model_output, timestep, sample, return_dict=return_dict)
         return self._run(model_output, timestep, sample, return_dict)
+
+    def _leave(self) -> None:
+        between = self.counter % 4 and self._starting()
+        super()._leave()
+        if not between:
+            self.cur_model_output = 0
 
     def _starting(self) -> bool:
         """Whether the next call is one of the Runge-Kutta steps."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from mmfast.integrations.binding import ClassSwap
@@ -34,15 +35,28 @@ SCHEDULERS = (
 )
 
 
-_ADDED = ("_tabled", "_philox", "_by_library")  # attributes of a scheduler that has our class
+# Attributes of a scheduler that has our class.
+_ADDED = ("_tabled", "_philox", "_by_library", "_first")
+
+
+@dataclass(frozen=True)
+class SchedulerSwap(ClassSwap):
+    """A scheduler with one of our classes; a run that is under way goes on in either."""
+
+    added: tuple[str, ...] = _ADDED
+
+    def undo(self) -> bool:
+        """Give it its own class back, and the memory of its steps."""
+        if type(self.owner) is self.after:
+            self.owner._land()  # type: ignore[attr-defined]
+        return super().undo()
 
 
 def patch(pipeline_or_scheduler: Any) -> PatchReport:
     """Make the schedulers of a pipeline, or one scheduler, take their steps by tables.
 
     The object stays, with its configuration, timesteps and attributes; its class becomes the one of
-    the same name here. Patch and undo between runs: one that is under way loses its history and
-    begins anew, at a low order.
+    the same name here. A run that is under way goes on, after a patch and after an undo.
 
     Args:
         pipeline_or_scheduler: a scheduler of diffusers, or a pipeline with one or several.
@@ -108,7 +122,7 @@ def swapped(name: str, scheduler: Any) -> tuple[Entry, ClassSwap | None]:
         return Entry(name, "diffusers", class_name, "", "; ".join(reasons)), None
     return (
         Entry(name, "diffusers", class_name, "step, add_noise", ""),
-        ClassSwap(scheduler, theirs, ours, _ADDED),
+        SchedulerSwap(scheduler, theirs, ours),
     )
 
 
@@ -119,4 +133,4 @@ def restored(scheduler: Any) -> bool:
     ours = type(scheduler)
     if schedulers.CLASSES.get(ours.__name__) is not ours:
         return False
-    return ClassSwap(scheduler, ours.__bases__[1], ours, _ADDED).undo()
+    return SchedulerSwap(scheduler, ours.__bases__[1], ours).undo()

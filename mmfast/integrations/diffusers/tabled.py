@@ -18,15 +18,15 @@ from torch.compiler import is_compiling
 
 from mmfast import backends, library, philox
 from mmfast.checks import check_beside, check_floating
-from mmfast.integrations.diffusers.noised import Noised
+from mmfast.integrations.diffusers.handover import HandedOver
 from mmfast.integrations.diffusers.state import Index, Ready, State
-from mmfast.integrations.diffusers.tables.program import Options
+from mmfast.integrations.diffusers.tables.program import Options, Program
 from mmfast.memory import empty_like, new_empty
 from mmfast.ops.dynamic_threshold import dynamic_threshold
 from mmfast.ops.sampler_step import DIRECT, OP, _values, reference
 
 
-class Tabled(Noised):
+class Tabled(HandedOver):
     """The steps of a scheduler, by a table."""
 
     _philox: int | Tensor | None = None
@@ -99,7 +99,7 @@ class Tabled(Noised):
         has = self.__dict__
         state: State | None = has.get("_tabled")
         if state is None or not state.holds(has):
-            state = self._prepare()
+            state = self._renew()
         following = state.next
         if type(following) is int and following < 0:
             self._check_first(timestep)
@@ -111,8 +111,7 @@ class Tabled(Noised):
             goes_on = index == following  # type: ignore[assignment]
         program = state.program
         if program is None or options != state.options or not (goes_on or state.forgets):
-            program = state.enter(self, index, options)
-            goes_on = False
+            program, goes_on = self._begin(state, index, options, sample, goes_on)
         ready = state.ready
         if ready is None or not ready.suits(sample, model_output):
             check_floating("sample", sample)
@@ -183,6 +182,19 @@ class Tabled(Noised):
                 assert history is not None
                 second = history[program.output]
         return self._returned(ready, out, second, return_dict)
+
+    def _begin(
+        self, state: State, index: Index, options: Options, sample: Tensor, goes_on: bool
+    ) -> tuple[Program, bool]:
+        """The program for a step that the one in use has not, and whether the run goes on."""
+        if goes_on:  # with other options
+            self._hand_back()
+            state.next = -1
+        lost = self._remembers and isinstance(index, int) and state.next == -1
+        if lost and self._take_over(state, index, options, sample):  # type: ignore[arg-type]
+            assert state.program is not None
+            return state.program, True
+        return state.enter(self, index, options), False
 
     @staticmethod
     def _returned(ready: Ready, out: Tensor, second: Tensor, return_dict: bool) -> Any:

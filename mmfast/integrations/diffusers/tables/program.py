@@ -30,6 +30,7 @@ class Program:
         threshold: quantile and maximum of dynamic thresholding; None for none.
         factors: by what each row multiplies the sample that it starts from, for the slot after the
             ring; 0 where it keeps none. Empty for those without such a slot.
+        noises: by what the noise, in the same slot. Empty where there is none.
     """
 
     table: SamplerTable
@@ -40,6 +41,7 @@ class Program:
     refused: Mapping[int, str] = field(default_factory=dict)
     threshold: tuple[float, float] | None = None
     factors: tuple[float, ...] = ()
+    noises: tuple[float, ...] = ()
 
 
 class Points:

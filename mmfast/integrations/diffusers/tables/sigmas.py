@@ -46,6 +46,11 @@ def churn_options(options: Options) -> dict[str, float]:
     return dict(zip(("churn", "churn_min", "churn_max", "churn_noise"), options, strict=True))
 
 
+def churn_of(churn: float, steps: int) -> float:
+    """By what a step of so many raises sigma first."""
+    return min(churn / steps, math.sqrt(2) - 1)
+
+
 def churned(sigmas: Sequence[float], options: Options) -> tuple[bool, ...]:
     churn, low, high, _ = options
     return tuple(churn > 0 and low <= sigma <= high for sigma in sigmas[:-1])
@@ -119,7 +124,7 @@ def flow_heun(s: Any, begin: int, options: Options) -> Program:
     if churn <= 0:
         return program_of(schedule.flow_heun(grid))
     # The library draws for both calls of a step, but what it adds for the second one cancels.
-    most = min(churn / (len(s.sigmas) - 1), math.sqrt(2) - 1)
+    most = churn_of(churn, len(s.sigmas) - 1)
     builder, draws = TableBuilder(keep=["half"]), []
     for i in range(len(grid)):
         sigma, after = grid.point(i)[1], grid.point(i + 1)[1]

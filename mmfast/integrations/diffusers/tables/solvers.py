@@ -140,23 +140,41 @@ def unipc(s: Any, begin: int, options: Options) -> Program:
         without_corrector=s.disable_corrector,
         lower_order_final=s.config.lower_order_final,
     )
-    factors = [
-        Interval(grid, i, i + 1, of_noise=not s.predict_x0).linear if grid.point(i + 1)[1] else 0.0
-        for i in range(len(grid))
-    ]
-    return program_of(table, ring=s.config.solver_order, factors=tuple(factors))
+    factors, noises = _of_base(s, grid)
+    return program_of(table, ring=s.config.solver_order, factors=factors, noises=noises)
 
 
 def sa_solver(s: Any, begin: int, options: Options) -> Program:
     predictor, corrector = s.config.predictor_order, s.config.corrector_order
+    grid = preserving(s, begin)
+
+    def tau(timestep: float) -> float:
+        return float(s.tau_func(timestep))
+
     table = schedule.sa_solver(
-        preserving(s, begin),
+        grid,
         prediction=prediction_of(s),
         clip=unclipped(s),
         predictor_order=predictor,
         corrector_order=corrector,
-        tau=lambda t: float(s.tau_func(t)),
+        tau=tau,
         predict_x0=s.predict_x0,
         lower_order_final=s.config.lower_order_final,
     )
-    return program_of(table, draws=True, ring=max(predictor, corrector, 2) - 1)
+    factors, noises = _of_base(s, grid, tau)
+    ring = max(predictor, corrector, 2) - 1
+    return program_of(table, draws=True, ring=ring, factors=factors, noises=noises)
+
+
+def _of_base(
+    s: Any, grid: Grid, tau: Callable[[float], float] = lambda t: 0.0
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """By what each row multiplies its sample and noise in the slot that a corrector begins with."""
+    made = [
+        Interval(grid, i, i + 1, tau=tau(grid.timestep(i)), of_noise=not s.predict_x0)
+        if grid.point(i + 1)[1]
+        else None
+        for i in range(len(grid))
+    ]
+    factors = tuple(0.0 if step is None else step.linear for step in made)
+    return factors, tuple(0.0 if step is None else step.noise for step in made)

@@ -1,0 +1,42 @@
+"""Parts of a forward that autocast or autograd leave alone.
+
+Exported programs have a region for each. Those that return nothing cannot be read from a file, so
+that there are none where nothing depends on them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def without_autocast(kind: str) -> contextlib.AbstractContextManager[None]:
+    """Leave autocast for devices of this ``kind``, where it is on."""
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()  # ``meta`` knows no other
+
+
+def without_gradients(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """``torch.no_grad()`` around a function that only changes what it is given, or buffers.
+
+    While exporting, the tensors given are detached instead.
+    """
+
+    @functools.wraps(function)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if torch.compiler.is_exporting():
+            detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
+            named = {k: t.detach() if isinstance(t, torch.Tensor) else t for k, t in kwargs.items()}
+            return function(*detached, **named)  # type: ignore[arg-type]
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
