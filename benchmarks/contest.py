@@ -265,8 +265,9 @@ def enter(
     if subject.compiled or not sure:
         taken = memory.watch(call, device)
     if turns:
-        shortened = turns if rows == case.shape["N"] else [_shorten(case.op)(t, rows) for t in turns]
-        others = [subject.peer.make(*own(case.op, other)) for other in shortened]
+        if rows < case.shape["N"]:
+            turns = [_shorten(case.op)(other, rows) for other in turns]
+        others = [subject.peer.make(*own(case.op, other)) for other in turns]
         call = rotation.in_turns([call, *others])
         if taken.seconds * len(turns) < _SURE:
             for _ in range(1 + len(turns)):  # the memory of results is new in the first round

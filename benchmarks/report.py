@@ -23,11 +23,11 @@ _README_CASES = (
 _LEGEND = """\
 Contenders take turns; a time is the median of the rounds, the spread half the distance between
 their quartiles; who takes long is timed once. A time after ~ was taken on fewer vectors and
-scaled up. Where a call is all overhead it is timed in loops of its own. Calls of what is bound by
-memory (add_noise, fsq_step, gated_residual_modulate, lfq_signs_step, qk_norm_rope, sampler_step, and
-gradients) go from one copy of their arguments to the next, twice as many as the processor's largest
-cache holds, so that everybody's bytes come from memory, the floor's too. "of peak" is the op's
-least number of operations per second over the rate of bfloat16 dot products (below), which
+scaled up. Where a call is all overhead it is timed in loops of its own. On a CPU, calls of what is
+bound by memory (add_noise, fsq_step, gated_residual_modulate, lfq_signs_step, qk_norm_rope,
+sampler_step, and gradients of these) go from one copy of their arguments to the next, twice as many
+as the largest cache holds: everybody's bytes come from memory, the floor's too. "of peak" is the
+op's least number of operations per second over the rate of bfloat16 dot products (below), which
 pruning may exceed. "Match" compares with the float64 reference: ✓, or what differs; - where there
 is nothing to compare, and for others than mmfast where a smaller shape of the op says it.
 """

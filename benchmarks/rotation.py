@@ -1,5 +1,5 @@
-"""Calls whose bytes come from memory: each works on another copy of its arguments, of which there are
-so many that no cache has the one whose turn it is, nor where its result goes."""
+"""Calls whose bytes come from memory: each works on another copy of its arguments, of which there
+are so many that no cache has the one whose turn it is, nor where its result goes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.modules import Step
@@ -63,8 +62,8 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 
 
 def in_turns(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
-    """One that makes a call of another of ``calls`` each time, and keeps what it returned until that
-    one's next turn."""
+    """One that makes a call of another of ``calls`` each time, and keeps what it returned until
+    that one's next turn."""
     if len(calls) == 1:
         return calls[0]
     steps = [call.step if isinstance(call, Step) else call for call in calls]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 
 import pytest
 import torch
 
-from benchmarks import contest, memory, peers, schedulers, subjects, timing
+from benchmarks import cases, contest, memory, peers, rotation, schedulers, subjects, timing
 from benchmarks.modules import Step
 from benchmarks.spent import FIRST, ROUNDS, Spent
 
@@ -123,3 +124,69 @@ def test_memory_of_a_call():
     if taken is None:
         pytest.skip("this system does not tell")
     assert 0.9 * size < taken < 1.5 * size
+
+
+def test_copies_are_more_than_the_caches_hold(monkeypatch):
+    monkeypatch.setattr(rotation, "last_cache", lambda: 1 << 20)
+    x = torch.zeros(1 << 16)  # a quarter of it
+
+    found = rotation.copies((x, x[1:], [x], None, 3), lambda: (x.clone(),))
+
+    assert found[0][0] is x
+    assert len(found) == 9
+    assert rotation.last_cache() > 0
+
+
+def test_calls_in_turns_keep_their_results():
+    made = [torch.zeros(1), torch.ones(1)]
+    call = rotation.in_turns([made[0].clone, made[1].clone])
+
+    first, second, third = call(), call(), call()
+
+    assert [float(r) for r in (first, second, third)] == [1, 0, 1]
+    assert len({r.data_ptr() for r in (first, second, third)}) == 3
+    assert rotation.in_turns([call]) is call
+
+
+def test_steps_in_turns_are_reset_together():
+    states = [5, 5]
+
+    def step(i):
+        states[i] += 1
+        return states[i]
+
+    turns = rotation.in_turns(
+        [Step(lambda i=i: states.__setitem__(i, 0), lambda i=i: step(i)) for i in range(2)]
+    )
+
+    assert isinstance(turns, Step)
+    turns.reset()
+    assert [turns.step() for _ in range(4)] == [1, 1, 2, 2]
+
+
+def test_contenders_bound_by_memory_change_their_arguments(monkeypatch):
+    monkeypatch.setattr(rotation, "last_cache", lambda: 1 << 10)
+    case = next(c for c in cases.all_cases() if c.op == "add_noise" and c.quick)
+    given = case.make(CPU)
+    subject = next(s for s in subjects.subjects(case.op) if s.name == "plain torch")
+    seen = []
+    peer = dataclasses.replace(
+        subject.peer, make=lambda *a: lambda: (seen.append(a[0].data_ptr()), a[0])[1]
+    )
+    turns = [given, case.make(CPU)]
+
+    entry = contest.enter(
+        case,
+        dataclasses.replace(subject, peer=peer, kind="floor"),
+        given,
+        None,
+        CPU,
+        contest.Effort(0.0),
+        turns[1:],
+    )
+    seen.clear()
+    for _ in range(4):
+        entry.call()
+
+    assert len(set(seen)) == 2
+    assert seen[:2] == seen[2:]

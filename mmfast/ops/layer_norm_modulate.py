@@ -370,8 +370,9 @@ PLAIN = ("weight", "bias")
 
 
 def samples() -> Iterable[Sample]:
-    """Blocks of DiT-XL and beyond the caches (``bench``), and odd shapes."""
+    """Blocks of DiT-XL and SD3, and beyond the caches (``bench``), and odd shapes."""
     yield sample(8, 256, 1152, without=PLAIN, bench=True)
+    yield sample(2, 1024, 1536, without=PLAIN, bench=True)
     yield sample(4, 1024, 1536, without=PLAIN, bench=True)
     yield sample(2, 6, 20)
     yield sample(3, 35, 33, without=PLAIN, mixed=True)
