@@ -413,7 +413,7 @@ class _Tables:
             "BLOCK_N": block_n,
             "TOKENS": x.stride(1) < x.stride(2),
             "FACTOR": common_multiple(num_dims, *strides),
-            "FAR": max(map(_extent, (x, *views))) >= _FAR,
+            "FAR": max(_extent(t) for t in (x, *views, self.cos) if t is not None) >= _FAR,
             "STAGES": 2 if ahead else 1,
             **num_threads(threads),
             **at_most(min(65536 // threads, 255)),

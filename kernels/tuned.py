@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -289,12 +290,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.write:
         if not torch.cuda.is_available():
             parser.error("--write needs a GPU, and there is none")
-        for kernel, problems in tuning:
-            made = problems(torch.device("cuda"))
-            seconds = triton.testing.do_bench
-            for found in search(table, kernel, device_kind(), made, seconds, given.again):
-                save(found, given.table)
-            table = load(given.table)
+        kind, seconds = device_kind(), triton.testing.do_bench
+        # In turns: whoever cuts this off has something of every kernel, what matters most first.
+        made = [(kernel, iter(problems(torch.device("cuda")))) for kernel, problems in tuning]
+        for i, turn in enumerate(itertools.zip_longest(*(left for _, left in made))):
+            for (kernel, _), problem in zip(made, turn, strict=True):
+                of = () if problem is None else (problem,)
+                # What is measured anew is so from its first on.
+                anew = given.again and i == 0
+                for found in search(table, kernel, kind, of, seconds, anew):
+                    save(found, given.table)
+                    table = found
     print(*lines(table, [kernel for kernel, _ in tuning]), sep="\n")
     return 0
 

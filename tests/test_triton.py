@@ -856,6 +856,15 @@ def test_programs_of_many_tiles(name, monkeypatch):
         check_op(OPS[name], *sample.make(DEVICE, torch.float32, 0))
 
 
+@pytest.mark.parametrize("name", ["qk_norm_rope", "qk_norm_rope_bwd"])
+def test_heads_in_memory_that_32_bits_do_not_count(name, monkeypatch):
+    from mmfast.kernels import qk_norm_rope as heads
+
+    monkeypatch.setattr(heads, "_FAR", 0)
+    for sample in [s for s in OPS[name].samples() if small(s) and not s.bench][::4]:
+        check_op(OPS[name], *sample.make(DEVICE, torch.float32, 0))
+
+
 def test_sampler_step_many_blocks_of_a_program():
     from mmfast.ops import sampler_step
 

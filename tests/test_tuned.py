@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,3 +289,33 @@ def test_the_command(tmp_path, capsys):
         with pytest.raises(SystemExit):
             tuned.main(["--write", "--table", str(path)])
         assert "--write needs a GPU" in capsys.readouterr().err
+
+
+def test_kernels_take_turns(monkeypatch, tmp_path):
+    """Whoever cuts a search off has the first problem of each."""
+    from mmfast.kernels import scaled_dot_product_attention as attention
+
+    def kernel(name: str, count: int):
+        made = SimpleNamespace(name=name, kernel=SCREEN.kernel, key_of=str)
+        return made, lambda device: iter([Problem({name: i}, print) for i in range(count)])
+
+    seen = []
+
+    def fastest(kernel, problem, seconds):
+        seen.append(kernel.key_of(problem.constants))
+        return {"BLOCK_N": len(seen)}
+
+    monkeypatch.setattr(nearest_code, "tuning", kernel("a", 3))
+    monkeypatch.setattr(attention, "tuning", [kernel("b", 1), kernel("c", 2)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(tuned, "device_kind", lambda: "sm_90")
+    monkeypatch.setattr(tuned, "fastest", fastest)
+    path = tmp_path / "tuned.json"
+    path.write_text("{}")
+    turns = ["{'a': 0}", "{'b': 0}", "{'c': 0}", "{'a': 1}", "{'c': 1}", "{'a': 2}"]
+    for words, times in ((["--write"], 1), (["--write"], 1), (["--write", "--again"], 2)):
+        assert tuned.main([*words, "--table", str(path)]) == 0
+        assert seen == turns * times
+        held = {name: list(kinds["sm_90"].choices) for name, kinds in tuned.load(path).items()}
+        assert held == {"a": turns[:1] + turns[3::2], "b": turns[1:2], "c": turns[2::2]}
