@@ -125,10 +125,11 @@ def written_plainly(plain: Callable[..., Any], **options: Any) -> dict[str, Peer
     Args:
         options: of both, as :class:`Peer`.
     """
+    once = functools.cache(lambda: compiled(plain))
     return {
         "plain torch": Peer(lambda *arguments: lambda: plain(*arguments), cut=False, **options),
         "torch.compile": Peer(
-            lambda *arguments: functools.partial(compiled(plain), *arguments),
+            lambda *arguments: functools.partial(once(), *arguments),
             cut=False,
             note="of the plain formulation; compiling is not timed",
             **options,
