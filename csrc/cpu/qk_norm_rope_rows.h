@@ -17,6 +17,7 @@ struct WholeRows {
   static constexpr int vectors = PAIRED ? 2 : 1;
   static constexpr int64_t W = Op::W, width = vectors * W, size = Op::size;
   static constexpr int64_t most_repeated = 1024;  // numbers of a table
+  static constexpr int64_t ahead = 2;             // tokens, of what is asked for
 
   const Op& op;
   const int64_t numbers, blocks, repeated;  // repeated: blocks until the table begins again
@@ -239,7 +240,7 @@ struct WholeRows {
     const int64_t last = first + op.block < args.length ? first + op.block : args.length;
     const bool past_cache = streams(), backwards = args.grad.data;
     for (int64_t l = first; l < last; ++l) {
-      const int64_t following = l + 1 < args.length ? l + 1 : l;
+      const int64_t following = l + ahead < args.length ? l + ahead : l;
       const char* x = row(args.x, b, l, work.copies);
       const char* next = args.x.head(b, following, 0);
       const T inverse = inverse_of(x);
