@@ -662,7 +662,8 @@ def test_runs_on_a_device_that_can_not_be_read(name: str) -> None:
     scheduler.set_timesteps(6)
     state = vars(scheduler)["_tabled"]
     scheduler.timesteps = state.timesteps = scheduler.timesteps.to("meta")
-    state.watched = (scheduler.timesteps, scheduler.timesteps._version, *state.watched[2:])
+    state.made_from["timesteps"] = scheduler.timesteps
+    state._look()
     state.own = (scheduler.timesteps.dtype, scheduler.timesteps.device)
     x = torch.empty(2, 3, 4, device="meta")
     with pytest.raises(RuntimeError):

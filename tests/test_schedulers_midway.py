@@ -103,7 +103,7 @@ def test_a_run_from_the_middle(name: str) -> None:
     [
         name
         for name in FILES
-        if CLASSES[name]._remembers and name[:5] not in ("PNDMS", "KDPM2")  # of other numbers too
+        if CLASSES[name]._remembers and name != "PNDMScheduler"  # of other numbers too
     ],
 )
 def test_numbers_changed_in_the_middle(name: str) -> None:
@@ -123,10 +123,33 @@ def test_numbers_changed_in_the_middle(name: str) -> None:
     assert _error(outputs[1], outputs[0]) < 1e-5
 
 
+@pytest.mark.parametrize("changed", ["sigmas_interpol", "sigmas_down", "sigmas_up"])
+@pytest.mark.parametrize("name", ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_other_numbers_changed_in_the_middle(name: str, changed: str, inplace: bool) -> None:
+    def change(scheduler: Any) -> None:
+        values = getattr(scheduler, changed)
+        if inplace:
+            values *= 0.98
+        else:
+            setattr(scheduler, changed, values * 0.98)
+
+    if not hasattr(CLASSES[name](), changed):
+        pytest.skip("it has none")
+    outputs = []
+    for library in (diffusers, drop_in):
+        scheduler = getattr(library, name)()
+        outputs.append(_run(scheduler, times=_before({4: lambda s=scheduler: change(s)})))
+    assert _error(outputs[1], outputs[0]) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("LMSDiscreteScheduler", ({"order": 4}, {"order": 3}, {"order": 2})),
+        ("LMSDiscreteScheduler", ({"order": 2}, {"order": 4}, {"order": 1})),
+        ("LMSDiscreteScheduler", ({"order": 1}, {"order": 3}, {"order": 4})),
+        ("LMSDiscreteScheduler", ({"order": 3}, {"order": 1}, {"order": 4})),
         ("FlowMatchHeunDiscreteScheduler", ({"s_churn": 3.0}, {"s_churn": 0.0}, {"s_noise": 2.0})),
     ],
 )

@@ -12,7 +12,7 @@ from mmfast.integrations.diffusers.handover import filled
 from mmfast.integrations.diffusers.history import Count
 from mmfast.integrations.diffusers.state import Index
 from mmfast.integrations.diffusers.tabled import Tabled
-from mmfast.integrations.diffusers.tables.program import Program, host, point
+from mmfast.integrations.diffusers.tables.program import host, point
 
 Output = Any
 Generator = Any
@@ -42,7 +42,7 @@ class CumulativeNoise(Tabled):
 class Cumulative(CumulativeNoise):
     """Those whose steps are made of alphas_cumprod too."""
 
-    _levels = "alphas_cumprod"
+    _levels = ("alphas_cumprod",)
 
 
 class NoiseOfBoth(Tabled):
@@ -124,54 +124,6 @@ class Outputs(Tabled):
         has = vars(self)
         has["lower_order_nums"] = min(made, self._highest())
         has["model_outputs"] = filled(pushed, len(has["model_outputs"]))
-
-
-class TwoCalls(Tabled):
-    """Those that call the model twice a step."""
-
-    _twice = True
-    sample: Any  # that the first of two calls started from, while the second is to come
-    dt: Any
-    prev_derivative: Any
-
-    def _recalled(self) -> tuple[int, Sequence[Tensor | None]]:
-        return 0 if vars(self).get("sample") is None else 1, []
-
-    def _recalled_kept(self, program: Program, row: int) -> list[Tensor | None]:
-        return [self.sample]
-
-    def _cleared(self) -> None:
-        self.sample = None
-
-    def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
-        if made % 2:
-            (self.sample,) = kept
-
-
-class Trapezoidal(TwoCalls):
-    """Those whose first call leaves half of its slope for the second."""
-
-    def _recalled_kept(self, program: Program, row: int) -> list[Tensor | None]:
-        return [self.sample + self.dt / 2 * self.prev_derivative]
-
-    def _cleared(self) -> None:
-        self.sample = self.dt = self.prev_derivative = None
-
-    def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
-        if made % 2:
-            (self.sample,) = kept  # with the first slope's half, so that there is no other
-            self.prev_derivative = 0.0
-            self.dt = self._length(vars(self)["_tabled"].key[1], self._step_index - 1)
-
-    def _length(self, sigmas: Sequence[float], index: int) -> float:
-        """Of the step that begins at an index."""
-        return sigmas[index + 1] - sigmas[index]
-
-    @property
-    def state_in_first_order(self) -> bool:
-        """Whether the next step is the first of two."""
-        index = self._step_index
-        return index is None or index % 2 == 0
 
 
 class Stretched(Tabled):

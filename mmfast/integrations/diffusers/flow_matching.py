@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from diffusers.schedulers import (
@@ -16,11 +16,11 @@ from mmfast.integrations.diffusers.families import (
     Generator,
     Output,
     Stretched,
-    Trapezoidal,
 )
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import sigmas
 from mmfast.integrations.diffusers.tables.sigmas import churn_of
+from mmfast.integrations.diffusers.two_calls import Call, Trapezoidal
 
 
 class _Flow(Tabled):
@@ -80,12 +80,18 @@ class FlowHeun(Trapezoidal, _Flow, Churned):
     _program = staticmethod(sigmas.flow_heun)
     _outputs = (scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput, 1)
 
-    def _length(self, sigmas: Sequence[float], index: int) -> float:
-        churn, low, high, _ = vars(self)["_tabled"].options
-        more = 0.0
-        if churn > 0 and low <= sigmas[index] <= high:
-            more = churn_of(churn, len(sigmas) - 1)
-        return sigmas[index + 1] - sigmas[index] * (1 + more)
+    def _left(self, name: str, call: Call) -> Any:
+        if name == "sample" and _raised(call) > 1:  # with the noise of the churn
+            return call.out.to(self._single) - self._length(call) * self._slope(call)
+        left = super()._left(name, call)
+        return left.to(self._single) if name == "sample" else left
+
+    def _slope(self, call: Call) -> Tensor:
+        return call.model_output.to(self._single) / _raised(call)
+
+    def _length(self, call: Call) -> float:
+        index = int(call.at)
+        return call.sigmas[index + 1] - call.sigmas[index] * _raised(call)
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """As the library's: the sample with the noise of the step's timestep."""
@@ -95,3 +101,11 @@ class FlowHeun(Trapezoidal, _Flow, Churned):
             return self._noised(sample, noise, timestep)
         finally:
             self._begin_index = begin
+
+
+def _raised(call: Call) -> float:
+    """By what the churn of a call has multiplied its sigma."""
+    churn, low, high, _ = call.options
+    if churn > 0 and low <= call.sigmas[int(call.at)] <= high:
+        return 1 + churn_of(churn, len(call.sigmas) - 1)
+    return 1.0

@@ -121,3 +121,31 @@ class Count:
                 )
         scheduler._forget()
         vars(scheduler)["lower_order_nums"] = value
+
+
+class Shown:
+    """An attribute that a step leaves for the next one: made when it is read.
+
+    What the next step does is in the table: it can be set before a run and not in one.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
+        if scheduler is None:
+            return self
+        if scheduler._pushed():
+            return scheduler._shown(self.name)
+        try:
+            return vars(scheduler)[self.name]
+        except KeyError:
+            raise AttributeError(self.name) from None
+
+    def __set__(self, scheduler: Any, value: Any) -> None:
+        if scheduler._pushed():
+            raise ValueError(
+                f"{self.name} is what the steps so far make it and cannot be set in the middle of "
+                "a run: call set_timesteps to begin anew"
+            )
+        vars(scheduler)[self.name] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,13 +21,14 @@ from mmfast.integrations.diffusers.families import (
     Generated,
     Output,
     Plain,
-    Trapezoidal,
-    TwoCalls,
 )
 from mmfast.integrations.diffusers.history import History
+from mmfast.integrations.diffusers.state import State
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import sigmas
-from mmfast.integrations.diffusers.tables.program import host
+from mmfast.integrations.diffusers.tables.program import Options, prediction_of
+from mmfast.integrations.diffusers.two_calls import Call, Trapezoidal, TwoCalls
+from mmfast.schedule.predictions import denoised_from
 
 
 class Euler(Churned):
@@ -50,9 +52,20 @@ class Heun(Trapezoidal, Plain):
     _outputs = (scheduling_heun_discrete.HeunDiscreteSchedulerOutput, 2)
     _scaled = True
 
+    def _slope(self, call: Call) -> Tensor:
+        sigma = call.sigmas[int(call.at)]
+        scale = 1 / math.hypot(1.0, sigma)  # of what the model gets
+        a, b = denoised_from(prediction_of(self), scale, scale * sigma)
+        clean = a * scale * call.sample + b * call.model_output
+        if self.config.clip_sample:
+            most = self.config.clip_sample_range
+            clean = clean.clamp(-most, most)
+        return (call.sample - clean) / sigma
+
 
 class KDPM2(TwoCalls, Plain):
     _program = staticmethod(sigmas.kdpm2)
+    _levels = ("sigmas", "sigmas_interpol")
     _outputs = (scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput, 2)
     _scaled = True
 
@@ -62,8 +75,21 @@ class KDPM2(TwoCalls, Plain):
 
 class KDPM2Ancestral(TwoCalls, Generated):
     _program = staticmethod(sigmas.kdpm2_ancestral)
+    _levels = ("sigmas", "sigmas_interpol", "sigmas_down", "sigmas_up")
     _outputs = (scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput, 2)
     _scaled = True
+
+    sigmas: Tensor
+    sigmas_interpol: Tensor
+
+    @property
+    def dt(self) -> Tensor:
+        """Of the last step's first call: the library's second one leaves it as it is."""
+        index = self._step_index
+        if not index:
+            raise AttributeError("dt")
+        first = (index - 1) // 2 * 2
+        return self.sigmas_interpol[first] - self.sigmas[first]
 
     def _scales(self) -> list[float]:
         return _interpolated(self, 1)
@@ -95,11 +121,19 @@ class LMS(Tabled):
         return_dict: bool = True,
     ) -> Output:
         """As the library's, by a table."""
-        return self._run(model_output, timestep, sample, return_dict, (order,))
+        return self._run(model_output, timestep, sample, return_dict, self._options(order))
+
+    def _options(self, order: int) -> Options:
+        state: State | None = vars(self).get("_tabled")
+        if state is not None and state.runs() and state.options[0] == order:
+            return state.options
+        if not isinstance(order, int):
+            raise TypeError(f"order must be an int, got {order!r}")
+        # The library forgets one value a step at most: a lower order keeps those of a higher one.
+        return order, max(order, len(self.derivatives))
 
 
 def _interpolated(scheduler: Any, back: int) -> list[float]:
-    between = host(scheduler.sigmas_interpol)
-    sigmas = scheduler._state().key[1]
+    _, sigmas, between, *_ = scheduler._state().key
     used = [between[i - back] if i % 2 else sigma for i, sigma in enumerate(sigmas)]
     return [(s * s + 1) ** -0.5 for s in used]

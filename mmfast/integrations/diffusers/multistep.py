@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -20,7 +20,7 @@ from mmfast.integrations.diffusers.families import (
     Stretched,
 )
 from mmfast.integrations.diffusers.handover import filled
-from mmfast.integrations.diffusers.history import History, LastSample
+from mmfast.integrations.diffusers.history import History, LastSample, Shown
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import solvers
 from mmfast.integrations.diffusers.tables.program import Program
@@ -143,7 +143,17 @@ class DPMSinglestep(DPM, Predicting):
 class Corrected(Outputs):
     """Those that correct the last step, for which they keep what it started from."""
 
-    timestep_list: list[Any]
+    _orders: ClassVar[dict[str, tuple[str, int]]]  # of the last step: of which option, and how many
+
+    timestep_list = Shown("timestep_list")
+
+    def _shown(self, name: str) -> Any:
+        state = vars(self)["_tabled"]
+        if name == "timestep_list":
+            told = list(state.timesteps[state.begin : state.next])
+            return filled(told, len(vars(self)["timestep_list"]))
+        key, more = self._orders[name]
+        return self._order_of_last(self.config[key], state.next - state.begin, more)
 
     def _recalled_kept(self, program: Program, row: int) -> list[Tensor | None]:
         last = vars(self)["last_sample"]
@@ -152,15 +162,15 @@ class Corrected(Outputs):
     def _cleared(self) -> None:
         super()._cleared()
         vars(self)["last_sample"] = None
-        self.timestep_list = filled([], len(self.timestep_list))
+        vars(self)["timestep_list"] = filled([], len(vars(self)["timestep_list"]))
 
     def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
         super()._handed(made, pushed, kept)
         state = vars(self)["_tabled"]
         factor = state.program.factors[made - 1]
         vars(self)["last_sample"] = kept[0] / factor if factor else None
-        told = list(state.timesteps[state.begin : state.begin + made])
-        self.timestep_list = filled(told, len(self.timestep_list))
+        for name in ("timestep_list", *self._orders):
+            vars(self)[name] = self._shown(name)
 
     def _order_of_last(self, highest: int, made: int, more: int = 0) -> int:
         """Of the last of so many steps: the corrector, with one more value, has one more."""
@@ -176,7 +186,10 @@ _HIGHEST = 12
 class UniPC(KeepsType, Corrected, Solver, Stretched):
     _program = staticmethod(solvers.unipc)
 
+    _orders: ClassVar = {"this_order": ("solver_order", 0)}
+
     last_sample = LastSample()
+    this_order = Shown("this_order")
 
     def step(
         self,
@@ -198,15 +211,18 @@ class UniPC(KeepsType, Corrected, Solver, Stretched):
     def _thresholded(self) -> bool:
         return self.predict_x0 and super()._thresholded()  # type: ignore[attr-defined]
 
-    def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
-        super()._handed(made, pushed, kept)
-        self.this_order = self._order_of_last(self.config.solver_order, made)
-
 
 class SASolver(KeepsType, Corrected, CumulativeNoise, Predicting):
     _program = staticmethod(solvers.sa_solver)
 
+    _orders: ClassVar = {
+        "this_predictor_order": ("predictor_order", 0),
+        "this_corrector_order": ("corrector_order", 1),
+    }
+
     last_noise: Any  # of the library
+    this_predictor_order = Shown("this_predictor_order")
+    this_corrector_order = Shown("this_corrector_order")
 
     def _recalled_kept(self, program: Program, row: int) -> list[Tensor | None]:
         (base,) = super()._recalled_kept(program, row)
@@ -215,9 +231,6 @@ class SASolver(KeepsType, Corrected, CumulativeNoise, Predicting):
     def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
         super()._handed(made, pushed, kept)
         self.last_noise = torch.zeros_like(kept[0])  # that of last_sample is in it
-        config = self.config
-        self.this_predictor_order = self._order_of_last(config.predictor_order, made)
-        self.this_corrector_order = self._order_of_last(config.corrector_order, made, 1)
 
     def _highest(self) -> int:
         return max(self.config.predictor_order, self.config.corrector_order - 1)

@@ -14,7 +14,7 @@ class Placed:
     """The state of a scheduler, and the index of a timestep in it."""
 
     _program: ClassVar[Any]  # (scheduler, begin, options) to Program
-    _levels: ClassVar[str] = "sigmas"  # the attribute the table is made from, besides timesteps
+    _levels: ClassVar[tuple[str, ...]] = ("sigmas",)  # what tables are made from, and timesteps
     _missing_is_last: ClassVar[bool] = False  # an unknown timestep counts as the last one
     _outputs: ClassVar[tuple[type, int]]  # type, and how many tensors
     _of_output: ClassVar[bool] = False  # the result has the dtype of the model's output

@@ -140,7 +140,7 @@ class PNDM(Fixed, Cumulative):
 class IPNDM(Fixed, SetFirst):
     _program = staticmethod(timesteps.ipndm)
     _outputs = (SchedulerOutput, 1)
-    _levels = "betas"
+    _levels = ("betas",)
 
     ets = History("ets")
 

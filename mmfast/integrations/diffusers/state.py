@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -26,12 +27,13 @@ class State:
 
     def __init__(self, scheduler: Any, programs: dict[Any, Program]) -> None:
         self.timesteps = scheduler.timesteps
-        self.name = scheduler._levels
-        self.levels = vars(scheduler).get(self.name)
+        self.made_from = {
+            name: vars(scheduler).get(name) for name in ("timesteps", *scheduler._levels)
+        }
         self.config = scheduler._internal_dict
-        self.values: list[float] = [] if self.timesteps is None else host(self.timesteps)
         self.own = None if self.timesteps is None else (self.timesteps.dtype, self.timesteps.device)
-        self.key = (tuple(self.values), () if self.levels is None else tuple(host(self.levels)))
+        self.key = tuple(map(_numbers, self.made_from.values()))
+        self.values = list(self.key[0])
         self.places: dict[float, int] = {}  # the library takes the second of equal ones
         seen: set[float] = set()
         for i, value in enumerate(self.values):
@@ -51,11 +53,12 @@ class State:
         self.history: Tensor | None = None
         self.shown = False  # whether views of the history may be known outside
         self.resized: dict[int, Tensor] = {}  # what takes the place of slots, in another shape
+        self.call: Any = None  # the first of two, while the second is to come
         self._look()
 
     def _look(self) -> None:
         """What depends on where tensors are, and is not the same for copies of them."""
-        self.watched = (*_watched(self.timesteps), *_watched(self.levels))
+        self.watched = [(name, it, *_watched(it)) for name, it in self.made_from.items()]
         self.addresses = _addresses(self.timesteps)
         if self.twice:
             self.addresses = {at: self.places[self.values[i]] for at, i in self.addresses.items()}
@@ -72,14 +75,14 @@ class State:
 
     def holds(self, has: dict[str, Any]) -> bool:
         """Whether a scheduler with these attributes is still as it was."""
-        watched, seen, also, known = self.watched
-        return (
-            has["timesteps"] is self.timesteps
-            and has.get(self.name) is self.levels
-            and has["_internal_dict"] is self.config
-            and watched._version == seen
-            and also._version == known
-        )
+        for name, values, watched, version in self.watched:
+            if has.get(name) is not values or watched._version != version:
+                return False
+        return has["_internal_dict"] is self.config
+
+    def runs(self) -> bool:
+        """Whether steps have been made, and others may follow."""
+        return type(self.next) is not int or self.next >= 0
 
     def slot(self, slot: int) -> Tensor:
         """What the history has in a slot."""
@@ -135,6 +138,13 @@ class State:
 _LOOKED = {"watched", "addresses", "noisy", "coefficients", "ready"}
 
 _UNWATCHED = torch.empty(0)  # nobody changes it
+
+
+def _numbers(values: Tensor | None) -> tuple[float, ...]:
+    """Those of a tensor, one and the same NaN for every NaN: such tuples can be equal."""
+    if values is None:
+        return ()
+    return tuple(math.nan if math.isnan(value) else value for value in host(values))
 
 
 def _watched(tensor: Any) -> tuple[Tensor, int]:

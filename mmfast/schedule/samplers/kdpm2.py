@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from mmfast.schedule.grid import Grid
 from mmfast.schedule.samplers.euler import ancestral, check_eta
@@ -50,17 +51,38 @@ def _midpoint(grid: Grid, prediction: str, clip: Clip, eta: float) -> SamplerTab
     grid = grid.variance_exploding()
     sigmas = grid.sigma.tolist()
     ups, downs = zip(*(ancestral(s, t, eta) for s, t in itertools.pairwise(sigmas)), strict=True)
-    pairs = [(s, down) for s, down in zip(sigmas, downs, strict=False) if down > 0]
-    middles = [math.sqrt(s * down) for s, down in pairs]
+    middles = [math.sqrt(s * down) for s, down in zip(sigmas, downs, strict=False)]
+    return midpoint(grid, prediction, clip, middles, downs, ups)
+
+
+def midpoint(
+    grid: Grid,
+    prediction: str,
+    clip: Clip,
+    middles: Sequence[float],
+    downs: Sequence[float],
+    ups: Sequence[float],
+) -> SamplerTable:
+    """Steps of two calls, from each sigma by its middle down, and by noise up again.
+
+    Args:
+        grid: S steps, variance exploding.
+        prediction: what the model predicts.
+        clip: range of the clean sample.
+        middles: S sigmas of the second calls; from the first 0 on there are none.
+        downs: S sigmas before the noise.
+        ups: S scales of the noise.
+    """
+    between = list(itertools.takewhile(lambda middle: middle > 0, middles[: len(grid)]))
     fine = grid.refined(
-        [grid.schedule.timestep_of(middle) for middle in middles], [(1.0, m) for m in middles]
+        [grid.schedule.timestep_of(middle) for middle in between], [(1.0, m) for m in between]
     )
     steps = Steps(fine, prediction, clip, keep=["x"])
-    for i in range(len(middles)):
-        at, middle = 2 * i, 2 * i + 1
-        steps.step(at, denoised + middles[i] * steps.noise(at), keep={"x": x})
-        slope = (downs[i] - sigmas[i]) * steps.noise(middle)
-        steps.step(middle, steps.kept("x") + slope + ups[i] * noise)
-    if len(middles) < len(grid):
-        steps.step(2 * len(middles), denoised)
+    for i, middle in enumerate(between):
+        first, second = 2 * i, 2 * i + 1
+        steps.step(first, denoised + middle * steps.noise(first), keep={"x": x})
+        slope = (downs[i] - fine.point(first)[1]) * steps.noise(second)
+        steps.step(second, steps.kept("x") + slope + ups[i] * noise)
+    if len(between) < len(grid):
+        steps.step(2 * len(between), denoised)
     return steps.table()

@@ -17,6 +17,7 @@ from mmfast.integrations.diffusers.tables.program import (
     program_of,
 )
 from mmfast.schedule import Grid
+from mmfast.schedule.samplers.kdpm2 import midpoint
 from mmfast.schedule.samplers.multistep import integral
 from mmfast.schedule.samplers.steps import Steps, check_order
 from mmfast.schedule.table import Linear, TableBuilder, model_output, noise, x
@@ -77,32 +78,35 @@ def heun(s: Any, begin: int, options: Options) -> Program:
 
 
 def kdpm2(s: Any, begin: int, options: Options) -> Program:
-    return program_of(schedule.kdpm2(exploding(*_paired(s, begin)), prediction=prediction_of(s)))
+    grid = exploding(*_paired(s, begin))
+    middles, downs = host(s.sigmas_interpol)[begin + 1 :: 2], grid.sigma[1:].tolist()
+    ups = [0.0] * len(downs)
+    return program_of(midpoint(grid, prediction_of(s), None, middles, downs, ups))
 
 
 def kdpm2_ancestral(s: Any, begin: int, options: Options) -> Program:
-    table = schedule.kdpm2_ancestral(exploding(*_paired(s, begin)), prediction=prediction_of(s))
+    levels = (s.sigmas_interpol, s.sigmas_down, s.sigmas_up)
+    middles, downs, ups = (host(values)[begin::2] for values in levels)
+    grid = exploding(*_paired(s, begin))
+    table = midpoint(grid, prediction_of(s), None, middles, downs, ups)
     return Program(table, tuple(row % 2 == 1 for row in range(len(table))))
 
 
 def lms(s: Any, begin: int, options: Options) -> Program:
-    """options: the order."""
-    (order,) = options
-    if not isinstance(order, int):
-        raise TypeError(f"order must be an int, got {order!r}")
+    """options: the order, and how many values are remembered, at least that many."""
     sigmas = host(s.sigmas)
     grid = exploding(host(s.timesteps), sigmas, 0)
-    order = min(order, max(len(grid), 1))
+    order, ring = (min(size, max(len(grid), 1)) for size in options)
     check_order(order, 12)
-    steps = Steps(grid, prediction_of(s), ring=order - 1)
+    steps = Steps(grid, prediction_of(s), ring=ring)
     for i in range(begin, len(grid)):
         noises = [steps.noise(i), *(steps.last(k) for k in range(1, steps.pushed + 1))]
         # The library asks the index for the order: what is from before the begin counts as 0.
         nodes = [sigmas[i - k] for k in range(min(order, i + 1))]
         noises += [Linear({})] * (len(nodes) - len(noises))
-        following = x + integral(nodes, sigmas[i + 1], noises)
-        steps.step(i, following, push=noises[0] if order > 1 else None)
-    return program_of(steps.table(), ring=order - 1)
+        following = x + integral(nodes, sigmas[i + 1], noises[: len(nodes)])
+        steps.step(i, following, push=noises[0])
+    return program_of(steps.table(), ring=ring)
 
 
 def _flow(timesteps: Sequence[float], sigmas: Sequence[float], begin: int) -> Grid:

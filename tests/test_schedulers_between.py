@@ -1,0 +1,211 @@
+"""What schedulers of diffusers show, and take, between the calls of a run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+diffusers = pytest.importorskip("diffusers")
+
+import diffusers_float64  # noqa: E402
+from test_integrations_schedulers import CASES, FILES, _doubled, _model, _name, _split  # noqa: E402
+
+import mmfast.integrations.diffusers as drop_in  # noqa: E402
+from mmfast.integrations.diffusers.schedulers import CLASSES  # noqa: E402
+
+NAMES = ("sample", "dt", "prev_derivative", "state_in_first_order")
+TWICE = [case for case in CASES if CLASSES[case[0]]._twice]
+LEFT = {
+    "UniPCMultistepScheduler": ("timestep_list", "this_order", "lower_order_nums"),
+    "SASolverScheduler": (
+        "timestep_list",
+        "this_predictor_order",
+        "this_corrector_order",
+        "lower_order_nums",
+    ),
+}
+ABSENT = "absent"
+
+
+def _shown(scheduler: Any, names: Iterable[str] = NAMES) -> dict[str, Any]:
+    shown = {name: getattr(scheduler, name, ABSENT) for name in names}
+    return {name: copy.copy(it) if isinstance(it, list) else it for name, it in shown.items()}
+
+
+def _check(got: dict[str, Any], want: dict[str, Any], error: float) -> None:
+    for name, value in want.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(got[name], value, rtol=error, atol=error)
+        else:
+            assert got[name] is value or got[name] == value, name
+
+
+def _run(scheduler: Any, dtype: torch.dtype, step: dict[str, Any], at: Any) -> Tensor:
+    """The result; ``at`` is called with the scheduler after each step."""
+    scheduler.set_timesteps(5)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64).to(dtype)
+    x = x * float(scheduler.init_noise_sigma) if hasattr(scheduler, "init_noise_sigma") else x
+    if "generator" in type(scheduler).step.__code__.co_varnames:
+        step = {**step, "generator": generator}
+    for i, t in enumerate(scheduler.timesteps):
+        at(scheduler, i)
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "init_noise_sigma") else x
+        x = scheduler.step(_model(scaled), t, x, **step, return_dict=False)[0]
+    at(scheduler, len(scheduler.timesteps))
+    return x
+
+
+@pytest.mark.parametrize("case", TWICE, ids=_name)
+@torch.no_grad()
+def test_attributes_are_the_librarys(case: tuple[str, dict[str, Any]]) -> None:
+    """Before a run, after each call, and after the run."""
+    name, config = case
+    made, options = _split(config)
+    seen: list[list[dict[str, Any]]] = []
+    with diffusers_float64.double():
+        theirs = getattr(diffusers_float64.module(FILES[name]), name)
+        for kind in (theirs, _doubled(theirs)):
+            shown: list[dict[str, Any]] = []
+            scheduler = kind(**made)
+            for _ in range(2):  # the second run begins as the first one did
+                _run(
+                    scheduler,
+                    torch.float64,
+                    options.get("step", {}),
+                    lambda s, i, shown=shown: shown.append(_shown(s)),
+                )
+            seen.append(shown)
+    want, got = seen
+    again = len(want) // 2  # after set_timesteps, where the library has what was left
+    assert sum(isinstance(each["sample"], Tensor) for each in want[:again]) == 5
+    for i, (ours, library) in enumerate(zip(got, want, strict=True)):
+        if i != again:
+            _check(ours, library, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in FILES if CLASSES[name]._twice])
+@torch.no_grad()
+def test_attributes_keep_their_dtypes(name: str, dtype: torch.dtype) -> None:
+    seen: list[list[dict[str, Any]]] = []
+    for library in (diffusers, drop_in):
+        shown: list[dict[str, Any]] = []
+        _run(getattr(library, name)(), dtype, {}, lambda s, i, to=shown: to.append(_shown(s)))
+        seen.append(shown)
+    for ours, theirs in zip(*reversed(seen), strict=True):
+        if dtype == torch.float32:
+            _check(ours, theirs, 1e-4)
+        for key, value in theirs.items():  # whose numbers are rounded many times
+            if isinstance(value, Tensor):
+                assert (ours[key].dtype, ours[key].shape) == (value.dtype, value.shape)
+                assert bool(ours[key].isfinite().all())
+
+
+@pytest.mark.parametrize("changed", ["sample", "prev_derivative"])
+@pytest.mark.parametrize("name", [name for name in FILES if CLASSES[name]._twice])
+@torch.no_grad()
+def test_what_is_set_is_gone_on_with(name: str, changed: str) -> None:
+    if changed != "sample" and name.startswith("KDPM2"):
+        pytest.skip("it has none")
+
+    def change(scheduler: Any, i: int) -> None:
+        if i == 3:
+            setattr(scheduler, changed, 1.25 * getattr(scheduler, changed))
+            assert not scheduler.state_in_first_order
+
+    theirs, ours, plain = (
+        _run(getattr(library, name)(), torch.float32, {}, at)
+        for library, at in (
+            (diffusers, change),
+            (drop_in, change),
+            (drop_in, lambda scheduler, i: None),
+        )
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if CLASSES[name]._twice])
+@torch.no_grad()
+def test_copies_between_the_calls(name: str) -> None:
+    outputs: list[Tensor] = []
+    scheduler = getattr(drop_in, name)()
+    copies: list[Any] = []
+
+    def at(scheduler: Any, i: int) -> None:
+        if i == 3:
+            copies.append(copy.deepcopy(scheduler))
+            _check(_shown(copies[0]), _shown(scheduler), 0.0)
+
+    outputs.append(_run(scheduler, torch.float32, {}, at))
+    copied = copies[0]
+    assert copied.sample is not scheduler.sample
+    copied.sample = None
+    assert copied.sample is None
+
+
+@torch.no_grad()
+def test_the_length_of_a_step_is_that_of_the_sigmas() -> None:
+    def change(scheduler: Any, i: int) -> None:
+        if i == 3:
+            scheduler.dt = scheduler.dt
+            with pytest.raises(ValueError, match=r"dt is that of the sigmas, -.*, got -1\.0"):
+                scheduler.dt = -1.0
+
+    for name in ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"):
+        _run(getattr(drop_in, name)(), torch.float32, {}, change)
+
+
+@torch.no_grad()
+def test_reading_changes_nothing() -> None:
+    """Not the numbers, and a run that reads between its calls does not begin anew."""
+    for name in FILES:
+        if CLASSES[name]._twice:
+            read, unread = (
+                _run(getattr(drop_in, name)(), torch.float32, {}, at)
+                for at in (lambda s, i: _shown(s), lambda s, i: None)
+            )
+            assert torch.equal(read, unread), name
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] in LEFT], ids=_name)
+@torch.no_grad()
+def test_what_steps_leave_is_the_librarys(case: tuple[str, dict[str, Any]]) -> None:
+    name, config = case
+    made, _ = _split(config)
+    seen: list[list[dict[str, Any]]] = []
+    with diffusers_float64.double():
+        theirs = getattr(diffusers_float64.module(FILES[name]), name)
+        for kind in (theirs, _doubled(theirs)):
+            shown: list[dict[str, Any]] = []
+            _run(
+                kind(**made),
+                torch.float64,
+                {},
+                lambda s, i, shown=shown: shown.append(_shown(s, LEFT[name])),
+            )
+            seen.append(shown)
+    for ours, library in zip(*reversed(seen), strict=True):
+        _check(ours, library, 1e-9)
+
+
+@torch.no_grad()
+def test_what_steps_leave_can_be_set_before_a_run() -> None:
+    def change(scheduler: Any, i: int) -> None:
+        if i == 0:
+            scheduler.this_order = 1
+        if i == 2:
+            with pytest.raises(ValueError, match="this_order is what the steps so far make it"):
+                scheduler.this_order = 1
+
+    scheduler = drop_in.UniPCMultistepScheduler()
+    _run(scheduler, torch.float32, {}, change)
+    scheduler.set_timesteps(5)
+    scheduler.this_order = 2
+    assert scheduler.this_order == 2
