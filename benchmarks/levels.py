@@ -24,7 +24,7 @@ _PEERS = {
     "avx512vnni": {"FAISS_SIMD_LEVEL": "AVX512", "OPENBLAS_CORETYPE": "SkylakeX"},
 }
 ALL = len(_PEERS)
-_SAME = {"avx512bf16": "avx512vnni"}  # level: the one below that compiles to the same lookup
+_SAME = {"avx512bf16": "avx512vnni"}  # level: another that compiles to the same lookup
 _SUBJECTS = r"mmfast \(cpp\)|faiss flat"
 
 

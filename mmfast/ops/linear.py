@@ -20,7 +20,10 @@ ACTIVATIONS = ("none", *gated_activation.ACTIVATIONS)
 
 # Where products are faster than torch's: by their dtype, the instruction sets of the processors
 # that were measured. With tiles torch's are.
-_FASTER = {torch.float32: ("avx512bf16",), torch.bfloat16: ("avx512bf16",)}
+_FASTER = {
+    torch.float32: ("avx512bf16",),
+    torch.bfloat16: ("avx2", "avx512", "avx512vnni", "avx512bf16"),
+}
 
 
 def linear(
@@ -32,9 +35,9 @@ def linear(
     nor for the gradients, which make it again from x. Under autocast the products have its dtype,
     like those of ``torch.nn.functional.linear``, and weights are rounded while they are read.
 
-    mmfast's own products serve float32 and bfloat16 on CPUs with AVX512-BF16 but without matrix
-    instructions, or whatever backend is forced. Elsewhere, on GPUs too, torch's are faster: they
-    are torch's, behind :func:`mmfast.gated_activation`.
+    mmfast's own products serve bfloat16 on CPUs with AVX2 or AVX-512 but without matrix
+    instructions, and float32 on AMD's with AVX512-BF16, or whatever backend is forced. Elsewhere,
+    on GPUs too, torch's are faster: they are torch's, behind :func:`mmfast.gated_activation`.
 
     Args:
         x: ``(..., K)``, float16, bfloat16, float32 or float64. Any strides; rows that are equally
