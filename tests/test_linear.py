@@ -147,7 +147,7 @@ def test_kernels_serve_where_they_are_faster(monkeypatch):
     for level in ("", "baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"):
         monkeypatch.setattr(linear.backends, "isa", lambda level=level: level)
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            faster = level == "avx512bf16" and dtype == torch.float32
+            faster = level in ("avx512vnni", "avx512bf16") and dtype == torch.float32
             faster |= level[:3] == "avx" and dtype == torch.bfloat16
             calls.clear()
             mmfast.linear(x.to(dtype), weight.to(dtype))

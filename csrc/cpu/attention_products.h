@@ -17,11 +17,16 @@ struct SumTile {
   V v[M][N];
 };
 
-// Elements a(m, k) lie at data + m row + k step.
+// Elements a(m, k) lie at data + m row + k step; where `tile` is given, product_rows of the rows do,
+// and the next as many `tile` elements further.
 template <class Kind>
 struct Broadcasts {
   const typename Kind::Element* data;
-  int64_t row, step;
+  int64_t row, step, tile = 0;
+
+  MMFAST_INLINE const typename Kind::Element* at(Broadcasts a, int64_t m) {
+    return a.data + (a.tile ? m / product_rows * a.tile + m % product_rows * a.row : m * a.row);
+  }
 };
 
 // Elements b(k, n) lie at data + k step + n.
@@ -80,8 +85,8 @@ MMFAST_INLINE void products(Broadcasts<Kind> a, int64_t rows, Panel<Kind> b, int
                             int64_t depth, const Start& start, const Put& put) {
   constexpr int per = sizeof(typename Kind::V) / sizeof(typename Kind::Element);
   const auto tile = [&]<int M, int N>(int64_t m, int64_t n) __attribute__((always_inline)) {
-    tile_products<Kind, M, N>({a.data + m * a.row, a.row, a.step}, {b.data + n, b.step}, depth,
-                              start, put, m, n);
+    tile_products<Kind, M, N>({Broadcasts<Kind>::at(a, m), a.row, a.step}, {b.data + n, b.step},
+                              depth, start, put, m, n);
   };
   const auto columns = [&]<int N>(int64_t n) __attribute__((always_inline)) {
     int64_t m = 0;

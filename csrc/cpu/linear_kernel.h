@@ -13,8 +13,8 @@
 
 namespace mmfast::MMFAST_ISA {
 
-constexpr int64_t linear_block = 512;        // rows multiplied with a panel before the next
-constexpr int64_t linear_buffer = 4 << 20;  // bytes of converted rows
+constexpr int64_t linear_block = 22 * linear_strip;  // rows multiplied with a panel before the next
+constexpr int64_t linear_buffer = 4 << 20;           // bytes of converted rows
 
 template <class Kind, bool GRADIENT>
 class LinearProduct {

@@ -1,7 +1,7 @@
 // Gradients of a linear layer's weight, grad^T act(x), and of its bias, the sums of grad over rows.
 //
-// A piece of the rows at a time, of that some columns of grad, which are packed once, and a panel
-// of columns of x at a time. Pieces are added up in their order, whose number depends on the shape
+// A piece of the rows at a time, of that some columns of grad, which are packed once in the order
+// that products read them, and a panel of columns of x at a time. Pieces are added up in their order, whose number depends on the shape
 // alone.
 #pragma once
 #include "cpu/linear_rows.h"
@@ -13,10 +13,11 @@ class LinearWeight {
   using Element = typename Kind::Element;
   using Number = typename Kind::Number;
   using V = typename Kind::V;
-  static constexpr int64_t group = 2 * linear_strip;          // rows of the weight that are packed together
-  static constexpr int64_t packed = 2 << 20;     // bytes of packed grad, about,
-  static constexpr int64_t fewest = 12;          // but so many groups: x is packed for each of them
-  static constexpr int64_t summed = 32;          // rows added up before they go on in double
+  static constexpr int64_t group = 2 * linear_strip;  // rows of the weight that are packed together
+  static constexpr int64_t tiles = group / product_rows;
+  static constexpr int64_t packed = 2 << 20;  // bytes of packed grad, about,
+  static constexpr int64_t fewest = 12;       // but so many groups: x is packed for each of them
+  static constexpr int64_t summed = 32;       // rows added up before they go on in double
   static constexpr int64_t number_vector = sizeof(V) / sizeof(Number);
 
  public:
@@ -26,7 +27,8 @@ class LinearWeight {
         panels_(parts_of(args.weight.width, linear_columns)),
         depth_(elements_of<Kind>(args.x.count)) {
     piece_ = piece_of(depth_, linear_depth);
-    const int64_t bytes = group * piece_ * (int64_t)sizeof(Element);
+    tile_ = product_rows * piece_ + linear_vector<Kind>;
+    const int64_t bytes = tiles * tile_ * (int64_t)sizeof(Element);
     together_ = piece_of(groups_, most(fewest, packed / bytes));
   }
 
@@ -34,7 +36,7 @@ class LinearWeight {
     const int64_t rows = args_.weight.count;
     const bool sums_apart = piece_ < depth_ && args_.grad_weight.data &&
                             size_of(args_.grad_weight.dtype) != (int64_t)sizeof(Number);
-    LinearMemory<Element> grad(args_.grad_weight.data ? together_ * group * piece_ : 0);
+    LinearMemory<Element> grad(args_.grad_weight.data ? together_ * tiles * tile_ : 0);
     LinearMemory<Number> sums(sums_apart ? rows * args_.weight.width : 0);
     LinearMemory<double> bias(args_.grad_bias.data ? rows : 0);
     if (!grad.data || !sums.data || !bias.data) return false;
@@ -62,11 +64,12 @@ class LinearWeight {
   }
 
  private:
-  Element* packed_group(int64_t g) const { return grad_ + (g - from_) * group * piece_; }
+  Element* packed_group(int64_t g) const { return grad_ + (g - from_) * tiles * tile_; }
   int64_t width(int64_t g) const { return least(group, args_.weight.count - g * group); }
 
   void pack(int64_t begin, int64_t end) {
     const LinearReader<Kind> read(args_.grad, args_, false, group);
+    alignas(64) Element some[summed / Kind::numbers * group + linear_vector<Kind>];
     if (!read.ready()) {
       failed_ = true;
       return;
@@ -76,13 +79,23 @@ class LinearWeight {
       const int64_t rows = least(summed, count_ - i);
       for (int64_t g = from_ + begin; g < from_ + end; ++g) {
         if (args_.grad_bias.data) add_rows(g, first_ + i, rows);
-        if (args_.grad_weight.data)
-          pack_across<Kind>(
-              packed_group(g) + i / Kind::numbers * group, group,
-              [&](int64_t j) { return read(first_ + i + j, g * group, width(g)); }, rows,
-              width(g), group, args_.dtype);
+        if (!args_.grad_weight.data) continue;
+        pack_across<Kind>(
+            some, group, [&](int64_t j) { return read(first_ + i + j, g * group, width(g)); },
+            rows, width(g), group, args_.dtype);
+        Element* to = packed_group(g) + i / Kind::numbers * product_rows;
+        for (int64_t t = 0; t < parts_of(width(g), product_rows); ++t)
+          into_tile(to + t * tile_, some + t * product_rows, elements_of<Kind>(rows));
       }
     }
+  }
+
+  // product_rows elements of each of `depth` rows, one after another. More is written with each,
+  // over which the next is: tiles lie as far apart.
+  static void into_tile(Element* __restrict to, const Element* __restrict from, int64_t depth) {
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t m = 0; m < product_rows; m += linear_vector<Kind>)
+        store(to + k * product_rows + m, load<V>(from + k * group + m));
   }
 
   // To the sums over rows of the columns of a group.
@@ -131,8 +144,9 @@ class LinearWeight {
       for (int64_t g = from_ + task % splits_ * each; g < last; ++g)
         for (int64_t i = 0; i < width(g); i += linear_strip) {
           const int64_t row = g * group + i, rows = least(linear_strip, width(g) - i);
-          multiply_strip<Kind>({packed_group(g) + i, 1, group}, rows, panel.data, there,
-                               depth, sums, true, next, written(row, rows, column, there));
+          multiply_strip<Kind>(
+              {packed_group(g) + i / product_rows * tile_, 1, product_rows, tile_}, rows,
+              panel.data, there, depth, sums, true, next, written(row, rows, column, there));
           finish(sums, row, rows, column, there);
         }
     }
@@ -186,7 +200,7 @@ class LinearWeight {
 
   const LinearArgs& args_;
   const int64_t groups_, panels_, depth_;
-  int64_t piece_ = 0, together_ = 1, splits_ = 1;
+  int64_t piece_ = 0, tile_ = 0, together_ = 1, splits_ = 1;
   int64_t first_ = 0, count_ = 0, from_ = 0, past_ = 0;
   Element* grad_ = nullptr;
   Number* sums_ = nullptr;
