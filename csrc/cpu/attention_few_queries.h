@@ -164,7 +164,7 @@ struct FewQueries {
       for (int n = 0; n < N; ++n) v[n] = load<V>(to + d + n * per) * (V{} + shrink);
       const char* at = from + d * size_of(D);
       for (int64_t j = 0; j < keys; ++j, at += value.row) {
-        const V by = V{} + p[j];
+        const V by = every<V>(p[j]);
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
           V x;

@@ -79,7 +79,7 @@ __attribute__((always_inline)) inline void add_outer(const T* u, const T* v, int
     V b[L];
     for (int l = 0; l < L; ++l) b[l] = load<V>(v + r * lanes + l * 16);
     for (int h = 0; h < H; ++h) {
-      const V a = V{} + u[h * bit_tile + r];
+      const V a = every<V>(u[h * bit_tile + r]);
       for (int l = 0; l < L; ++l) sums[h][l] = madd(a, b[l], sums[h][l]);
     }
   }
@@ -91,11 +91,14 @@ __attribute__((always_inline)) inline void add_outer(const T* u, const T* v, int
 template <class T>
 static void add_products(const T* u, const T* v, const Halves& size, int64_t rows, T* table) {
   const int64_t lanes = size.lanes;
+  const bool many = sizeof(T) == 4 && size.heights >= 8 && lanes >= 32;
   for (int64_t l = 0; l < lanes; l += 32)
-    for (int64_t h = 0; h < size.heights; h += 4) {
+    for (int64_t h = 0; h < size.heights; h += many ? 8 : 4) {
       const T *a = u + h * bit_tile, *b = v + l;
       T* at = table + h * lanes + l;
-      if (size.heights >= 4 && lanes >= 32)
+      if (many)
+        add_outer<T, 8, 2>(a, b, lanes, rows, at);
+      else if (size.heights >= 4 && lanes >= 32)
         add_outer<T, 4, 2>(a, b, lanes, rows, at);
       else if (size.heights >= 4)
         add_outer<T, 4, 1>(a, b, lanes, rows, at);
@@ -106,29 +109,53 @@ static void add_products(const T* u, const T* v, const Halves& size, int64_t row
     }
 }
 
-// out[row][lanes] = sum over the codes of u[code][row] table[code][lanes].
+// out[row][16 L] = sum over the codes of u[code][row] table[code][16 L].
+template <class T, int L>
+__attribute__((always_inline)) inline void times_lanes(const T* u, int64_t codes, const T* table,
+                                                       int64_t lanes, T* out) {
+  using V = typename Sixteen<T>::V;
+  for (int64_t r = 0; r < bit_tile; r += 8) {
+    V sums[8][L]{};
+    for (int64_t h = 0; h < codes; ++h) {
+      V b[L];
+      for (int l = 0; l < L; ++l) b[l] = load<V>(table + h * lanes + l * 16);
+      for (int i = 0; i < 8; ++i) {
+        const V a = every<V>(u[h * bit_tile + r + i]);
+        for (int l = 0; l < L; ++l) sums[i][l] = madd(a, b[l], sums[i][l]);
+      }
+    }
+    for (int i = 0; i < 8; ++i)
+      for (int l = 0; l < L; ++l) store(out + (r + i) * lanes + l * 16, sums[i][l]);
+  }
+}
+
+// out[row][lanes] likewise.
 template <class T>
 static void times_table(const T* u, int64_t codes, const T* table, int64_t lanes, T* out) {
-  using V = typename Sixteen<T>::V;
-  for (int64_t l = 0; l < lanes; l += 16)
-    for (int64_t r = 0; r < bit_tile; r += 8) {
-      V sums[8]{};
-      for (int64_t h = 0; h < codes; ++h) {
-        const V b = load<V>(table + h * lanes + l);
-        for (int i = 0; i < 8; ++i) sums[i] = madd(V{} + u[h * bit_tile + r + i], b, sums[i]);
-      }
-      for (int i = 0; i < 8; ++i) store(out + (r + i) * lanes + l, sums[i]);
-    }
+  constexpr int most = sizeof(T) == 4 ? 2 : 1;  // of double the sums fill the registers already
+  int64_t l = 0;
+  for (; l + 16 * most <= lanes; l += 16 * most)
+    times_lanes<T, most>(u, codes, table + l, lanes, out + l);
+  for (; l < lanes; l += 16) times_lanes<T, 1>(u, codes, table + l, lanes, out + l);
 }
 
 // Sums of w [2^bits] over the codes in which a bit is one, of every bit; returns the sum of all.
 // w is lost.
 template <class T>
 static T sums_of_bits(T* w, int64_t bits, T* ones) {
+  using V = typename Sixteen<T>::V;
   for (int64_t i = 0; i < bits; ++i) {
     const int64_t half = (int64_t)1 << (bits - i - 1);
+    V totals{};
     T total = 0;
-    for (int64_t k = 0; k < half; ++k) {
+    int64_t k = 0;
+    for (; k + 16 <= half; k += 16) {
+      const V upper = load<V>(w + half + k);
+      totals += upper;
+      store(w + k, load<V>(w + k) + upper);
+    }
+    if (k) total = (T)sum_of(totals);
+    for (; k < half; ++k) {
       total += w[half + k];
       w[k] += w[half + k];
     }

@@ -104,7 +104,7 @@ struct Plain {
         const vf a = load<vf>(x + d * lanes);
 #pragma GCC unroll 4
         for (int j = 0; j < together; ++j) {
-          const vf b = vf{} + c[j * width + d];
+          const vf b = every<vf>(c[j * width + d]);
           values[j] = euclidean ? fma(a - b, a - b, values[j]) : fma(vf{} - a, b, values[j]);
         }
       }

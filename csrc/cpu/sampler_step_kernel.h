@@ -49,7 +49,7 @@ struct SamplerStep {
   }
 
   MMFAST_INLINE void add(Chunk& sum, const Chunk& c, T weight) {
-    for (int i = 0; i < vectors; ++i) sum.v[i] = fma(c.v[i], V{} + weight, sum.v[i]);
+    for (int i = 0; i < vectors; ++i) sum.v[i] = fma(c.v[i], every<V>(weight), sum.v[i]);
   }
 
   // The sum at elements [e, e + count) of the sample.

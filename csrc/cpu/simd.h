@@ -46,6 +46,12 @@ MMFAST_INLINE void store(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// x in every lane. Not V{} + x: an addition each time, as it is not the same of -0.
+template <class V, class T>
+MMFAST_INLINE V every(T x) {
+  return x - V{};
+}
+
 template <class V>
 MMFAST_INLINE auto sum(V v) -> std::remove_reference_t<decltype(v[0])> {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));

@@ -230,7 +230,7 @@ struct SoftAssignment {
       const V b0 = load<V>(b), b1 = load<V>(b + per);
 #pragma GCC unroll 8
       for (int64_t i = 0; i < group; ++i) {
-        const V v = V{} + a[i * a_row];
+        const V v = every<V>(a[i * a_row]);
         sum[i][0] = multiply_add(v, b0, sum[i][0]);
         sum[i][1] = multiply_add(v, b1, sum[i][1]);
       }
