@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from mmfast.kernels.attention import Limits, Tokens, blocks, factor_of, heads_of
@@ -70,11 +71,24 @@ def gradients(
     key_gradient(key, value, streams, grads[1], grads[2], scale, keys, limits)
 
 
-def each_way(launch: Callable[[], Any]) -> None:
-    """Calls ``launch``, of which the gradients are a part, in all ways that fit the device."""
+def ways(launch: Callable[[], Any]) -> dict[str, triton.Config]:
+    """Those that fit the device, by name, for ``launch``, of which gradients are a part."""
     with sums_in_any_order():
-        known = fused_kernel.seen_in(launch)
-        for config in fused_kernel.candidates(known) if known else []:
-            if config is not TWO_KERNELS:
-                with fused_kernel.forcing(config):
-                    launch()
+        with fused_kernel.forcing(None):
+            known = fused_kernel.seen_in(launch)
+        fitting = fused_kernel.candidates(known) if known else [TWO_KERNELS]
+    return {_name(config): config for config in fitting}
+
+
+def _name(config: triton.Config) -> str:
+    if config is TWO_KERNELS:
+        return "two kernels"
+    return "in turns" if config.kwargs["ORDERED"] else "in any order"
+
+
+def each_way(launch: Callable[[], Any]) -> None:
+    """Calls ``launch``, which is to take two kernels by itself, in all of them."""
+    for config in ways(launch).values():
+        if config is not TWO_KERNELS:
+            with fused_kernel.forcing(config):
+                launch()
