@@ -23,6 +23,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmfast
+from benchmarks import gpu_attention_peers
+from mmfast import backends
 from mmfast.backends import interpreting
 
 pytest.importorskip("triton")
@@ -311,3 +313,22 @@ def test_one_pass_of_a_mask_that_needs_no_gradient(passes):
     assert passes == [1]
     for a, b in zip(got, wanted, strict=True):
         assert (a.double() - b).norm() <= 0.01 * b.norm()
+
+
+def test_each_way_has_a_row_in_the_benchmarks(passes):
+    """Beside what mmfast chooses, with the same gradients of queries."""
+    sample = dense.op._backward_of(dense.op._sample(1, 2, 33, 24))
+    arguments = sample.make(torch.device(DEVICE), BFLOAT16, 0)
+    expected = backends.call(dense.op.BACKWARD, *arguments)[0]
+    assert passes == [1]
+    rows = gpu_attention_peers.PEERS[dense.op.BACKWARD.name]
+    names = {"mmfast, two kernels", "mmfast, in turns", "mmfast, in any order"}
+    assert names <= rows.keys()
+    for name in names:
+        if not interpreting():
+            assert rows[name].unsupported(*arguments) == []
+            found = rows[name].make(*arguments)()
+            torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+    found = rows["mmfast, two kernels"].make(*arguments)()
+    assert len(passes) == (1 if interpreting() else 3)
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
