@@ -350,11 +350,51 @@ def _sequences(make: Callable[..., Any]) -> dict[str, Peer]:
     }
 
 
+# mmfast's own ways of the gradients, beside that which it chooses.
+
+
+def _own_way(name: str) -> Peer:
+    """By its name; ``mmfast/kernels/attention_gradients.py`` has them."""
+
+    def launch(*arguments: Any) -> Callable[[], tuple[Tensor, ...]]:
+        from mmfast.kernels.scaled_dot_product_attention import scaled_dot_product_attention_bwd
+
+        return functools.partial(scaled_dot_product_attention_bwd, *arguments)
+
+    def unsupported(*arguments: Any) -> list[str]:
+        from mmfast.kernels.attention_gradients import ways
+
+        return [] if name in ways(launch(*arguments)) else ["does not take that"]
+
+    def make(*arguments: Any) -> Callable[[], Tensor]:
+        from mmfast.kernels.attention_fused_gradient import fused_kernel
+        from mmfast.kernels.attention_gradients import ways
+
+        call = launch(*arguments)
+        config = ways(call)[name]
+
+        def run() -> Tensor:
+            with fused_kernel.forcing(config):
+                return call()[0]
+
+        return run
+
+    return Peer(make, _no_hopper, unsupported=unsupported, cut=False, aside=True)
+
+
+def _no_hopper() -> list[str]:
+    if _no_gpu() or torch.version.hip or torch.cuda.get_device_capability()[0] != 9:
+        return ["it is of Hopper only"]
+    return []
+
+
+_OWN_WAYS = {f"mmfast, {n}": _own_way(n) for n in ("two kernels", "in turns", "in any order")}
+
 _CONCATENATED: Mapping[str, SDPBackend | None] = {**BACKENDS, FLEX: None}
 
 PEERS: Mapping[str, Mapping[str, Peer]] = {
     "scaled_dot_product_attention": _attention(_forward, 0, 3),
-    "scaled_dot_product_attention_bwd": _attention(_backward, 1, 6),
+    "scaled_dot_product_attention_bwd": _attention(_backward, 1, 6) | _OWN_WAYS,
     gpu_attention.STEP: _attention(_step, 0),
     "joint_attention": {
         f"concatenated {name}": Peer(_joint(kind), cut=False)

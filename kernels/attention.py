@@ -311,10 +311,10 @@ class Limits(NamedTuple):
 def offline_variant(
     name: str, launch: Callable[[int, int], Any], backward: bool, quick: bool
 ) -> Any:
-    """A launch of the forward or of both kernels of the backward, for compiling elsewhere."""
+    """A launch of the forward or of the kernels of the backward, for compiling elsewhere."""
     from mmfast.kernels.offline import Variant
 
-    gradients = "attention_query_gradient_kernel", "attention_key_gradient_kernel"
+    gradients = tuple(f"attention_{of}_gradient_kernel" for of in ("query", "key", "fused"))
     kernels = gradients if backward else ("attention_forward_kernel",)
     return Variant(
         f"{name}{', backward' if backward else ''}".replace("torch.", ""),

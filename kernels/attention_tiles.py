@@ -26,6 +26,9 @@ from mmfast.kernels.attention import (
 from mmfast.kernels.common import device_limits, interpreting
 
 KEY = ["E", "EV", "MASK", "CAUSAL", "TWO", "BITS", "LONG"]  # of what tuned.json has
+FUSED_KEY = ["E", "EV", "MASK", "CAUSAL", "BITS", "LONG", "ANY_ORDER"]
+# Which spills up to 120 bytes in one pass over heads of 112 and 128.
+_BEFORE_3_7 = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
 _LONG = 1024  # keys or queries from which on descriptors are worth making
 
 
@@ -119,6 +122,30 @@ def key_gradient_configs(configs: list[triton.Config], **constants: Any) -> list
     return _in_order(constants, plain, [by_pointers], by_descriptors)
 
 
+# For the fused gradients, to choose from as well: the kernels of queries and of keys instead.
+TWO_KERNELS = triton.Config({"BLOCK_M": 0, "BLOCK_N": 0, "ORDERED": False})
+
+
+def fused_gradient_configs(configs: list[triton.Config], **constants: Any) -> list[triton.Config]:
+    """What all gradients of one stream of queries and one of keys have to choose from.
+
+    Until something is measured it is two kernels, unless sums may be made in any order.
+    """
+    wide = widest(constants) > 96
+    if not _on_hopper(constants) or (wide and _BEFORE_3_7):
+        return [TWO_KERNELS]
+    simple = constants["MASK"] == NO_MASK.value and _uncut(constants)
+    fused = []
+    for ordered in (False, True):
+        # Turns take registers, and so does a mask; each order has its own last bits.
+        if (constants["ANY_ORDER"] or ordered) and (simple or not (wide and ordered)):
+            sizes = {"BLOCK_M": 64, "BLOCK_N": 128, "ORDERED": ordered}
+            fused.append(triton.Config(sizes, num_warps=8, num_stages=2))
+    if constants["ANY_ORDER"] and constants["LONG"]:
+        return [*fused, TWO_KERNELS]
+    return [TWO_KERNELS, *fused]
+
+
 def _uncut(constants: Mapping[str, Any]) -> bool:
     return bool(constants["CAUSAL"] == NOT_CAUSAL.value)
 
@@ -140,10 +167,13 @@ def _in_order(
 def _on_hopper(constants: Mapping[str, Any]) -> bool:
     """Whether its own means apply: asynchronous products, and memory copied by descriptors."""
     backend, arch, _ = device_limits(triton.runtime.driver.active.get_current_device())
+    return bool(backend == "cuda" and arch == 90 and suits_hopper(constants))
+
+
+def suits_hopper(constants: Mapping[str, Any]) -> bool:
+    """Whether they would, on one."""
     return bool(
-        backend == "cuda"
-        and arch == 90
-        and constants["BITS"] == 16
+        constants["BITS"] == 16
         and constants["POSITIVE"]
         and not constants["DROPOUT"]
         and constants["MASK"] not in (BOOL_MASK.value, ADDED_MASK.value)

@@ -73,7 +73,7 @@ class Variant:
     quick: bool = False
 
 
-_WAYS = ("TMA", "AHEAD", "SPECIAL")  # compile-time arguments of the attention kernels
+_WAYS = ("TMA", "AHEAD", "SPECIAL", "ORDERED")  # compile-time arguments of the attention kernels
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Attention in Triton with PyTorch's signature, of the kernels in ``attention_forward.py``,
-``attention_query_gradient.py`` and ``attention_key_gradient.py``."""
+"""Attention in Triton with PyTorch's signature, of ``attention_forward.py`` and
+``attention_gradients.py``."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +13,14 @@ from torch import Tensor
 
 from mmfast.kernels.attention import NOT_CAUSAL, TOP_LEFT, Limits, Tokens, offline_variant
 from mmfast.kernels.attention_forward import attention_forward, forward
-from mmfast.kernels.attention_key_gradient import key_gradient, key_kernel
-from mmfast.kernels.attention_query_gradient import query_gradient, query_kernel
+from mmfast.kernels.attention_fused_gradient import fused_kernel
+from mmfast.kernels.attention_gradients import each_way, gradients
+from mmfast.kernels.attention_key_gradient import key_kernel
+from mmfast.kernels.attention_query_gradient import query_kernel
+from mmfast.kernels.attention_tiles import TWO_KERNELS
 from mmfast.kernels.tuned import Problem, Tuned
 from mmfast.ops.attention import new_like, new_lse
+from mmfast.order import sums_in_any_order
 
 HEAD_SIZES = (64, 72, 80, 88, 96, 112, 128)  # of today's models
 
@@ -68,19 +73,14 @@ def scaled_dot_product_attention_bwd(
     """``torch.ops.mmfast.scaled_dot_product_attention_bwd`` on checked arguments."""
     grad_query, grad_key, grad_value = (new_like(t, t.shape[3]) for t in (query, key, value))
     lse = lse.contiguous()
-    delta = torch.empty_like(lse)
     scores = None
     if want_mask_grad:
         scores = lse.new_empty(*lse.shape, key.shape[2])
     limits = _limits(attn_mask, dropout_p, is_causal, seed, offset)
-    queries, keys = Tokens.of(query), Tokens.of(key)
-    query_gradient(
-        query, grad_out, out, [(key, value, keys)], grad_query, lse, delta, scores, scale, queries,
-        limits,
-    )  # fmt: skip
-    key_gradient(
-        key, value, [(query, grad_out, lse, delta, queries)], grad_key, grad_value, scale, keys,
-        limits,
+    grads = grad_query, grad_key, grad_value
+    gradients(
+        query, grad_out, out, key, value, lse, grads, scores, scale, Tokens.of(query),
+        Tokens.of(key), limits,
     )  # fmt: skip
     grad_mask = query.new_empty(0)
     if scores is not None:
@@ -97,10 +97,13 @@ def _problems(
     for width in (72, 64, 128, 96):
         for batch, heads, length in ((1, 16, 4096), (64, 16, 256)):
             shape = max(1, batch // divisor), heads // min(heads, divisor), length, width
-            yield _problem(kernel, backward, torch.randn(4, *shape).to(device, torch.bfloat16))
+            made = torch.randn(4, *shape).to(device, torch.bfloat16)
+            yield _problem(kernel, backward, made)
+            if kernel is fused_kernel:
+                yield _problem(kernel, backward, made, any_order=True)
 
 
-def _problem(kernel: Tuned, backward: bool, made: Tensor) -> Problem:
+def _problem(kernel: Tuned, backward: bool, made: Tensor, any_order: bool = False) -> Problem:
     grad, *qkv = made
     scale = qkv[0].shape[3] ** -0.5
     others = None, 0.0, False, scale, None, None
@@ -109,7 +112,11 @@ def _problem(kernel: Tuned, backward: bool, made: Tensor) -> Problem:
     def call() -> tuple[Tensor, ...]:
         if not backward:
             return scaled_dot_product_attention(*qkv, *others)[:1]
-        return scaled_dot_product_attention_bwd(grad, *qkv, out, lse, *others, False)[:3]
+        # One of two kernels is not to be sought where a third does the work of both.
+        way = fused_kernel.forced if kernel is fused_kernel else TWO_KERNELS
+        order = sums_in_any_order() if any_order else contextlib.nullcontext()
+        with fused_kernel.forcing(way), order:
+            return scaled_dot_product_attention_bwd(grad, *qkv, out, lse, *others, False)[:3]
 
     @functools.cache
     def expected() -> tuple[Tensor, ...]:
@@ -125,8 +132,8 @@ def _problem(kernel: Tuned, backward: bool, made: Tensor) -> Problem:
 
 
 tuning = [
-    (kernel, functools.partial(_problems, kernel, backward))
-    for kernel, backward in ((forward, False), (query_kernel, True), (key_kernel, True))
+    (kernel, functools.partial(_problems, kernel, kernel is not forward))
+    for kernel in (forward, query_kernel, key_kernel, fused_kernel)
 ]
 
 
@@ -146,7 +153,9 @@ def offline_variants() -> list[Any]:
                 scaled_dot_product_attention(q, key, value, *others)
                 return
             lse = torch.ones(q.shape[:3], dtype=torch.float32)
-            scaled_dot_product_attention_bwd(q, q, key, value, q, lse, *others, False)
+            each_way(
+                lambda: scaled_dot_product_attention_bwd(q, q, key, value, q, lse, *others, False)
+            )
 
         of = "".join(f", {n}" for n in more)
         return offline_variant(

@@ -181,13 +181,13 @@ class Tuned:
         return seen
 
     @contextmanager
-    def forcing(self, config: triton.Config) -> Iterator[None]:
-        """Launches inside the block take this one."""
-        self.forced = config
+    def forcing(self, config: triton.Config | None) -> Iterator[None]:
+        """Launches inside the block take this one; None: what :meth:`choose` says."""
+        before, self.forced = self.forced, config
         try:
             yield
         finally:
-            self.forced = None
+            self.forced = before
 
 
 def numbers(config: triton.Config) -> dict[str, int]:

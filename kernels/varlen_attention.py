@@ -16,8 +16,7 @@ from mmfast.kernels.attention import (
     offline_variant,
 )
 from mmfast.kernels.attention_forward import attention_forward
-from mmfast.kernels.attention_key_gradient import key_gradient
-from mmfast.kernels.attention_query_gradient import query_gradient
+from mmfast.kernels.attention_gradients import each_way, gradients
 from mmfast.ops.attention import new_lse
 
 
@@ -77,12 +76,10 @@ def varlen_attention_bwd(
     queries = _tokens(cu_seqlens_q, query.shape[0], max_seqlen_q)
     keys = _tokens(cu_seqlens_k, key.shape[0], max_seqlen_k)
     lse = lse.contiguous()
-    delta = torch.empty_like(lse)
     g, q, k, v, o = _heads(cu_seqlens_q, grad_out, query, key, value, out)
     dq, dk, dv = _heads(cu_seqlens_q, *grads)
     limits = _limits(is_causal)
-    query_gradient(q, g, o, [(k, v, keys)], dq, lse, delta, None, scale, queries, limits)
-    key_gradient(k, v, [(q, g, lse, delta, queries)], dk, dv, scale, keys, limits)
+    gradients(q, g, o, k, v, lse, (dq, dk, dv), None, scale, queries, keys, limits)
     return grads[0], grads[1], grads[2]
 
 
@@ -96,7 +93,7 @@ def offline_variants() -> list[Any]:
             options = cu_seqlens, cu_seqlens, n, k, causal, 0.1
             if backward:
                 lse = torch.ones(2, n)
-                varlen_attention_bwd(query, query, key, key, query, lse, *options)
+                each_way(lambda: varlen_attention_bwd(query, query, key, key, query, lse, *options))
             else:
                 varlen_attention(query, key, key, *options)
 

@@ -33,6 +33,7 @@ from mmfast.ops.soft_assignment_statistics import (
 from mmfast.ops.timestep_embedding import timestep_embedding
 from mmfast.ops.varlen_attention import varlen_attention
 from mmfast.ops.vector_quantize import VectorQuantized, vector_quantize
+from mmfast.order import sums_in_any_order
 from mmfast.version import __version__
 
 extension()
@@ -77,6 +78,7 @@ __all__ = [
     "sampler_step",
     "scaled_dot_product_attention",
     "soft_assignment_statistics",
+    "sums_in_any_order",
     "swiglu",
     "timestep_embedding",
     "unpack_indices",

@@ -8,17 +8,21 @@ import subprocess
 import pytest
 import torch
 
+import mmfast
 from mmfast import backends
 
 pytest.importorskip("triton")
 if backends.interpreting():
     pytest.skip("Triton interprets in this process", allow_module_level=True)
+import triton
 
 from mmfast.kernels import attention_tiles, offline
 from mmfast.kernels.attention import Limits, Tokens
 from mmfast.kernels.attention_forward import attention_forward, forward
+from mmfast.kernels.attention_fused_gradient import fused_kernel
 from mmfast.kernels.attention_key_gradient import key_kernel
 from mmfast.kernels.attention_query_gradient import query_kernel
+from mmfast.kernels.attention_tiles import TWO_KERNELS
 from mmfast.kernels.scaled_dot_product_attention import (
     HEAD_SIZES,
     scaled_dot_product_attention,
@@ -28,6 +32,7 @@ from mmfast.kernels.scaled_dot_product_attention import (
 from mmfast.kernels.tuned import Tuned
 
 TUNED = {"forward": forward, "query": query_kernel, "key": key_kernel}
+FUSED = ["unordered", "ordered"]
 HOPPER = "sm_90"
 
 
@@ -168,7 +173,7 @@ def test_warps_have_tasks_of_their_own(tmp_path):
     assert "STL" not in text
 
 
-@pytest.mark.parametrize(("kernel", "problems"), tuning, ids=list(TUNED))
+@pytest.mark.parametrize(("kernel", "problems"), tuning, ids=[*TUNED, "fused"])
 def test_problems_of_the_search(kernel, problems):
     def run(self, *arguments, grid, facts, **constants):
         self.choose({**constants, **facts})
@@ -178,4 +183,97 @@ def test_problems_of_the_search(kernel, problems):
         made = list(problems(torch.device("cpu"), 16))
         keys = {kernel.key_of(problem.constants) for problem in made}
         assert len(keys) == len(made)
-        assert all(len(kernel.candidates(problem.constants)) > 2 for problem in made)
+        fewest = 2 if kernel is fused_kernel else 3
+        assert all(len(kernel.candidates(problem.constants)) >= fewest for problem in made)
+
+
+def one_pass(target=HOPPER, *, width=72, length=1024, heads=2, **options) -> list[str]:
+    """What the gradients have to choose from, in order; "two" is a kernel each."""
+    query = torch.ones(1, 2, length, width, dtype=options.get("dtype", torch.bfloat16))
+    key = torch.ones(1, heads, length, width, dtype=query.dtype)
+    if "crooked" in options:
+        query = torch.ones(1, 2, length, width + 1, dtype=query.dtype)[..., :width]
+    mask, seed = options.get("mask"), torch.ones((), dtype=torch.int64)
+    others = mask, options.get("dropout_p", 0.0), "causal" in options, options.get("scale", 0.1)
+    found = [TWO_KERNELS]
+
+    def choose(constants):
+        found[:] = fused_kernel.candidates(constants)
+        return TWO_KERNELS
+
+    with offline.compiling(offline.TARGETS[target]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tuned, "run", lambda *arguments, **more: None)
+        patch.setattr(fused_kernel, "choose", choose)
+        scaled_dot_product_attention_bwd(
+            query, query, key, key, query, torch.ones(1, 2, length), *others, seed, seed,
+            options.get("want_mask_grad", False),
+        )  # fmt: skip
+    return ["two" if c is TWO_KERNELS else FUSED[c.kwargs["ORDERED"]] for c in found]
+
+
+@pytest.mark.parametrize("width", HEAD_SIZES)
+def test_gradients_in_one_pass(width):
+    """By default only such that give the same bits, and not before they were measured."""
+    assert one_pass(width=width) == ["two", "ordered"]
+    with mmfast.sums_in_any_order():
+        assert one_pass(width=width) == ["unordered", "ordered", "two"]
+        assert one_pass(width=width, length=256) == ["two", "unordered", "ordered"]
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert one_pass(width=width) == ["two", "ordered"]
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert one_pass(width=width) == ["two", "ordered"]
+
+
+def test_turns_take_registers():
+    padding = torch.ones(1, 1, 1, 1024, dtype=torch.bool)
+    with mmfast.sums_in_any_order():
+        for options in ({"causal": True}, {"mask": padding}):
+            assert one_pass(width=96, **options) == ["unordered", "ordered", "two"]
+            assert one_pass(width=128, **options) == ["unordered", "two"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": "sm_80"},
+        {"target": "sm_100"},
+        {"target": "gfx942"},
+        {"crooked": True},
+        {"heads": 1},
+        {"dropout_p": 0.1},
+        {"scale": -0.1},
+        {"scale": 1e-30},
+        {"width": 136},
+        {"length": 0},
+        {"dtype": torch.float32},
+        {"mask": torch.ones(1, 1, 1024, 1024, dtype=torch.bool)},
+        {"mask": torch.ones(1, 1, 1, 1024, dtype=torch.bfloat16), "want_mask_grad": True},
+    ],
+    ids=str,
+)
+def test_gradients_that_take_two_kernels(options):
+    with mmfast.sums_in_any_order():
+        assert one_pass(**options) == ["two"]
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=FUSED)
+def test_products_of_one_pass(ordered, tmp_path):
+    """Of a step of the loop: those of queries, scores, then values with the exponentials among
+    them, and those of dV and dK, which nothing waits for. None waits for another of its kind."""
+    query = torch.ones(1, 2, 64, 64, dtype=torch.bfloat16)
+    sizes = {"BLOCK_M": 64, "BLOCK_N": 128, "ORDERED": ordered}
+    forced = fused_kernel.forcing(triton.Config(sizes, num_warps=8, num_stages=2))
+    others = None, 0.0, False, 0.1, None, None, False
+    with offline.compiling(offline.TARGETS[HOPPER]) as kernels, forced:
+        scaled_dot_product_attention_bwd(*[query] * 5, torch.ones(1, 2, 64), *others)
+    (kernel,) = (k for k in kernels if k.src.fn.__name__ == fused_kernel.name)
+    words = r"\b(HGMMA|WARPGROUP\.DEPBAR|MUFU\.EX2|UTMAREDG)\b"
+    found = re.findall(words, instructions(kernel, tmp_path))
+    letters = {"H": "p", "W": "w", "M": "x", "U": "a"}
+    text = "".join(letters[word[0]] for word in found)
+    step = re.match(r"p{8}w+ap{4}w([px]+)w([px]+)w", text)
+    assert step, text
+    assert [part.count("p") for part in step.groups()] == [4, 8]
+    assert step[1].count("x") >= 16

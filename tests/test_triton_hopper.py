@@ -23,6 +23,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmfast
+from benchmarks import gpu_attention_peers
+from mmfast import backends
 from mmfast.backends import interpreting
 
 pytest.importorskip("triton")
@@ -32,9 +34,12 @@ elif not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9
     pytest.skip("needs a Hopper, or TRITON_INTERPRET=1", allow_module_level=True)
 import triton
 
+from mmfast.kernels import attention_gradients
 from mmfast.kernels.attention_forward import forward
+from mmfast.kernels.attention_fused_gradient import fused_gradient, fused_kernel
 from mmfast.kernels.attention_key_gradient import key_kernel
 from mmfast.kernels.attention_query_gradient import query_kernel
+from mmfast.kernels.attention_tiles import TWO_KERNELS
 from mmfast.kernels.scaled_dot_product_attention import HEAD_SIZES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -43,6 +48,8 @@ BFLOAT16 = torch.bfloat16
 AHEAD = {"TMA": False, "AHEAD": True, "SPECIAL": False}
 TMA = {"TMA": True, "AHEAD": True, "SPECIAL": False}
 SPECIAL = {"TMA": True, "AHEAD": True, "SPECIAL": True}
+FUSED = {**TMA, "ORDERED": False}
+ORDERED = {**TMA, "ORDERED": True}
 
 
 DEVICE = device_of("triton")
@@ -57,11 +64,22 @@ def config(rows: int, columns: int, warps: int, **flags: bool) -> triton.Config:
     return triton.Config({**sizes, **flags}, num_warps=warps, num_stages=2)
 
 
-@pytest.fixture(params=[AHEAD, TMA, SPECIAL], ids=["ahead", "descriptors", "specialised"])
+def in_one_pass(ordered: bool) -> triton.Config:
+    """Gradients of queries, keys and values by one kernel."""
+    return config(64, 128, 8, ORDERED=ordered)
+
+
+@pytest.fixture(
+    # The interpreter's programs run in their order anyway.
+    params=[AHEAD, TMA, SPECIAL, FUSED, *([] if interpreting() else [ORDERED])],
+    ids=["ahead", "descriptors", "specialised", "fused", *([] if interpreting() else ["ordered"])],
+)
 def way(request) -> Iterator[dict[str, bool]]:
     """Every launch inside goes this way."""
     flags = request.param
     others = {name: flags[name] for name in ("TMA", "AHEAD")}
+    fused = in_one_pass(flags["ORDERED"]) if "ORDERED" in flags else TWO_KERNELS
+    flags = {name: flags[name] for name in TMA}
     # With specialised warps causality must cut no block but the last.
     tile = (128, 128, 4) if flags["SPECIAL"] else (128, 64, 8)
     with (
@@ -69,8 +87,9 @@ def way(request) -> Iterator[dict[str, bool]]:
         forward.forcing(config(*tile, **flags)),
         query_kernel.forcing(config(128, 64, 8, **others)),
         key_kernel.forcing(config(64, 128, 8, **others)),
+        fused_kernel.forcing(fused),
     ):
-        yield flags
+        yield request.param
 
 
 def several(batch: int, heads: int, length: int, num_dims: int, keys: int) -> list[Tensor]:
@@ -203,3 +222,113 @@ def test_error_at_most_twice_that_of_pytorchs_definition(way, num_dims):
     for name, a, b, want in zip(("out", "query", "key", "value"), got, theirs, exact, strict=True):
         errors = [(t.double() - want).norm().item() for t in (a, b)]
         assert errors[0] <= 2 * errors[1], (name, errors)
+
+
+# Gradients in one pass.
+
+
+@pytest.fixture(params=[False, True], ids=["unordered", "ordered"])
+def passes(request, monkeypatch) -> Iterator[list[int]]:
+    """Gradients are made in one pass where they can be; how often they were."""
+    made = []
+
+    def counted(*arguments):
+        made.append(1)
+        fused_gradient(*arguments)
+
+    monkeypatch.setattr(attention_gradients, "fused_gradient", counted)
+    forced = fused_kernel.forcing(in_one_pass(request.param))
+    with mmfast.use_backend("triton"), forced:
+        yield made
+
+
+def test_one_pass_is_taken(passes):
+    dense.check("triton", *several(2, 2, 40, 72, 53))
+    test_varlen_attention.check("triton", (TIMES * 33, 0, 7), (TIMES * 40, 3, 20), dtype=BFLOAT16)
+    assert len(passes) == 2
+
+
+def test_one_pass_in_its_order_gives_the_same_bits(passes, request):
+    """Each time; in the interpreter programs have one anyway."""
+    if not interpreting() and "unordered" in request.node.name:
+        pytest.skip("has no order")
+    tensors = several(2, 2, 40, 40, 100)
+    expected = with_gradients(mmfast.scaled_dot_product_attention, tensors)
+    for _ in range(TIMES):
+        assert_same_bits(with_gradients(mmfast.scaled_dot_product_attention, tensors), expected)
+    assert len(passes) == 1 + TIMES
+
+
+def test_one_pass_begins_with_zeros(passes):
+    """Its workspace is not filled by whoever allocates it."""
+    tensors = several(2, 1, 40, 40, 53)
+    expected = with_gradients(mmfast.scaled_dot_product_attention, tensors)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        got = with_gradients(mmfast.scaled_dot_product_attention, tensors)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(passes) == 2
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_scores_far_below_zero(passes):
+    """exp2(-sum) of keys that are not there, zeros, would be infinite."""
+    query, key, value = several(1, 1, 20, 16, 33)
+    query, key = query.abs() + 4, -(key.abs() + 4)
+    dense.check("triton", query, key, value)
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout_p": 0.2, "seed": 3},
+        {"scale": -0.3},
+        {"enable_gqa": True},
+        {"attn_mask": torch.ones(33, 33, dtype=torch.bool)},
+    ],
+    ids=str,
+)
+def test_what_one_pass_does_not_take(passes, options):
+    query, key, value = (t[:, :, :33] for t in several(1, 2, 33, 24, 33))
+    if "enable_gqa" in options:
+        key, value = key[:, :1], value[:, :1]
+    if "attn_mask" in options:
+        options = {"attn_mask": options["attn_mask"].to(DEVICE)}
+    with_gradients(mmfast.scaled_dot_product_attention, [query, key, value], **options)
+    assert passes == []
+
+
+def test_one_pass_of_a_mask_that_needs_no_gradient(passes):
+    query, key, value = several(2, 2, 33, 24, 35)
+    mask = normal(2, 1, 1, 35 * TIMES, seed=7).to(BFLOAT16).to(DEVICE)
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    out = mmfast.scaled_dot_product_attention(*leaves, attn_mask=mask)
+    got = torch.autograd.grad(out.float().square().sum(), leaves)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    wanted = plain(*exact, mask.double())
+    wanted = torch.autograd.grad(wanted.square().sum(), exact)
+    assert passes == [1]
+    for a, b in zip(got, wanted, strict=True):
+        assert (a.double() - b).norm() <= 0.01 * b.norm()
+
+
+def test_each_way_has_a_row_in_the_benchmarks(passes):
+    """Beside what mmfast chooses, with the same gradients of queries."""
+    sample = dense.op._backward_of(dense.op._sample(1, 2, 33, 24))
+    arguments = sample.make(torch.device(DEVICE), BFLOAT16, 0)
+    expected = backends.call(dense.op.BACKWARD, *arguments)[0]
+    assert passes == [1]
+    rows = gpu_attention_peers.PEERS[dense.op.BACKWARD.name]
+    names = {"mmfast, two kernels", "mmfast, in turns", "mmfast, in any order"}
+    assert names <= rows.keys()
+    for name in names:
+        if not interpreting():
+            assert rows[name].unsupported(*arguments) == []
+            found = rows[name].make(*arguments)()
+            torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+    found = rows["mmfast, two kernels"].make(*arguments)()
+    assert len(passes) == (1 if interpreting() else 3)
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)

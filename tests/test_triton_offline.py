@@ -165,10 +165,10 @@ def test_what_is_compiled_here_has_budgets_of_its_own():
     assert set(VARIANTS) <= set(BUDGETS.variants) <= {v.name for v in offline.variants()}
     for rows in BUDGETS.variants.values():
         assert rows
-        # Ways of devices with descriptors are behind a comma.
+        # Ways of devices with descriptors are behind a comma, or have kernels of their own.
         assert all(
             "sm_90" in row and set(row) <= {"sm_90", "sm_100"}
-            if "," in kernel
+            if "," in kernel or "fused" in kernel
             else set(row) == set(offline.TARGETS)
             for kernel, row in rows.items()
         )
@@ -177,7 +177,12 @@ def test_what_is_compiled_here_has_budgets_of_its_own():
 @pytest.mark.parametrize("backward", ["", ", backward"])
 @pytest.mark.parametrize("width", HEAD_SIZES)
 def test_attention_multiplies_on_tensor_cores_at_every_head_size(width, backward):
-    table = BUDGETS.variants[f"scaled_dot_product_attention: bfloat16, E {width}{backward}"]
+    table = dict(BUDGETS.variants[f"scaled_dot_product_attention: bfloat16, E {width}{backward}"])
+    fused = {name: table.pop(name) for name in list(table) if "fused" in name}
+    ordered = {name.partition(", ")[2] for name in fused if "gradient" in name}
+    assert ordered == ({"", "ORDERED"} if backward else set())
+    assert all(row.keys() == {"sm_90"} and row["sm_90"].spilled == 0 for row in fused.values())
+    assert all(row["sm_90"].matrix > 0 for name, row in fused.items() if "gradient" in name)
     assert len({name.split(",")[0] for name in table}) == (2 if backward else 1)
     # Hopper has ways of its own, most of them with tiles by descriptors.
     assert all(("," in name) == (row.keys() == {"sm_90"}) for name, row in table.items())
