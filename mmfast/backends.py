@@ -155,7 +155,7 @@ def call_on_new(op: Op, *args: Any) -> Any:
     if op.backward is None or not torch.is_grad_enabled():
         with torch.no_grad():
             return run(*args)
-    return library.differentiable(op.backward, run, functools.partial(use_backend, _forced))(*args)
+    return library.differentiable(op, run, functools.partial(use_backend, _forced))(*args)
 
 
 def select(op: Op, name: str, *args: Any) -> Callable[..., Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from mmfast.registry import Backend, Backward, Op
 
@@ -48,12 +50,59 @@ def _setup(backward: Backward, ctx: Any, inputs: tuple[Any, ...], output: Any) -
     backward.setup(ctx, inputs, output)
 
 
+class _Once(torch.autograd.Function):
+    """Copies of the first ``count`` tensors, which depend on the others too, and whose gradient
+    raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(message: str, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(t.clone() for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.message = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(ctx.message)
+
+
+def _gradients(name: str, backward: Backward) -> Callable[..., Any]:
+    """Those of ``backward``, whose own gradients raise: nothing computes them, and a penalty on
+    gradients would be left out in silence."""
+    if backward.differentiable:
+        return backward.gradients
+    message = (
+        f"trying to differentiate twice: the gradients of mmfast.{name} have none of their own; "
+        "use a formulation in plain PyTorch where gradients of gradients are needed"
+    )
+
+    def gradients(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward.gradients(ctx, *grads)
+        with torch.no_grad():
+            found = backward.gradients(ctx, *grads)
+        found = found if isinstance(found, tuple) else (found,)
+        there = [g for g in found if g is not None]
+        sources = [t for t in (*grads, *ctx.saved_tensors) if t is not None]
+        refusing = iter(_Once.apply(message, len(there), *there, *sources))
+        return tuple(None if g is None else next(refusing) for g in found)
+
+    return gradients
+
+
 def differentiable(
-    backward: Backward, run: Callable[..., Any], again: Callable[[], Any]
+    op: Op, run: Callable[..., Any], again: Callable[[], Any] = contextlib.nullcontext
 ) -> Callable[..., Any]:
-    """``run``, with the gradients of ``backward``; these are computed inside ``again()``."""
+    """``run``, with the gradients of ``op``; these are computed inside ``again()``."""
+    assert op.backward is not None
+    backward, gradients = op.backward, _gradients(op.name, op.backward)
 
     class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+
         @staticmethod
         def forward(*args: Any) -> Any:
             return run(*args)
@@ -65,7 +114,7 @@ def differentiable(
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             with again():
-                return backward.gradients(ctx, *grads)
+                return gradients(ctx, *grads)
 
     return Function.apply
 
@@ -74,13 +123,15 @@ def _function(name: str, backward: Backward, kernel: Callable[..., Any]) -> Call
     """What torch's kernel for autograd does with an op and ``backward``, in half its time: there
     are no defaults to fill in, no arguments to flatten and no dispatch keys to carry along."""
 
+    gradients = _gradients(name, backward)
+
     def forward(ctx: Any, *args: Any) -> Any:
         with below_autograd():
             output = kernel(*args)
         _setup(backward, ctx, args, output)
         return output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward.gradients)}
+    members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     # torch's name, by which profiles show both.
     name = f"GeneratedBackwardFor_{NAMESPACE}_{name}_default"
     function: Any = type(name, (torch.autograd.Function,), members)
@@ -99,7 +150,7 @@ def define(op: Op) -> None:
     else:
         torch.library.register_autograd(
             qualified,
-            op.backward.gradients,
+            _gradients(op.name, op.backward),
             setup_context=functools.partial(_setup, op.backward),
             lib=_library,
         )
@@ -155,6 +206,13 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
     kernel = _overloads[op.name]
     if op.backward is None:
         return kernel(*args)
+    if _derived(args):
+        raise NotImplementedError(
+            f"mmfast.{op.name} has no forward-mode derivative, which torch.func.jvp or a dual "
+            "tensor asked for; use gradients, or a formulation in plain PyTorch"
+        )
+    if _differentiated():
+        return differentiable(op, lambda *args: run(op, args))(*args)
     if untracked(args):
         with below_autograd():
             return kernel(*args)
@@ -173,6 +231,22 @@ def unwatched(args: tuple[Any, ...]) -> bool:
     )
 
 
+def _derived(args: tuple[Any, ...]) -> bool:
+    """Whether an argument carries a tangent, which a kernel would drop."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
+    )
+
+
+def _differentiated() -> bool:
+    """Whether torch.func.grad or one like it wants gradients next, for which torch's kernel for
+    autograd cannot serve."""
+    if torch.compiler.is_compiling():
+        return False
+    transform = torch._C._functorch.peek_interpreter_stack()
+    return transform is not None and transform.key() == torch._C._functorch.TransformType.Grad
+
+
 def untracked(args: tuple[Any, ...]) -> bool:
     """Whether autograd's kernel of an op, which is Python and slow, would do nothing.
 
@@ -186,7 +260,9 @@ def untracked(args: tuple[Any, ...]) -> bool:
 
 
 def tracked(*tensors: torch.Tensor | None) -> bool:
-    """Whether a gradient is wanted of any of them."""
+    """Whether a gradient is wanted of any of them, or a tangent carried by one."""
+    if _derived(tensors):
+        return True
     if not torch.is_grad_enabled():
         return False
     if torch.compiler.is_compiling():

@@ -17,9 +17,17 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast for devices of this ``kind`` computes in; None where it is off, or there is
+    none, as for ``meta``."""
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 def without_autocast(kind: str) -> contextlib.AbstractContextManager[None]:
     """Leave autocast for devices of this ``kind``, where it is on."""
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if autocast_dtype(kind) is not None:
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()  # ``meta`` knows no other
 

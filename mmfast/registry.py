@@ -56,10 +56,12 @@ class Backward:
         setup: ``setup(ctx, inputs, output)``: saves what the gradients need.
         gradients: ``gradients(ctx, *grad_outputs)``: one per argument of the schema. A
             ``grad_output`` is None where nothing asks for it.
+        differentiable: whether the gradients have gradients; else asking for these raises.
     """
 
     setup: Callable[..., None]
     gradients: Callable[..., Any]
+    differentiable: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,6 +59,17 @@ def results(model: nn.Module, run: Callable[[nn.Module, Tensor], Any], x: Tensor
     inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
     total = sum(t.double().square().sum() for t in floating)
     return [outputs, torch.autograd.grad(total, inputs, allow_unused=True)]
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What tensors are made of where nothing else is said."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _Largest(TorchDispatchMode):

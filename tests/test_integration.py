@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -55,11 +56,14 @@ def test_opcheck(op, sample, dtypes, gradients):
     torch.library.opcheck(overload(op.name), arguments)
 
 
-@pytest.mark.parametrize(
+DIFFERENTIABLE = pytest.mark.parametrize(
     ("op", "sample"),
     [s.values[:2] for s in SAMPLES if s.values[0].backward],
     ids=lambda value: value.name,
 )
+
+
+@DIFFERENTIABLE
 def test_gradients_by_the_short_way(op, sample, monkeypatch):
     """They and the outputs are the dispatcher's, bit for bit."""
     calls = []
@@ -81,6 +85,95 @@ def test_gradients_by_the_short_way(op, sample, monkeypatch):
     assert len(calls) == bool(inputs)
     assert found[0][1:] == found[1][1:]
     assert same(found[0][0], found[1][0])
+
+
+FEW = pytest.mark.parametrize(
+    ("op", "sample"),
+    [
+        pytest.param(op, sample, id=f"{op.name}-{sample.name}")
+        for op in OPS.values()
+        if op.backward
+        for sample in [s for s in op.samples() if not s.bench][1:6:2]
+    ],
+)
+
+
+def with_inputs(op, sample):
+    """A call of ``op`` with its floating tensors as arguments, and these; it returns a sum of its
+    differentiable outputs, alike for the same numbers."""
+    arguments = sample.make(torch.device("cpu"), op.dtypes[0], 0)
+    places = [
+        i
+        for i, a in enumerate(arguments)
+        if isinstance(a, torch.Tensor) and a.is_floating_point() and a.numel()
+    ]
+    inputs = [arguments[i].detach().requires_grad_() for i in places]
+    tracked = [o.requires_grad for o in tree_leaves(run_on(op, arguments, places, inputs))]
+
+    def total(*inputs):
+        outputs = tree_leaves(run_on(op, arguments, places, inputs))
+        return sum(o.cos().sum() for o, wanted in zip(outputs, tracked, strict=True) if wanted)
+
+    return total, inputs
+
+
+def run_on(op, arguments, places, inputs):
+    given = list(arguments)
+    for place, tensor in zip(places, inputs, strict=True):
+        given[place] = tensor
+    return backends.call(op, *given)
+
+
+@pytest.mark.parametrize("forced", [None, "reference"])
+@FEW
+def test_gradients_of_gradients_raise(op, sample, forced):
+    """None is left out in silence, also of a loss that nothing comes after."""
+    total, inputs = with_inputs(op, sample)
+    if not inputs:
+        return
+    with mmfast.use_backend(forced) if forced else contextlib.nullcontext():
+        grads = torch.autograd.grad(total(*inputs), inputs, create_graph=True, allow_unused=True)
+    for grad in grads:
+        if grad is None:
+            continue
+        assert grad.requires_grad
+        if not op.backward.differentiable:
+            with pytest.raises(
+                NotImplementedError, match=f"twice: the gradients of mmfast.{op.name} "
+            ):
+                torch.autograd.grad(grad.sum(), inputs, allow_unused=True, retain_graph=True)
+
+
+def test_a_penalty_is_not_left_out():
+    x = normal(7, 3).requires_grad_()
+    loss = mmfast.vector_quantize(x, normal(5, 3)).commitment_loss
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiate twice"):
+        (loss + grad.square().sum()).backward()
+
+
+@FEW
+def test_transforms(op, sample):
+    """torch.func's gradients are autograd's, alone and mapped; there is no forward mode."""
+    total, inputs = with_inputs(op, sample)
+    if not inputs:
+        return
+    wanted = torch.autograd.grad(total(*inputs), inputs, allow_unused=True)
+    plain = tuple(t.detach() for t in inputs)
+    places = tuple(range(len(plain)))
+    got = torch.func.grad(total, places)(*plain)
+    stacked = tuple(torch.stack([t, t]) for t in plain)
+    mapped = torch.func.vmap(torch.func.grad(total, places))(*stacked)
+    for want, one, two in zip(wanted, got, mapped, strict=True):
+        expected = torch.zeros_like(one) if want is None else want
+        torch.testing.assert_close(one, expected)
+        torch.testing.assert_close(two[1], expected)
+    with pytest.raises(NotImplementedError, match=f"mmfast.{op.name} has no forward-mode"):
+        torch.func.jvp(total, plain, plain)
+    with torch.autograd.forward_ad.dual_level():
+        dual = [torch.autograd.forward_ad.make_dual(t, t) for t in plain]
+        with pytest.raises(NotImplementedError, match=f"mmfast.{op.name} has no forward-mode"):
+            total(*dual)
 
 
 def test_tracers_and_modes_get_the_op_itself(monkeypatch):

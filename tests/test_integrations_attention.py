@@ -124,6 +124,12 @@ def test_autocast(dtype):
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
+def test_no_values():
+    """Tensors on the meta device, for which there is no autocast."""
+    q = torch.empty(2, 3, 9, 24, device="meta")
+    assert scaled_dot_product_attention(q, q, q).shape == q.shape
+
+
 class TestTransformers:
     def model(self):
         transformers = pytest.importorskip("transformers")
@@ -159,6 +165,21 @@ class TestTransformers:
         assert model.config._attn_implementation == "sdpa"
         with pytest.raises(ValueError, match="nothing in LlamaModel is patched"):
             unpatch(model)
+
+    def test_pickled(self, monkeypatch):
+        """The name stays in the configuration; a patch registers it where nothing has yet."""
+        transformers = pytest.importorskip("transformers")
+        model = self.model()
+        patch(model)
+        again = pickle.loads(pickle.dumps(model))
+        monkeypatch.delitem(transformers.AttentionInterface._global_mapping, "mmfast")
+        ids = torch.arange(14).reshape(2, 7)
+        with pytest.raises(KeyError, match="mmfast"):
+            again(ids)
+        assert patch(again).swapped
+        assert_same(again(ids).last_hidden_state, model(ids).last_hidden_state)
+        unpatch(again)
+        assert again.config._attn_implementation == "sdpa"
 
     def test_another_implementation_is_left(self):
         model = self.model()

@@ -6,11 +6,12 @@ import copy
 import dataclasses
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
 from cases import normal
-from patched import assert_same
+from patched import assert_same, default_dtype
 from torch import nn
 
 import mmfast
@@ -241,6 +242,16 @@ def test_wide_blocks_are_taken(setting):
     model = transformers.DiT(dataclasses.replace(setting, blocks=1))
     report = patch(model)
     assert "blocks.0" in [entry.name for entry in report.swapped], str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_patched_anywhere(dtype, monkeypatch):
+    """What the caller has set does not count as a difference."""
+    monkeypatch.setattr(rehearsal, "_tried", weakref.WeakKeyDictionary())
+    model = transformers.DiT(transformers.Setting("", 48, 2, 2, 2, 9))
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with default_dtype(dtype), torch.inference_mode(), torch.device("meta"), autocast:
+        assert not patch(model).left
 
 
 def test_infinity_does_not_hide_differences():

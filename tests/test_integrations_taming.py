@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import normal
-from patched import assert_same, largest, pair, randomised, results
+from patched import assert_same, default_dtype, largest, pair, randomised, results
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import mmfast
 from mmfast.integrations import patch
@@ -146,6 +147,44 @@ def test_same(name, training):
         assert_same(patched.state_dict(), plain.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_autocast(name, dtype):
+    """Dtypes of everything, too, that of a product of matrices among them."""
+    plain, patched, _ = pair(randomised(QUANTIZERS[name](16, 4)))
+    codes = plain.embedding.weight.detach().repeat(2, 1)[:30]  # no ties for bfloat16 to break
+    z = (codes * 1.02).view(2, 3, 5, 4).permute(0, 3, 1, 2).to(dtype)
+
+    def run(model, z):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(z)
+
+    got, want = (tree_leaves(results(m, run, z)) for m in (patched, plain))
+    for a, b in zip(got, want, strict=True):
+        assert type(a) is type(b)
+        if isinstance(a, torch.Tensor):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+            assert a.requires_grad == b.requires_grad
+
+
+def test_only_codes_train():
+    """Which gradients the losses have does not depend on those of the input."""
+    for make in QUANTIZERS.values():
+        plain, patched, _ = pair(randomised(make(16, 4)))
+        z = normal(2, 4, 3, 5)
+        assert_same(patched(z)[1], plain(z)[1])
+
+
+def test_a_parameter_as_buffer():
+    """As LlamaGen's, which then cannot train on a CPU."""
+    _, patched, _ = pair(QUANTIZERS["llamagen_l2"](16, 4))
+    patched.codebook_used = torch.nn.Parameter(patched.codebook_used)
+    patched(normal(2, 4, 3, 5))
+    assert patched.codebook_used[:70].eq(0).all()
+    assert patched.codebook_used[70:].gt(0).any()
+    assert patched.codebook_used.is_leaf
+
+
 def test_gumbel_options_are_refused():
     _, patched, _ = pair(Taming2(16, 4, 0.25))
     patched(normal(1, 4, 2, 2), temp=1.0)
@@ -161,12 +200,30 @@ def test_memory():
         assert largest(lambda: patched(z)) <= 300 * 4  # noqa: B023
 
 
-@pytest.mark.parametrize("name", ["first", "second_shaped", "llamagen_l2"])
-def test_compiles(name):
-    plain, patched, _ = pair(randomised(QUANTIZERS[name](16, 4)).eval())
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("second_shaped", "aot_eager"),
+        ("llamagen_l2", "aot_eager"),
+        ("first", "inductor"),
+    ],
+)
+def test_compiles(name, backend):
+    training = backend == "inductor"
+    plain, patched, _ = pair(randomised(QUANTIZERS[name](16, 4)).train(training))
     z = normal(2, 4, 3, 5)
-    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(patched, fullgraph=True, backend=backend)
     assert_same(results(compiled, lambda m, x: m(x), z), results(plain, lambda m, x: m(x), z))
+
+
+@pytest.mark.parametrize("name", ["first", "second", "llamagen_l2"])
+def test_exports(name):
+    """With any batch size, as the originals are."""
+    plain, patched, _ = pair(randomised(QUANTIZERS[name](16, 4)).eval())
+    batch = {"z": {0: torch.export.Dim("batch", min=2)}}
+    program = torch.export.export(patched, (normal(2, 4, 3, 5),), dynamic_shapes=batch)
+    z = normal(4, 4, 3, 5, seed=1)
+    assert_same(program.module()(z), plain(z))
 
 
 def test_indices_are_exact():
@@ -228,6 +285,30 @@ OTHERS = {
 }
 
 
+SETTINGS = {
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_patched_anywhere(setting):
+    """What the caller has set does not count as a difference."""
+    model = nn.Sequential(*(make(16, 4) for make in QUANTIZERS.values()))
+    with SETTINGS[setting]():
+        assert len(patch(model).swapped) == len(model)
+
+
+def test_patched_without_values():
+    model = nn.Sequential(*(make(16, 4) for make in QUANTIZERS.values())).to("meta")
+    assert len(patch(model).swapped) == len(model)
+    assert model[1](torch.empty(2, 4, 3, 5, device="meta"))[0].shape == (2, 4, 3, 5)
+
+
 @pytest.mark.parametrize("other", OTHERS)
 def test_namesakes_are_left(other):
     model = type(other.__base__.__name__, (other,), {})(16, 4, 0.25)
@@ -237,10 +318,12 @@ def test_namesakes_are_left(other):
     assert "forward" not in vars(model)
 
 
-def test_patching_changes_nothing_else():
+def test_patching_changes_nothing_else(monkeypatch):
     model = nn.Sequential(QUANTIZERS["llamagen_l2"](16, 4), QUANTIZERS["second_remapped"](16, 4))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
+    # A seed for all devices would not be taken back.
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds all devices"))
     patch(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())

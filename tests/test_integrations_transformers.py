@@ -10,6 +10,7 @@ from cases import normal
 from patched import assert_same, largest, pair, randomised, results
 
 import mmfast
+from mmfast.integrations import unpatch
 from mmfast.integrations.transformers import LIBRARY
 
 transformers = pytest.importorskip("transformers")
@@ -183,6 +184,30 @@ def test_indices_are_exact(name):
         want, _ = mmfast.nearest_code(vectors, codebook.embed)
         assert torch.equal(codebook.quantize(vectors), want)
         assert len(want.unique()) > 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_and_frozen(name, tmp_path):
+    """A patched model is saved as any other; codebooks without gradients stay without."""
+    plain, patched, _ = pair(model_of(name).requires_grad_(False))
+    patched.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path).eval()
+    with pytest.raises(ValueError, match="is patched"):
+        unpatch(loaded)
+    sound = normal(2, 1, 160, seed=1)
+    want = plain(sound)
+    assert torch.equal(loaded(sound).audio_values, want.audio_values)
+    assert_same(patched(sound).audio_values, want.audio_values)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast(name):
+    plain, patched, _ = pair(model_of(name))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = (m(normal(2, 1, 160, seed=1)) for m in (patched, plain))
+    for key, value in want.items():
+        assert (got[key].dtype, got[key].shape) == (value.dtype, value.shape), key
+    assert (got.audio_codes == want.audio_codes).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("name", MODELS)

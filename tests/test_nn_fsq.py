@@ -33,38 +33,18 @@ FSQS = {
     "hard": ({"levels": [8, 5, 4], "bound_hard_clamp": True}, (2, 30, 3)),
     "rotated": ({"levels": [5, 5, 5], "orthogonal_rotation": True}, (2, 30, 3)),
 }
+SMALL = {"levels": [8, 5], "num_quantizers": 2}
+CLAMPED = SMALL | {"bound_hard_clamp": False}
+ALONE = SMALL | {"num_quantizers": 1}
+DROPPING = ALONE | {"quantize_dropout": True, "quantize_dropout_cutoff_index": 2}
 RESIDUALS = {
     "plain": ({"levels": [8, 5, 4], "num_quantizers": 3}, (2, 30, 3)),
     "projected": ({"levels": [5, 5], "num_quantizers": 3, "dim": 7}, (2, 30, 7)),
-    "tanh": (
-        {
-            "levels": [8, 5],
-            "num_quantizers": 2,
-            "bound_hard_clamp": False,
-            "soft_clamp_input_value": 1.5,
-        },
-        (2, 30, 2),
-    ),
-    "list of clamps": (
-        {
-            "levels": [8, 5],
-            "num_quantizers": 2,
-            "bound_hard_clamp": False,
-            "soft_clamp_input_value": [1.5, 2.0],
-        },
-        (2, 30, 2),
-    ),
-    "one": ({"levels": [8, 5], "num_quantizers": 1}, (2, 30, 2)),
-    "nothing to drop": (
-        {
-            "levels": [8, 5],
-            "num_quantizers": 1,
-            "quantize_dropout": True,
-            "quantize_dropout_cutoff_index": 2,
-        },
-        (2, 30, 2),
-    ),
-    "kept": ({"levels": [8, 5], "num_quantizers": 2, "keep_num_codebooks_dim": True}, (2, 30, 2)),
+    "tanh": (CLAMPED | {"soft_clamp_input_value": 1.5}, (2, 30, 2)),
+    "list of clamps": (CLAMPED | {"soft_clamp_input_value": [1.5, 2.0]}, (2, 30, 2)),
+    "one": (ALONE, (2, 30, 2)),
+    "nothing to drop": (DROPPING, (2, 30, 2)),
+    "kept": (SMALL | {"keep_num_codebooks_dim": True}, (2, 30, 2)),
 }
 
 

@@ -27,6 +27,7 @@ MODULES = {
         nn.VectorQuantize,
         BASE | BY_GRADIENT | {"commitment_use_cross_entropy_loss": True},
     ),
+    "diversity": (nn.VectorQuantize, BASE | {"codebook_diversity_loss_weight": 0.1}),
     "ResidualVQ": (nn.ResidualVQ, STAGES | {"shared_codebook": True}),
     "implicit": (nn.ResidualVQ, STAGES | {"implicit_neural_codebook": True}),
     "beam": (nn.ResidualVQ, STAGES | {"beam_size": 2}),

@@ -146,6 +146,13 @@ def test_dit_block_defers(frames):
     torch.testing.assert_close(block(y, c, pending), expected)
 
 
+def test_no_values():
+    """Blocks on the meta device, for which there is no autocast."""
+    block = mnn.DiTBlock(48, 2).to("meta")
+    x, c = torch.empty(2, 9, 48, device="meta"), torch.empty(2, 48, device="meta")
+    assert block(x, c).shape == x.shape
+
+
 def test_modulation_runs_what_was_put_in_its_place():
     layers = modulation(6, 2)
     c = normal(3, 6, seed=1)

@@ -66,6 +66,23 @@ def test_gradients(backend, gradient, metric):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("heads", [0, 2])
+def test_gradcheck(backend, heads, metric):
+    """Of what has a gradient by definition: the losses, and the codes without an estimator."""
+    x, codebook = problem(backend, n=7, k=5, d=3, heads=heads)
+    mask = (normal(*x.shape[:-1], seed=5) < 0.5).to(x.device)
+
+    def of(name, x, codebook):
+        result = mmfast.vector_quantize(x, codebook, metric=metric, gradient="none", mask=mask)
+        return getattr(result, name)
+
+    check = torch.autograd.gradcheck
+    assert check(lambda x: of("commitment_loss", x, codebook.detach()), x)
+    assert check(lambda codes: of("codebook_loss", x.detach(), codes), codebook)
+    assert check(lambda codes: of("quantized", x.detach(), codes), codebook)
+
+
 def test_only_what_is_asked_for(backend):
     x, codebook = problem(backend)
     result = mmfast.vector_quantize(x, codebook.detach())

@@ -15,6 +15,7 @@ from torch import Tensor
 import mmfast
 from mmfast import backends
 from mmfast.checks import FLOATING
+from mmfast.regions import autocast_dtype
 
 _WIDEST = 256  # head size that the kernels take
 _theirs = F.scaled_dot_product_attention
@@ -55,10 +56,8 @@ def objections(
 
 def _lowered(tensor: Tensor) -> Tensor:
     """As autocast would have it for attention."""
-    kind = tensor.device.type
-    if torch.is_autocast_enabled(kind) and tensor.dtype == torch.float32:
-        return tensor.to(torch.get_autocast_dtype(kind))
-    return tensor
+    lowered = autocast_dtype(tensor.device.type)
+    return tensor if lowered is None or tensor.dtype != torch.float32 else tensor.to(lowered)
 
 
 def scaled_dot_product_attention(

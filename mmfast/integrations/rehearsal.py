@@ -5,9 +5,10 @@ For modules that are known only by their class's name, behind which may be anyth
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -49,7 +50,8 @@ def block_difference(module: nn.Module, forward: Callable[..., Any]) -> list[str
     tried = _tried.setdefault(type(module), {})
     key = (forward, repr(module))
     if key not in tried:
-        copied = _randomised(module)
+        with _by_itself():
+            copied = _randomised(module)
         tried[key] = _differences(
             lambda run, training: _block_results(copied, run, training), module, forward
         )
@@ -57,6 +59,22 @@ def block_difference(module: nn.Module, forward: Callable[..., Any]) -> list[str
 
 
 _tried: WeakKeyDictionary[type, dict[Any, list[str]]] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _by_itself() -> Iterator[None]:
+    """Without what the caller has set: inference mode, autocast, a default device, random state.
+    Nothing of it changes, nor the random state of other devices, which a seed for all would reach.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+        torch.random.fork_rng(devices=[]),
+    ):
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 def _differences(
@@ -68,11 +86,13 @@ def _differences(
     for training in (False, True):
         mode = "training" if training else "evaluation"
         try:
-            want = results(type(module).forward, training)
+            with _by_itself():
+                want = results(type(module).forward, training)
         except Exception as error:  # whatever a foreign forward may raise
             return [f"its forward refuses a small input in {mode}: {error}"]
         try:
-            got = results(forward, training)
+            with _by_itself():
+                got = results(forward, training)
         except Exception as error:
             return [f"its forward needs other attributes in {mode}: {error}"]
         if len(got) != len(want) or not all(map(_alike, got, want)):
@@ -90,7 +110,7 @@ def _randomised(module: nn.Module) -> nn.Module:
     drawn: dict[int, Any] = {}
     for parameter in view.parameters():
         width = parameter.shape[-1] if parameter.dim() > 1 else 4
-        values = torch.randn(parameter.shape, generator=generator) / width**0.5
+        values = _normal(generator, *parameter.shape) / width**0.5
         drawn[id(parameter)] = nn.Parameter(values)
     for part in view.modules():
         # What fully_shard keeps with a module is under keys that no attribute can have.
@@ -105,33 +125,42 @@ def _block_results(block: Any, forward: Callable[..., Any], training: bool) -> l
     block.train(training)
     generator = torch.Generator().manual_seed(1)
     width = block.adaLN_modulation[-1].in_features
-    x = torch.randn(2, 5, width, generator=generator, requires_grad=True)
-    c = torch.randn(2, width, generator=generator, requires_grad=True)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
-        leaves, structure = tree_flatten(forward(block, x, c))
-        total = torch.stack([leaf.square().sum() for leaf in leaves if isinstance(leaf, Tensor)])
-        return [structure, *leaves, *torch.autograd.grad(total.sum(), (x, c), allow_unused=True)]
+    x = _normal(generator, 2, 5, width).requires_grad_()
+    c = _normal(generator, 2, width).requires_grad_()
+    leaves, structure = tree_flatten(forward(block, x, c))
+    total = torch.stack([leaf.square().sum() for leaf in leaves if isinstance(leaf, Tensor)])
+    return [structure, *leaves, *torch.autograd.grad(total.sum(), (x, c), allow_unused=True)]
 
 
 def _results(module: nn.Module, forward: Callable[..., Any], training: bool) -> list[Any]:
     """All that forward returns, the structure of it, and the gradients of z and of the codes."""
     view: Any = on_own_code(module).train(training)
-    view._buffers = {name: b if b is None else b.clone() for name, b in view._buffers.items()}
+    view._buffers = {
+        name: b if b is None else _copied(b.detach()) for name, b in view._buffers.items()
+    }
     generator = torch.Generator().manual_seed(0)
     num_dims = view.embedding.embedding_dim
-    codes = torch.randn(_NUM_CODES, num_dims, generator=generator)
+    codes = _normal(generator, _NUM_CODES, num_dims)
     view.embedding = nn.Embedding.from_pretrained(codes, freeze=False)
     view.n_e = _NUM_CODES
-    z = torch.randn(2, num_dims, 2, 3, generator=generator, requires_grad=True)
+    z = _normal(generator, 2, num_dims, 2, 3).requires_grad_()
     # An index without a place in a remapping may be drawn at random.
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
-        leaves, structure = tree_flatten(forward(view, z))
-        of = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-        total = sum((leaf.square().sum() for leaf in of), z.sum())
-        gradients = torch.autograd.grad(total, (z, view.embedding.weight), allow_unused=True)
+    leaves, structure = tree_flatten(forward(view, z))
+    of = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    total = sum((leaf.square().sum() for leaf in of), z.sum())
+    gradients = torch.autograd.grad(total, (z, view.embedding.weight), allow_unused=True)
     return [structure, *leaves, *gradients]
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+def _copied(buffer: Tensor) -> Tensor:
+    """On the CPU; zeros of a buffer without values."""
+    if buffer.is_meta:
+        return torch.zeros_like(buffer, device="cpu")
+    return buffer.to("cpu", copy=True)
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -28,9 +28,9 @@ class Taming:
     def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Quantised map (B, D, height, width), loss, and perplexity (), encodings (N, K) and
         indices (N, 1)."""
-        quantized, loss, indices = vqgan.quantize(self, z, legacy=True)
+        quantized, loss, indices = vqgan.quantize(self, z, legacy=True, product=True)
         indices = indices[:, None]
-        encodings = z.new_zeros(len(indices), self.n_e).scatter(1, indices, 1)
+        encodings = z.new_zeros(indices.shape[0], self.n_e).scatter(1, indices, 1)
         share = encodings.mean(0)
         perplexity = (-(share * (share + 1e-10).log()).sum()).exp()
         return quantized, loss, (perplexity, encodings, indices)
@@ -81,13 +81,15 @@ class LlamaGen:
         chosen = nn.functional.embedding(indices, codes).view(z.shape)
         usage: float = 0
         if self.show_usage and self.training:
-            latest = torch.cat((self.codebook_used, indices.to(self.codebook_used)))
-            self.codebook_used.copy_(latest[len(indices) :])
+            with torch.no_grad():  # LlamaGen registers a parameter as this buffer
+                latest = torch.cat((self.codebook_used, indices.to(self.codebook_used)))
+                self.codebook_used.copy_(latest[indices.shape[0] :])
             usage = len(self.codebook_used.unique()) / self.n_e
         terms: tuple[Any, ...] = (None, None, None)
         if self.training:
             commitment, codebook = vqgan.losses(z, chosen)
-            terms = codebook, self.beta * commitment, 0 * commitment  # a zero with a gradient
+            # The last is a zero with gradients.
+            terms = codebook, self.beta * commitment, 0 * (commitment + codebook)
         quantized = vqgan.straight_through(z, chosen).permute(0, 3, 1, 2)
         return quantized, (*terms, usage), (None, None, indices)
 

@@ -155,6 +155,7 @@ def _swap_attention(model: Any) -> Swap:
     before = model.config._attn_implementation
     done = "attention"
     if before == NAME:
+        register()  # a model that was pickled comes with the name alone
         return Swap(done=done)
     if before != "sdpa":
         return Swap(left=f"its attention implementation is {before!r}, not 'sdpa'")

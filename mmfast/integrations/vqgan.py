@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import mmfast
+from mmfast.regions import autocast_dtype
 
 
 def nearest(z: Tensor, codes: Tensor) -> Tensor:
@@ -23,10 +24,13 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
 
 def losses(z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squared difference twice: with its gradient to z, and with it to the codes."""
-    return (codes.detach() - z).square().mean(), (codes - z.detach()).square().mean()
+    # A power: autocast takes it, but no square, in float32 on some devices.
+    return ((codes.detach() - z) ** 2).mean(), ((codes - z.detach()) ** 2).mean()
 
 
-def quantize(quantizer: Any, z: Tensor, legacy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    quantizer: Any, z: Tensor, legacy: bool, product: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantised map, loss and indices.
 
     Args:
@@ -34,6 +38,8 @@ def quantize(quantizer: Any, z: Tensor, legacy: bool) -> tuple[Tensor, Tensor, T
         z: ``(B, D, height, width)``.
         legacy: whether beta weighs the codebook's loss, as it did at first, in the place of the
             commitment.
+        product: whether the original's codes are a product of matrices, to which autocast gives
+            its dtype.
 
     Returns:
         ``(B, D, height, width)``, ``()`` and ``(N,)``, N = B x height x width.
@@ -43,6 +49,9 @@ def quantize(quantizer: Any, z: Tensor, legacy: bool) -> tuple[Tensor, Tensor, T
     z = z.permute(0, 2, 3, 1).contiguous()
     indices = nearest(z, quantizer.embedding.weight)
     codes = quantizer.embedding(indices).view(z.shape)
+    lowered = autocast_dtype(z.device.type) if product else None
+    if lowered is not None and codes.dtype != torch.float64:
+        codes = codes.to(lowered)
     commitment, codebook = losses(z, codes)
     beta = quantizer.beta
     loss = commitment + beta * codebook if legacy else beta * commitment + codebook

@@ -608,8 +608,12 @@ class VectorQuantize(nn.Module):
         loss = commitment = diversity = orthogonal = x.new_zeros((), dtype=torch.float32)
         if self.training and self.has_codebook_diversity_loss:
             own = codes if codes.dim() == 3 else self._heads.grouped(codes, *layout)
+            rows = x
+            if torch.compiler.is_exporting():
+                # The strides of a view are a minimum there, which makes a guard on the length.
+                rows = x.clone(memory_format=torch.contiguous_format)
             diversity = similarity.diversity(
-                self._heads.grouped(x, *layout), own, metric, self.codebook_diversity_temperature
+                self._heads.grouped(rows, *layout), own, metric, self.codebook_diversity_temperature
             )
             loss = loss + diversity * self.codebook_diversity_loss_weight
         if call.topk is not None and not self.training:

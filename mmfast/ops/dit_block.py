@@ -20,6 +20,7 @@ from mmfast.ops import (
 from mmfast.ops import linear as linear_op
 from mmfast.ops.attention import new_lse
 from mmfast.ops.modulation import bytes_of, drawn, wide_of
+from mmfast.regions import autocast_dtype
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
 
 Layer = tuple[Tensor, Tensor | None]  # weight and bias
@@ -89,9 +90,9 @@ def dit_block(
 def _products(x: Tensor, modulation: Tensor, layers: Sequence[Layer]) -> torch.dtype | None:
     """The dtype of the products, if all that goes into them may be of its own."""
     kind, dtype = x.device.type, x.dtype
-    lowered = torch.is_autocast_enabled(kind)
-    if lowered:
-        dtype = torch.get_autocast_dtype(kind)
+    lowered = autocast_dtype(kind)
+    if lowered is not None:
+        dtype = lowered
     halves = (torch.bfloat16, torch.float16)
     if dtype != x.dtype and not (x.dtype == torch.float32 and dtype in halves):
         return None
@@ -99,7 +100,7 @@ def _products(x: Tensor, modulation: Tensor, layers: Sequence[Layer]) -> torch.d
     if any(t.device != x.device for t in (modulation, *tensors)):
         return None
     # Without autocast, layers take no other dtype than their weights'.
-    dtypes = (torch.float32, *halves) if lowered else (dtype,)
+    dtypes = (dtype,) if lowered is None else (torch.float32, *halves)
     if any(t.dtype not in dtypes for t in tensors) or modulation.dtype not in FLOATING:
         return None
     # Where its products are slower than PyTorch's, the block is too.

@@ -14,6 +14,7 @@ from mmfast import backends
 from mmfast.checks import FLOATING, check_choice, check_device, check_dtype, check_floating
 from mmfast.ops import gated_activation
 from mmfast.ops.per_sample import differences
+from mmfast.regions import autocast_dtype
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
 
 ACTIVATIONS = ("none", *gated_activation.ACTIVATIONS)
@@ -58,9 +59,9 @@ def linear(
     kind = x.device.type
     dtype: torch.dtype = x.dtype
     others: tuple[torch.dtype, ...] = (dtype,)
-    lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if lowered and dtype != torch.float64:  # which stays under torch's too
-        dtype = torch.get_autocast_dtype(kind)
+    lowered = autocast_dtype(kind)
+    if lowered is not None and dtype != torch.float64:  # which stays under torch's too
+        dtype = lowered
         others = tuple(d for d in FLOATING if d != torch.float64)
     check_dtype("weight", weight, others)
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:

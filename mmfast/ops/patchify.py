@@ -269,7 +269,7 @@ OP = register(
         cost=cost,
         compare=compare,
         dtypes=FLOATING,
-        backward=Backward(_setup, _gradients),
+        backward=Backward(_setup, _gradients, differentiable=True),
     )
 )
 
@@ -287,6 +287,6 @@ INVERSE = register(
         cost=cost,
         compare=compare_unpatchify,
         dtypes=FLOATING,
-        backward=Backward(_setup_unpatchify, _gradients_unpatchify),
+        backward=Backward(_setup_unpatchify, _gradients_unpatchify, differentiable=True),
     )
 )

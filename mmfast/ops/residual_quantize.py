@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmfast import backends
 from mmfast.checks import (
@@ -568,7 +567,7 @@ OP = register(
         cost=cost,
         compare=compare,
         dtypes=FLOATING,
-        backward=Backward(_setup, once_differentiable(_gradients)),
+        backward=Backward(_setup, _gradients),
     )
 )
 
@@ -584,7 +583,7 @@ BEAM = register(
         cost=cost_beam,
         compare=compare_beam,
         dtypes=FLOATING,
-        backward=Backward(_setup, once_differentiable(_gradients)),
+        backward=Backward(_setup, _gradients),
     )
 )
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmfast import backends
 from mmfast.checks import (
@@ -624,7 +623,7 @@ OP = register(
         cost=cost,
         compare=compare,
         dtypes=FLOATING,
-        backward=Backward(_setup, once_differentiable(_gradients)),
+        backward=Backward(_setup, _gradients),
     )
 )
 

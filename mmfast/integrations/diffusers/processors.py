@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import mmfast
 from mmfast.integrations.attention import objections, scaled_dot_product_attention
 from mmfast.integrations.diffusers.norms import kind_of, options
 from mmfast.nn.layers import is_plain
+from mmfast.regions import autocast_dtype
 
 Call = Callable[..., Any]
 
@@ -32,7 +32,7 @@ def _ours(processor: Any, attn: Any, *tokens: Tensor | None) -> bool:
             return False
     x = tokens[0]
     assert x is not None
-    if torch.is_autocast_enabled(x.device.type) or objections(x, x, x):
+    if autocast_dtype(x.device.type) is not None or objections(x, x, x):
         return False
     names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     norms = [getattr(attn, name, None) for name in names]
