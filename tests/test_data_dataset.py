@@ -194,7 +194,7 @@ def test_nothing(tmp_path):
     ):
         Dataset.from_folder(tmp_path, READERS)
     (tmp_path / "notes.md").write_text("")
-    with pytest.raises(ValueError, match="no samples: 0 samples\n1 files ignored, .*\n.*notes.md"):
+    with pytest.raises(ValueError, match=r"no samples: 0 samples\n1 files ignored, .*\n.*notes.md"):
         Dataset.from_folder(tmp_path, READERS)
     with pytest.raises(FileError, match="no such folder"):
         Dataset.from_folder(tmp_path / "none", READERS)
