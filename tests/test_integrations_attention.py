@@ -15,7 +15,6 @@ import mmfast.integrations
 from mmfast.integrations import patch, patch_attention, unpatch
 from mmfast.integrations.attention import objections, scaled_dot_product_attention
 
-
 # Options of language models of transformers.
 TINY = {
     "hidden_size": 48,
