@@ -91,7 +91,7 @@ def test_compiles_whole(name):
         torch.testing.assert_close(got[0], output(model, inputs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["DiT", "Flux"])
+@pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_no_worse(name):
     model, inputs = build(name)
     exact = output(copy.deepcopy(model).double(), _to(inputs, torch.float64))
