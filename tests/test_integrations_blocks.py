@@ -15,6 +15,7 @@ from torch import nn
 
 import mmfast
 from mmfast.integrations import patch, rehearsal, unpatch
+from mmfast.integrations.norms import kind_of, modulated
 
 pytest.importorskip("diffusers")
 
@@ -325,6 +326,18 @@ def test_wide_blocks_are_taken(setting):
     model = transformers.DiT(dataclasses.replace(setting, blocks=1))
     report = patch(model)
     assert "blocks.0" in [entry.name for entry in report.swapped], str(report)
+
+
+def test_a_norm_with_a_forward_of_its_own_is_called():
+    class Doubled(nn.RMSNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert kind_of(nn.RMSNorm(8)) == "rms"
+    assert kind_of(Doubled(8)) is None
+    x = normal(2, 3, 8)
+    got = modulated(Doubled(8), x, None, None)
+    torch.testing.assert_close(got, 2 * nn.RMSNorm(8)(x))
 
 
 def test_infinity_does_not_hide_differences():
