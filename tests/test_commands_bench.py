@@ -94,4 +94,6 @@ def test_what_is_refused(capsys):
     assert "--device must be cpu or cuda" in refused(capsys, "bench", "--device", "meta")
     with pytest.raises(SystemExit) as stop:
         run(capsys, "bench", "--seconds", "long")
+    with pytest.raises(SystemExit):
+        run(capsys, "bench", "--seconds", "-1")
     assert stop.value.code == 2

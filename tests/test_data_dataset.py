@@ -189,7 +189,12 @@ def test_unverified(tmp_path):
 
 
 def test_nothing(tmp_path):
-    with pytest.raises(ValueError, match="no samples: 0 samples"):
+    with pytest.raises(
+        ValueError, match=f"no samples: there are no files for {', '.join(READERS)}"
+    ):
+        Dataset.from_folder(tmp_path, READERS)
+    (tmp_path / "notes.md").write_text("")
+    with pytest.raises(ValueError, match=r"no samples: 0 samples\n1 files ignored, .*\n.*notes.md"):
         Dataset.from_folder(tmp_path, READERS)
     with pytest.raises(FileError, match="no such folder"):
         Dataset.from_folder(tmp_path / "none", READERS)

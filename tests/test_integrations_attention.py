@@ -15,6 +15,16 @@ import mmfast.integrations
 from mmfast.integrations import patch, patch_attention, unpatch
 from mmfast.integrations.attention import objections, scaled_dot_product_attention
 
+# Options of language models of transformers.
+TINY = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+}
+
 
 class Attention(nn.Module):
     """As people write it."""
@@ -134,14 +144,7 @@ class TestTransformers:
     def model(self):
         transformers = pytest.importorskip("transformers")
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            hidden_size=48,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=50,
-        )
+        config = transformers.LlamaConfig(**TINY)
         return transformers.LlamaModel(config).eval()
 
     @served
@@ -200,15 +203,7 @@ class TestTransformers:
     def test_sinks_are_not_ignored(self):
         transformers = pytest.importorskip("transformers", minversion="4.56")
         config = transformers.GptOssConfig(
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            vocab_size=20,
-            num_local_experts=2,
-            num_experts_per_tok=1,
+            **TINY, head_dim=8, num_local_experts=2, num_experts_per_tok=1
         )
         model = transformers.GptOssModel(config)
         with pytest.raises(ValueError, match="GptOssModel"):

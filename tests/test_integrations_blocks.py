@@ -16,6 +16,7 @@ from torch import nn
 
 import mmfast
 from mmfast.integrations import patch, rehearsal, unpatch
+from mmfast.integrations.norms import kind_of, modulated
 
 pytest.importorskip("diffusers")
 
@@ -92,7 +93,7 @@ def test_compiles_whole(name):
         torch.testing.assert_close(got[0], output(model, inputs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["DiT", "Flux"])
+@pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_no_worse(name):
     model, inputs = build(name)
     exact = output(copy.deepcopy(model).double(), _to(inputs, torch.float64))
@@ -203,7 +204,7 @@ def test_facebookresearch():
         ("Wan", ("FP32LayerNorm", "RMSNorm")),
         ("Flux", ("LayerNorm", "RMSNorm")),
         ("SD3", ("LayerNorm", "RMSNorm")),
-        ("facebookresearch", ("Attention", "Linear")),
+        ("facebookresearch", ("Attention", "Linear", "LayerNorm")),
     ],
 )
 def test_hooks_inside_of_blocks_run(name, kinds):
@@ -237,6 +238,90 @@ def test_a_changed_copy_is_left():
     assert "gives something else than the original's" in report.left[0].left
 
 
+class ByDepth(DiTBlock):
+    """Prints the same at every depth."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    def forward(self, x, c):
+        for _ in range(self.times):
+            x = super().forward(x, c)
+        return x
+
+
+class Learned(DiTBlock):
+    """With a parameter or a buffer that is not printed, or without."""
+
+    def __init__(self, **tensors):
+        super().__init__()
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                setattr(self, name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
+    def forward(self, x, c):
+        out = super().forward(x, c)
+        return out + self.moved if hasattr(self, "moved") else out
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda: ByDepth(2),
+        lambda: Learned(moved=nn.Parameter(torch.ones(48))),
+        lambda: Learned(moved=torch.ones(48)),
+    ],
+    ids=["attribute", "parameter", "buffer"],
+)
+def test_blocks_that_print_alike_are_told_apart(second):
+    other = second()
+    kind = type(other)
+    kind.__name__ = "DiTBlock"
+    first = kind(1) if kind is ByDepth else kind()
+    report = patch(nn.ModuleList([first, kind(1) if kind is ByDepth else kind(), other]))
+    assert [entry.name for entry in report.swapped] == ["0", "1"], str(report)
+    assert "gives something else than the original's" in report.left[0].left
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", ["weights", "RMS", "hook", "another"])
+def test_norms_of_blocks_that_are_not_the_original_s(change, dtype):
+    """Also in the op that a whole block can be."""
+    setting = dataclasses.replace(transformers.SETTINGS[0], blocks=1)
+    block = randomised(transformers.DiT(setting)).blocks[0].to(dtype)
+    width = block.norm1.normalized_shape[0]
+
+    def altered(block):
+        if change == "weights":
+            block.norm2 = nn.LayerNorm(width, eps=1e-6, dtype=dtype)
+            nn.init.normal_(block.norm2.weight, generator=torch.Generator().manual_seed(1))
+        elif change == "RMS":
+            block.norm1 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
+        elif change == "another":
+            block.norm1 = nn.Identity()
+        else:
+            block.norm2.register_forward_hook(lambda *given: given[-1] * 2)
+        return block
+
+    x, c = normal(2, 33, width).to(dtype), normal(2, width, seed=1).to(dtype)
+    theirs = altered(copy.deepcopy(block)).double()(x.double(), c.double())
+    limit = 1e-6 if dtype == torch.float32 else 1e-2
+    for first in (True, False):
+        ours = copy.deepcopy(block)
+        if first:
+            patch(ours)
+            altered(ours)
+        else:
+            altered(ours)
+            patch(ours)
+        with torch.no_grad():
+            got = ours(x, c).double()
+        assert (got - theirs).norm() < limit * theirs.norm()
+
+
 @pytest.mark.parametrize("setting", transformers.SETTINGS[:2], ids=lambda setting: setting.key)
 def test_wide_blocks_are_taken(setting):
     model = transformers.DiT(dataclasses.replace(setting, blocks=1))
@@ -252,6 +337,18 @@ def test_patched_anywhere(dtype, monkeypatch):
     autocast = torch.autocast("cpu", torch.bfloat16)
     with default_dtype(dtype), torch.inference_mode(), torch.device("meta"), autocast:
         assert not patch(model).left
+
+
+def test_a_norm_with_a_forward_of_its_own_is_called():
+    class Doubled(nn.RMSNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert kind_of(nn.RMSNorm(8)) == "rms"
+    assert kind_of(Doubled(8)) is None
+    x = normal(2, 3, 8)
+    got = modulated(Doubled(8), x, None, None)
+    torch.testing.assert_close(got, 2 * nn.RMSNorm(8)(x))
 
 
 def test_infinity_does_not_hide_differences():

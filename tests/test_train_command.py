@@ -174,6 +174,11 @@ def test_broken_files(pictures, tmp_path, capsys):
         ("dit", ["--noise", "pink"], "schedule must be one of flow"),
         ("dit", ["--sampler", "fast"], "sampler must be one of"),
         ("dit", ["--steps", "0"], "train: steps must be at least 1, got 0"),
+        ("dit", ["--num-heads", "0"], "model: num_heads must be at least 1, got 0"),
+        ("dit", ["--depth", "-1"], "model: depth must be at least 1, got -1"),
+        ("dit", ["--class-dropout", "2"], "model: class_dropout must be from 0 to 1, got 2.0"),
+        ("vqvae", ["--codebook-size", "0"], "model: codebook_size must be at least 1, got 0"),
+        ("vqvae", ["--num-blocks", "0"], "model: num_blocks must be at least 1, got 0"),
         ("dit", ["--lr", "1e30", "--clip", "0", "--warmup", "0"], "not finite in step"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ _CHECKOUT = Path(mmfast.__file__).parent.parent
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of ``bench``."""
     add_device(parser)
-    parser.add_argument("--seconds", type=float, default=1.5, help="for each op (%(default)s)")
+    parser.add_argument("--seconds", type=_seconds, default=1.5, help="for each op (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--all",
@@ -33,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run the benchmarks of mmfast's repository instead, every op against every peer, "
         "with what follows as their options, such as --all --quick; needs a checkout",
     )
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return value
 
 
 def run(given: argparse.Namespace) -> int:

@@ -99,7 +99,9 @@ class Dataset(torch.utils.data.Dataset[Sample]):
             if not together or torch.distributed.get_rank() == 0:
                 self.report.show()
         if not self.records:
-            raise ValueError(f"no samples: {self.report}")
+            nothing = f"there are no files for {', '.join(readers)}"
+            looked = found.records or found.refused or found.ignored
+            raise ValueError(f"no samples: {self.report if looked else nothing}")
         self.partial = not verify or any(missing.values())
 
     @classmethod

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import mmfast
 from mmfast.integrations.attention import scaled_dot_product_attention
 from mmfast.integrations.binding import Library, Method, Swap, is_bound, own_class
+from mmfast.integrations.norms import is_computed, kind_of, modulated, next_branch
 from mmfast.integrations.rehearsal import block_difference
-from mmfast.integrations.residuals import add, add_and_modulate
+from mmfast.integrations.residuals import add
 from mmfast.nn.adaptive_norm import conditioned
 from mmfast.nn.layers import is_bare, is_plain, linear
 from mmfast.nn.whole_block import whole_block
@@ -32,9 +32,9 @@ class DiTBlock:
         if made is not None:
             return made
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        normed = mmfast.layer_norm_modulate(x, shift, scale, eps=self.norm1.eps)
+        normed = modulated(self.norm1, x, shift, scale)
         y = _attended(self.attn, normed)
-        x, normed = add_and_modulate(x, gate, y, shift_mlp, scale_mlp, eps=self.norm2.eps)
+        x, normed = next_branch(self.norm2, x, gate, y, shift_mlp, scale_mlp)
         return add(x, gate_mlp, _fed_forward(self.mlp, normed))
 
 
@@ -46,7 +46,7 @@ class FinalLayer:
     def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
         """Patches (B, L, P) from tokens (B, L, C) and the condition (B, C)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(mmfast.layer_norm_modulate(x, shift, scale, eps=self.norm_final.eps))
+        return self.linear(modulated(self.norm_final, x, shift, scale))
 
 
 def _whole(block: Any, x: Tensor, modulation: Tensor) -> Tensor | None:
@@ -55,6 +55,9 @@ def _whole(block: Any, x: Tensor, modulation: Tensor) -> Tensor | None:
     first, act, last = _layers(block.mlp)
     if first is None or not _is_timms(attn):
         return None
+    for norm in (block.norm1, block.norm2):
+        if not is_computed(norm) or kind_of(norm) != "layer" or norm.weight is not None:
+            return None
     # Of timm's attention, what there may be besides its two layers.
     for name in ("q_norm", "k_norm", "norm", "attn_drop", "proj_drop"):
         part = getattr(attn, name, None)

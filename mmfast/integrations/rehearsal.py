@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,7 +40,7 @@ def block_difference(module: nn.Module, forward: Callable[..., Any]) -> list[str
     """What ``forward`` does differently from a transformer block's own.
 
     Outputs and gradients are compared on a copy of the block with weights of its own: those that
-    begin at zero would hide everything. Blocks that print alike are tried once.
+    begin at zero would hide everything. Blocks made alike are tried once.
 
     Args:
         module: takes tokens ``(B, L, C)`` and a condition ``(B, C)``, and has
@@ -48,16 +48,49 @@ def block_difference(module: nn.Module, forward: Callable[..., Any]) -> list[str
         forward: takes the module and what the module's own takes.
     """
     tried = _tried.setdefault(type(module), {})
-    key = (forward, repr(module))
-    if key not in tried:
-        with _by_itself():
-            copied = _randomised(module)
-        tried[key] = _differences(
-            lambda run, training: _block_results(copied, run, training), module, forward
-        )
-    return tried[key]
+    made = _made_of(module)
+    key = (forward, made)
+    if made is not None and key in tried:
+        return tried[key]
+    with _by_itself():
+        copied = _randomised(module)
+    found = _differences(
+        lambda run, training: _block_results(copied, run, training), module, forward
+    )
+    if made is not None:
+        tried[key] = found
+    return found
 
 
+def _made_of(module: nn.Module) -> Hashable:
+    """All that the code of a module could make a difference of, but the values of parameters.
+
+    None where there is more than can be compared: a buffer, or an attribute of an unknown type.
+    """
+    found: list[Hashable] = []
+    for name, part in on_own_code(module).named_modules():
+        if part._buffers:
+            return None
+        shapes = [(n, None if p is None else p.shape) for n, p in part._parameters.items()]
+        found.append((name, type(part), *shapes))
+        for key, value in vars(part).items():
+            if key in _OF_EVERY_MODULE or not key.isidentifier():
+                continue
+            if not _is_plain_value(value):
+                return None
+            found.append((key, repr(value)))
+    return tuple(found)
+
+
+def _is_plain_value(value: Any) -> bool:
+    """Whether it prints all that it is."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain_value, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+
+
+# Hooks are not tried, and both modes are.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _tried: WeakKeyDictionary[type, dict[Any, list[str]]] = WeakKeyDictionary()
 
 

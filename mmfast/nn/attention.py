@@ -35,6 +35,8 @@ class _Heads(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("qk_norm", qk_norm, QK_NORMS)
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1, got {num_heads}")
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads = {num_heads}, got {dim}")
         self.dim, self.num_heads = dim, num_heads

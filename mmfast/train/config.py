@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mmfast.train.typed import setting
+from mmfast.train.typed import check_least, setting
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ class TrainConfig:
             "clip": 0,
             "seed": 0,
         }
-        for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        check_least(self, **least)
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be above 0, got {self.lr}")
         for name in ("beta1", "beta2", "ema"):

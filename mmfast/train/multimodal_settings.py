@@ -18,7 +18,7 @@ from mmfast.train.multimodal import LABEL, MultimodalTask
 from mmfast.train.run_folder import model_file
 from mmfast.train.settings import PICTURES, ObjectiveConfig, Prepared
 from mmfast.train.sources import FilesConfig, TextConfig, open_samples
-from mmfast.train.typed import setting
+from mmfast.train.typed import check_least, setting
 
 _FILES = ("image", "video", "waveform", "mel")
 Measured = tuple[float, float] | tuple[list[float], list[float]]  # a number, or of each channel
@@ -78,6 +78,10 @@ class MultimodalConfig:
     guidance: float = setting(2.0, "of the samples that are shown")
     sampler: str | None = setting(None, "of those; docs/samplers.md has them")
     sampler_steps: int = setting(25, "of those")
+
+    def __post_init__(self) -> None:
+        check_least(self, hidden_size=1, depth=1, num_heads=1, sampler_steps=1)
+        check_least(self, patch_size=1, waveform_patch=1, latent_patch=1)
 
     def latents(self, data: MultimodalData, device: torch.device) -> Latents:
         """Those of ``vqvaes``.

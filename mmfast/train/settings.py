@@ -24,7 +24,7 @@ from mmfast.train.run_folder import model_file
 from mmfast.train.sources import Data, DataConfig, TextConfig, cached, open_data
 from mmfast.train.state import load_state
 from mmfast.train.task import Task
-from mmfast.train.typed import setting
+from mmfast.train.typed import check_least, setting
 from mmfast.train.vqvae import VQVAETask
 
 PICTURES = 8  # reconstructions that are shown
@@ -62,6 +62,11 @@ class VQVAEConfig:
     norm: bool = setting(True, "group norms; without, tiles of large files equal the whole")
     reconstruction: Literal["l1", "l2"] = setting("l2", "loss")
     quantizer_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_least(
+            self, codebook_size=1, latent_dim=1, num_quantizers=1, num_blocks=1, codebook_start=0
+        )
 
     def described(self) -> dict[str, Any]:
         """The quantiser as :class:`mmfast.models.VQVAE` takes it; ``quantizer_options`` has further
@@ -105,6 +110,11 @@ class DiTConfig:
     )
     context_vqvae: str | None = setting(None, "file or run of the VQ-VAE that makes those codes")
     conditioning: Literal["cross", "joint"] = setting("cross", "attention to a text or codes")
+
+    def __post_init__(self) -> None:
+        check_least(self, hidden_size=1, depth=1, num_heads=1, patch_size=1, sampler_steps=1)
+        if not 0 <= self.class_dropout <= 1:
+            raise ValueError(f"class_dropout must be from 0 to 1, got {self.class_dropout}")
 
     def context(self, data: DataConfig, text: TextConfig) -> Context | None:
         """What the model is conditioned on beside a class.

@@ -18,6 +18,13 @@ C = TypeVar("C")
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
+def check_least(config: Any, **bounds: float) -> None:
+    """Raise ValueError for an attribute of ``config`` that is below its bound."""
+    for name, bound in bounds.items():
+        if not getattr(config, name) >= bound:
+            raise ValueError(f"{name} must be at least {bound}, got {getattr(config, name)}")
+
+
 class SettingError(ValueError):
     """A setting that is unknown, or of another kind than expected; the message names it."""
 

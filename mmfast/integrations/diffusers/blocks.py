@@ -9,26 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.integrations.binding import Library, Method, Swap, loaded_class
-from mmfast.integrations.diffusers.norms import kind_of, modulated, options
-from mmfast.integrations.residuals import add, add_and_modulate
-from mmfast.nn.layers import is_plain
+from mmfast.integrations.norms import kind_of, modulated, next_branch
+from mmfast.integrations.residuals import add
 
 _HALF = 65504.0  # the largest number of float16
-
-
-def _join(
-    norm: nn.Module,
-    x: Tensor,
-    gate: Tensor,
-    y: Tensor,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``r = x + gate y`` and ``norm(r) (1 + scale) + shift``."""
-    if not is_plain(norm, type(norm)):
-        x = add(x, gate, y)
-        return x, modulated(norm, x, shift, scale)
-    return add_and_modulate(x, gate, y, shift, scale, **options(norm))
 
 
 def _fed(block: Any, feed_forward: nn.Module, x: Tensor) -> Tensor:
@@ -97,7 +81,7 @@ class BasicTransformerBlock:
         )
         last = self.norm3 if self.norm_type == "ada_norm_zero" else self.norm2
         if self.attn2 is None:
-            x, normed = _join(last, x, gate, y, shift_mlp, scale_mlp)
+            x, normed = next_branch(last, x, gate, y, shift_mlp, scale_mlp)
         else:
             x = add(x, gate, y)
             query = x if self.norm_type == "ada_norm_single" else self.norm2(x)
@@ -136,12 +120,12 @@ class JointTransformerBlock:
             normed2, gate2 = second
             x = add(x, gate, y)
             gate, y = gate2, self.attn2(hidden_states=normed2, **given)
-        x, normed = _join(self.norm2, x, gate, y, shift_mlp, scale_mlp)
+        x, normed = next_branch(self.norm2, x, gate, y, shift_mlp, scale_mlp)
         x = add(x, gate_mlp, _fed(self, self.ff, normed))
         if self.context_pre_only:
             return None, x
         gate, shift_mlp, scale_mlp, gate_mlp = of_text
-        text, normed = _join(self.norm2_context, text, gate, text_y, shift_mlp, scale_mlp)
+        text, normed = next_branch(self.norm2_context, text, gate, text_y, shift_mlp, scale_mlp)
         return add(text, gate_mlp, _fed(self, self.ff_context, normed)), x
 
 
@@ -167,12 +151,12 @@ class FluxTransformerBlock:
             **(joint_attention_kwargs or {}),
         )
         gate, shift_mlp, scale_mlp, gate_mlp = of_image
-        x, normed = _join(self.norm2, x, gate, y, shift_mlp, scale_mlp)
+        x, normed = next_branch(self.norm2, x, gate, y, shift_mlp, scale_mlp)
         x = add(x, gate_mlp, self.ff(normed))
         if adapter:
             x = x + adapter[0]
         gate, shift_mlp, scale_mlp, gate_mlp = of_text
-        text, normed = _join(self.norm2_context, text, gate, text_y, shift_mlp, scale_mlp)
+        text, normed = next_branch(self.norm2_context, text, gate, text_y, shift_mlp, scale_mlp)
         text = add(text, gate_mlp, self.ff_context(normed))
         return _clipped(text), x
 
@@ -225,7 +209,7 @@ class WanTransformerBlock:
         if isinstance(self.norm2, nn.Identity):
             x = normed = add(x, gate, y)
         else:
-            x, normed = _join(self.norm2, x, gate, y)
+            x, normed = next_branch(self.norm2, x, gate, y)
         x = x + self.attn2(normed, encoder_hidden_states, None, None)
         normed = modulated(self.norm3, x, shift_mlp, scale_mlp)
         return add(x, gate_mlp, self.ffn(normed))

@@ -1,4 +1,4 @@
-"""diffusers: adaptive layer norms and activations, each in one pass."""
+"""diffusers: adaptive layer norms, each in one pass."""
 
 from __future__ import annotations
 
@@ -8,55 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import mmfast
-from mmfast.integrations.binding import Library, Method, Swap, loaded_class, method_of
-from mmfast.nn.layers import is_plain
-
-
-def modulated(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    """``norm(x) (1 + scale) + shift`` with a norm that :func:`kind_of` knows."""
-    if is_plain(norm, type(norm)):
-        return mmfast.layer_norm_modulate(x, shift, scale, **options(norm))
-    return _moved(norm(x), x.dtype, shift, scale)
-
-
-def _moved(y: Tensor, dtype: torch.dtype, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    """``y (1 + scale) + shift``."""
-    if scale is not None:
-        y = y * (1 + _over_tokens(scale))
-    if shift is not None:
-        y = y + _over_tokens(shift)
-    return y.to(dtype)
-
-
-def _over_tokens(modulation: Tensor) -> Tensor:
-    """One for each sample (B, C), as (B, 1, C); what has tokens already, as it is."""
-    return modulation[:, None] if modulation.dim() == 2 else modulation
-
-
-def kind_of(norm: Any) -> str | None:
-    """``"layer"``, ``"rms"``, or None for a norm of another kind."""
-    if isinstance(norm, nn.LayerNorm):
-        forward = type(norm).forward
-        known = (nn.LayerNorm.forward, getattr(_fp32_layer_norm(), "forward", None))
-        return "layer" if forward in known and len(norm.normalized_shape) == 1 else None
-    if isinstance(norm, nn.RMSNorm):
-        return "rms" if len(norm.normalized_shape) == 1 else None
-    theirs = loaded_class("diffusers.models.normalization", "RMSNorm")
-    return "rms" if type(norm) is theirs else None
-
-
-def _fp32_layer_norm() -> type:
-    return loaded_class("diffusers.models.normalization", "FP32LayerNorm")
-
-
-def options(norm: Any) -> dict[str, Any]:
-    """What :func:`mmfast.layer_norm_modulate` is to be told of a norm."""
-    eps = norm.eps
-    if eps is None:
-        eps = torch.finfo(torch.float32).eps
-    weight, bias = norm.weight, getattr(norm, "bias", None)
-    return {"norm": kind_of(norm), "eps": eps, "weight": weight, "bias": bias}
+from mmfast.integrations.binding import Library, Method, Swap, method_of
+from mmfast.integrations.norms import is_computed, kind_of, modulated, moved
 
 
 class AdaLayerNormZero:
@@ -96,13 +49,13 @@ class SD35AdaLayerNormZeroX:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, shift2, scale2, gate2 = self.linear(
             self.silu(emb)
         ).chunk(9, dim=1)
-        if is_plain(self.norm, type(self.norm)):
+        if is_computed(self.norm):
             first = modulated(self.norm, hidden_states, shift, scale)
             second = modulated(self.norm, hidden_states, shift2, scale2)
         else:  # called once, as its hooks expect
             normed, dtype = self.norm(hidden_states), hidden_states.dtype
-            first = _moved(normed, dtype, shift, scale)
-            second = _moved(normed, dtype, shift2, scale2)
+            first = moved(normed, dtype, shift, scale)
+            second = moved(normed, dtype, shift2, scale2)
         return first, gate, shift_mlp, scale_mlp, gate_mlp, second, gate2
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import mmfast
 from mmfast.integrations.attention import objections, scaled_dot_product_attention
-from mmfast.integrations.diffusers.norms import kind_of, options
-from mmfast.nn.layers import is_plain
+from mmfast.integrations.norms import is_computed, kind_of, options
 from mmfast.regions import autocast_dtype
 
 Call = Callable[..., Any]
@@ -36,7 +35,7 @@ def _ours(processor: Any, attn: Any, *tokens: Tensor | None) -> bool:
         return False
     names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     norms = [getattr(attn, name, None) for name in names]
-    return all(n is None or (kind_of(n) is not None and is_plain(n, type(n))) for n in norms)
+    return all(n is None or is_computed(n) for n in norms)
 
 
 def _normed(
