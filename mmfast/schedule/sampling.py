@@ -13,6 +13,7 @@ from mmfast import backends, philox
 from mmfast.checks import check_device, check_floating
 from mmfast.memory import empty_like, new_empty
 from mmfast.progress import progress_bar
+from mmfast.regions import setting
 from mmfast.schedule.layout import Layout, N
 from mmfast.schedule.table import SamplerTable, row_numbers
 from mmfast.schedule.threshold import dynamic_threshold
@@ -347,15 +348,9 @@ def _guidance(scale: float | Tensor, batch: int, device: torch.device) -> Tensor
     return torch.stack([scales, 1 - scales], 1)
 
 
-@contextlib.contextmanager
-def _no_casts_kept() -> Iterator[None]:
+def _no_casts_kept() -> contextlib.AbstractContextManager[None]:
     """Weights are cast by each call under autocast: those it keeps are gone at its end."""
-    kept = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(kept)
+    return setting(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False)
 
 
 @contextlib.contextmanager
