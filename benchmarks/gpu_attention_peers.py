@@ -269,12 +269,7 @@ def _varlen_pytorch(
     from torch.nn.attention.varlen import varlen_attn
 
     *places, _, scale = options
-
-    def run(*given: Tensor) -> Tensor:
-        out: Tensor = varlen_attn(*given, *places, scale=scale)  # type: ignore[arg-type, assignment]
-        return out
-
-    return run
+    return _first_of(varlen_attn, *places, scale=scale)
 
 
 def _varlen_flash_3(
@@ -283,9 +278,14 @@ def _varlen_flash_3(
     from flash_attn_interface import flash_attn_varlen_func
 
     *places, causal, scale = options
+    return _first_of(flash_attn_varlen_func, *places, softmax_scale=scale, causal=causal)
+
+
+def _first_of(function: Callable[..., Any], *places: Any, **named: Any) -> Callable[..., Tensor]:
+    """``function`` of tensors and what follows them, or the first of what it returns."""
 
     def run(*given: Tensor) -> Tensor:
-        made = flash_attn_varlen_func(*given, *places, softmax_scale=scale, causal=causal)
+        made = function(*given, *places, **named)
         out: Tensor = made[0] if isinstance(made, tuple) else made
         return out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks import gpu_attention_peers, loops, transformers
 from benchmarks.peers import Peer, needs
 from benchmarks.peers.nearest_code import addmm_argmin
+from mmfast.regions import setting
 
 FLASH_KMEANS, COMPILED_TF32 = "flash-kmeans", "torch.compile, TF32"
 BF16_PRODUCT, TF32_PRODUCT = "torch.mm, bfloat16", "torch.mm, TF32"
@@ -32,15 +33,9 @@ def _product(precision: str, x: Tensor, codebook: Tensor, metric: str) -> Callab
     return run
 
 
-@contextlib.contextmanager
-def _precision(name: str) -> Iterator[None]:
+def _precision(name: str) -> contextlib.AbstractContextManager[None]:
     """Of float32's products inside the block."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, name)
 
 
 def _compiled_tf32(x: Tensor, codebook: Tensor, metric: str) -> Callable[[], Tensor]:

@@ -7,7 +7,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.timing import best
 from mmfast import backends, info
+from mmfast.regions import setting
 
 _ROUNDS = 5
 # Of products, and bytes of a copy, by the kind of device.
@@ -112,15 +113,9 @@ def ceilings(device: torch.device, threads: int) -> dict[str, float]:
     return found
 
 
-@contextlib.contextmanager
-def _tf32() -> Iterator[None]:
+def _tf32() -> contextlib.AbstractContextManager[None]:
     """Products of float32 by way of TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high")
 
 
 def _matmul(device: torch.device, dtype: torch.dtype) -> float:

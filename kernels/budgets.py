@@ -81,10 +81,13 @@ class Budgets:
     Attributes:
         triton: the version that the numbers are of.
         variants: by name.
+        choices: hashes of what the table of tuned sizes could choose from when the numbers were
+            taken, by variant and target, where it could.
     """
 
     triton: str = triton.__version__
     variants: dict[str, Table] = field(default_factory=dict)
+    choices: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path = FILE) -> Budgets:
@@ -98,7 +101,7 @@ class Budgets:
             if content["columns"] != [f.name for f in fields(Needs)]:
                 raise ValueError(f"columns {content['columns']}")
             variants = {name: _table(rows) for name, rows in content["variants"].items()}
-            return cls(content["triton"], variants)
+            return cls(content["triton"], variants, content["choices"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} does not hold budgets: {error!r}") from error
 
@@ -108,9 +111,11 @@ class Budgets:
         for name, rows in sorted(self.variants.items()):
             inner = (f'"{kernel}": {_line(table)}' for kernel, table in sorted(rows.items()))
             lines.append(f"{json.dumps(name)}: {{\n    " + ",\n    ".join(inner) + "}")
+        chosen = [f"{json.dumps(n)}: {json.dumps(c)}" for n, c in sorted(self.choices.items())]
         columns = json.dumps([f.name for f in fields(Needs)])
         text = (
             f'{{"triton": "{self.triton}",\n "columns": {columns},\n'
+            ' "choices": {\n   ' + ",\n   ".join(chosen) + "},\n"
             ' "variants": {\n   ' + ",\n   ".join(lines) + "}}\n"
         )
         with replacing(path) as file:
@@ -139,9 +144,15 @@ class Budgets:
     def refresh(self, variant: Variant, compiled: Iterable[Compiled]) -> None:
         """Take over what was compiled."""
         if not self.applies:
-            self.triton, self.variants = triton.__version__, {}
+            self.triton, self.variants, self.choices = triton.__version__, {}, {}
         for (kernel, target), needs in _worst(compiled).items():
             self.variants.setdefault(variant.name, {}).setdefault(kernel, {})[target] = needs
+
+    def chosen_from(self, variant: Variant, choices: Mapping[str, str]) -> None:
+        """Keep, by target, what :func:`mmfast.kernels.offline.choices` says."""
+        known = {**self.choices.get(variant.name, {}), **choices}
+        if any(known.values()):
+            self.choices[variant.name] = known
 
 
 def _worst(compiled: Iterable[Compiled]) -> dict[tuple[str, str], Needs]:
@@ -164,14 +175,19 @@ def _line(row: Mapping[str, Needs]) -> str:
 
 
 def markdown(budgets: Budgets) -> str:
-    """A row for each variant and kernel, a column for each target."""
-    tables = budgets.variants.values()
+    """A row for each kernel of the test suite's variants and of attention's, a column for each
+    target."""
+    from mmfast.kernels import offline
+
+    shown = {v.name for v in offline.variants() if v.quick or "attention" in v.name}
+    variants = {name: rows for name, rows in budgets.variants.items() if name in shown}
+    tables = variants.values()
     targets = list(dict.fromkeys(t for table in tables for row in table.values() for t in row))
     lines = [
         "| variant | kernel | " + " | ".join(targets) + " |",
         "|---|---|" + "---|" * len(targets),
     ]
-    for name, rows in sorted(budgets.variants.items(), key=lambda item: _in_order(item[0])):
+    for name, rows in sorted(variants.items(), key=lambda item: _in_order(item[0])):
         for kernel, row in rows.items():
             cells = (_cell(row[t]) if t in row else "" for t in targets)
             lines.append(f"| {name} | {kernel.replace('_kernel', '')} | {' | '.join(cells)} |")

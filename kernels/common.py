@@ -206,6 +206,17 @@ def rounded(b_x, dtype: tl.constexpr):
         return b_x.to(dtype)
 
 
+@triton.jit
+def widened(b_x, dtype: tl.constexpr):
+    """b_x in ``dtype``, float32 or float64."""
+    if _INTERPRETING and b_x.dtype == tl.bfloat16:
+        # The interpreter's own conversion loses what is below bfloat16's normal numbers.
+        bits = b_x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return bits.to(tl.float32, bitcast=True).to(dtype)
+    else:
+        return b_x.to(dtype)
+
+
 # Rows too narrow for a tile of their own are taken as they lie in memory: a tile of BLOCK lanes has
 # COUNT numbers, whole rows of them, whose beginning is aligned for the widest loads.
 
@@ -238,12 +249,7 @@ def load_numbers(
         places = start + o_e  # of 64 bits
         p_x = ptr + places // WIDTH * stride_n + places % WIDTH * stride_d
         b_x = tl.load(p_x, mask=(o_e < COUNT) & (o_e < left), other=0.0)
-    if _INTERPRETING and b_x.dtype == tl.bfloat16:
-        # The interpreter's own conversion loses what is below bfloat16's normal numbers.
-        bits = b_x.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        return bits.to(tl.float32, bitcast=True).to(dtype)
-    else:
-        return b_x.to(dtype)
+    return widened(b_x, dtype)
 
 
 @triton.jit

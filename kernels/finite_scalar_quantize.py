@@ -1,9 +1,10 @@
 """Finite scalar quantisation in Triton, and its gradient.
 
-A program takes whole rows as they lie in memory, by loads of 128 bits whatever D is. A number's
-level is found by bisection in a table of its dimension's thresholds, which stays in the first
-cache: log2(L) loads and comparisons for L levels, and one load of the level's value. Rows come
-about only for the indices: through shared memory, or without a move where D is a power of two.
+Dense rows of few dimensions and levels have a kernel of their own. In that of the others a program
+takes whole rows as they lie in memory, by loads of 128 bits whatever D is. A number's level is
+found by bisection in a table of its dimension's thresholds, which stays in the first cache: log2(L)
+loads and comparisons for L levels, and one load of the level's value. Rows come about only for the
+indices: through shared memory, or without a move where D is a power of two.
 
 The tables are copied to the device at the first call with new levels, which therefore cannot be
 captured in a graph; later calls read nothing from the host.
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmfast.kernels import finite_scalar_quantize_few as few
 from mmfast.kernels.common import (
     at_most,
     ceil_div,
@@ -158,6 +160,7 @@ class Tables(NamedTuple):
     basis: Tensor  # [D] int32
     shifts: Tensor  # [D] float64
     gains: Tensor  # [D] float64
+    numbers: Tensor  # [D, 4] float32
     steps: int
 
 
@@ -188,7 +191,8 @@ def _tables(
         torch.tensor(numbers, dtype=torch.float64)
         for numbers in ([d.shift for d in dims], [d.gain for d in dims])
     )
-    tensors = (thresholds, values.to(value_dtype), basis, shifts, gains)
+    numbers = few.numbers_of([d.width for d in dims], levels)
+    tensors = (thresholds, values.to(value_dtype), basis, shifts, gains, numbers)
     return Tables(*(t.to(device) for t in tensors), steps)
 
 
@@ -212,6 +216,9 @@ def finite_scalar_quantize(
     # Without noise any tensor, which is not read.
     noisy = rows if noise is None else noise.reshape(rows.shape)
     tables = _tables_of(z, levels, variant, hard_clamp, noise is not None)
+    if noise is None and rows.is_contiguous() and few.fits(levels, z.dtype):
+        few.finite_scalar_quantize_few(rows, tables.thresholds, tables.numbers, quantized, indices)
+        return quantized, indices
     sizes = narrow_sizes(len(levels))
     launch(finite_scalar_quantize_kernel, (ceil_div(len(rows), sizes["BLOCK_N"]),),
         rows, noisy, tables.thresholds, tables.values, tables.basis, quantized, indices, len(rows),
@@ -269,9 +276,10 @@ def offline_variants() -> list[Any]:
 
     # The loads of whole tiles, of z, and backward of the gradient.
     text = "b_x = tl.load(ptr + o_e, mask=o_e < COUNT"
-    wide = tuple(
-        (f"finite_scalar_quantize{kind}_kernel", text) for kind in ("", "_bwd")
-    )  # fmt: skip
+    wide = (
+        ("finite_scalar_quantize_few_kernel", "tl.load(p_z + (places"),
+        *((f"finite_scalar_quantize{kind}_kernel", text) for kind in ("", "_bwd")),
+    )
     some = {(torch.float32, 6), (torch.bfloat16, 4)}
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     return [

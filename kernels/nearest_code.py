@@ -27,6 +27,7 @@ back to the host.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -229,4 +230,7 @@ def offline_variants() -> list[Any]:
     dims = (8, 32, 64, 128, 256, 512)
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     some = {("euclidean", torch.float32, 64), ("cosine", torch.float16, 512)}
-    return [variant(d, t, m, (m, t, d) in some) for m in METRICS for t in floats for d in dims]
+    made = [variant(d, t, m, (m, t, d) in some) for m in METRICS for t in floats for d in dims]
+    # Rows that are narrower than their tiles, which may have others to choose from.
+    narrow = itertools.product((24, 48, 100, 200), (torch.float32, torch.float64))
+    return made + [variant(d, t, "euclidean", False) for d, t in narrow]

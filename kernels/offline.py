@@ -13,6 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
 import itertools
 import pkgutil
@@ -34,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from mmfast.kernels.tuned import Tuned
+from mmfast.kernels.tuned import Tuned, numbers
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,24 @@ def specialisations(variant: Variant, target: Target, rows: int, codes: int) -> 
     return [k.hash for k in kernels]
 
 
+def choices(variant: Variant, target: Target) -> str:
+    """What the table of tuned sizes may choose for the variant's kernels, as a hash; empty where
+    there is no choice. Nothing is compiled."""
+    found: list[str] = []
+
+    def note(self: Tuned, *args: Any, grid: Any, facts: Any = None, **constants: Any) -> None:
+        configs = self.candidates({**constants, **(facts or {})})
+        found.extend(f"{self.name}: {numbers(c)}, {c.maxnreg}" for c in configs)
+
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", _Driver(target)),
+        mock.patch.object(JITFunction, "run", return_value=None),
+        mock.patch.object(Tuned, "run", note),
+    ):
+        variant.launch(64, 64)
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:12] if found else ""
+
+
 def complaints(variant: Variant, compiled: Compiled) -> list[str]:
     """What is wrong with it."""
     found = []
@@ -386,6 +405,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found += ((variant, c) for c in compiled)
         if given.write_budgets:
             limits.refresh(variant, compiled)
+            if not given.kernel:
+                limits.chosen_from(
+                    variant, {n: choices(variant, TARGETS[n]) for n in given.target or TARGETS}
+                )
             limits.save()
         wrong += [f"{variant.name}: {what}" for what in limits.exceeded(variant, compiled)]
     (_print_markdown if given.markdown else _print_table)(found)

@@ -8,7 +8,6 @@ Everything is loaded before anything is stored: out may be x, and slots of the h
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,13 +27,14 @@ from mmfast.kernels.common import (
     num_threads,
     rounded,
 )
-from mmfast.kernels.launching import launch, place
+from mmfast.kernels.launching import Repeated, place
 from mmfast.kernels.philox import normals_of_sample
 from mmfast.schedule.layout import HISTORY, Layout, M, N, P, X, slots_of
 
 # Blocks of a program, which has the row's weights for all of them; of small batches one, so that no
 # multiprocessor is without.
 _EACH = 4
+_NO_SLOTS = Layout(0).columns
 _OPTIONAL = ("unconditional", "noise", "variance", "denoised", "model_input")
 
 _LOW = tl.constexpr(Layout.LOW)
@@ -282,87 +282,117 @@ def sampler_step(
     model_input: Tensor | None,
 ) -> None:
     """``torch.ops.mmfast.sampler_step`` on checked arguments."""
-    if x.numel() == 0:
+    rows_columns = table.shape
+    if rows_columns[1] == _NO_SLOTS:
+        history = None
+    given = x, model_output, unconditional, noise, variance, out, history, denoised, model_input
+    used, layouts = given, _layouts(given)
+    if layouts is None:
+        # All of these are read by samples; of the history by slots too.
+        used = tuple(None if t is None else lying_together(t, 1 + (t is history)) for t in given)
+        layouts = tuple(None if t is None else (t.dtype, t.stride()) for t in used)
+    again = _plan(
+        place(), x.device, x.shape, rows_columns, step.stride(0) if step.dim() else 0,
+        None if seed is None else seed.dim(),
+        None if guidance is None else (guidance.dtype, guidance.shape),
+        None if threshold is None else threshold.dtype,
+        0 if model_input is None else model_input.shape[0], *layouts,
+    )  # fmt: skip
+    if again is None:
         return
-    given = [x, model_output, unconditional, noise, variance, out, history, denoised, model_input]
-    # All of these are read by samples; of the history by slots too.
-    used = [None if t is None else lying_together(t, 1 + (t is history)) for t in given]
-    streams = used[:5]
-    plan = _plan(
-        place(), x.device, tuple(table.shape), step.stride(0) if step.dim() else 0,
-        seed is not None and seed.dim() > 0, guidance is not None and guidance.shape[0] > 1,
-        *(None if t is None else (t.dtype, t.shape, t.stride()) for t in used),
+    again(
+        *used[:3], guidance_scale, None if guidance is None else guidance.contiguous(),
+        table.contiguous(), step, used[3], None if seed is None else seed.contiguous(), used[4],
+        None if threshold is None else threshold.contiguous(), *used[5:],
     )  # fmt: skip
-    launch(
-        sampler_step_kernel, plan.grid,
-        *streams[:3], guidance_scale, None if guidance is None else guidance.contiguous(),
-        table.contiguous(), step, streams[3], None if seed is None else seed.contiguous(),
-        streams[4], None if threshold is None else threshold.contiguous(), used[5],
-        used[6] if plan.constants["SLOTS"] else None, *used[7:], *plan.numbers, **plan.constants,
-    )  # fmt: skip
-    for tensor, target in zip(given[5:], used[5:], strict=True):
-        if tensor is not target and tensor is not None:
-            tensor.copy_(target)
+    if used is not given:
+        for tensor, target in zip(given[5:], used[5:], strict=True):
+            if tensor is not target and tensor is not None:
+                tensor.copy_(target)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a launch is for arguments of these shapes: the same for each step of a loop."""
+_Layout = torch.dtype | tuple[torch.dtype, tuple[int, ...]] | None
 
-    grid: tuple[int]
-    numbers: tuple[int, ...]
-    constants: dict[str, Any]
+
+def _layouts(given: tuple[Tensor | None, ...]) -> tuple[_Layout, ...] | None:
+    """Of dense tensors the dtypes; nothing if there is another."""
+    found: list[_Layout] = []
+    for t in given:
+        if t is None:
+            found.append(None)
+        elif t.is_contiguous():
+            found.append(t.dtype)
+        else:
+            return None
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
     place: Any,
     device: torch.device,
+    shape: torch.Size,
     rows_columns: tuple[int, int],
     stride_step: int,
-    seeds: bool,
-    factors: bool,
-    *layouts: tuple[torch.dtype, torch.Size, tuple[int, ...]] | None,
-) -> _Plan:
-    """Of dtypes, shapes and strides.
+    seeds: int | None,
+    guidance: Any,
+    threshold: Any,
+    inputs: int,
+    *layouts: _Layout,
+) -> Repeated | None:
+    """The launch for tensors of these dtypes, shapes and strides, if there is anything to do: one
+    for all steps of a loop.
 
     Args:
         place: what it is launched on.
-        seeds, factors: there is one for each sample.
-        layouts: of x, the model's outputs, noise, variance, and of what is written.
+        shape: of x.
+        seeds: dimensions of the seed.
+        guidance, threshold: what there is of them.
+        inputs: samples of the model's input.
+        layouts: of x, the model's outputs, noise, variance, and of what is written: the dtype, with
+            strides where numbers do not lie one behind the other.
     """
-    x, history = layouts[0], layouts[6]
-    assert x is not None
-    dtype, shape, _ = x
     batch, numbers = shape[0], shape[1:].numel()
-
-    def first(layout: Any) -> int:
-        """The stride of samples. That of a single one would be but another number."""
-        return 0 if layout is None or layout[1][0] < 2 else layout[2][0]
-
-    strides = [first(layout) for layout in layouts[:6]]
+    if not (batch and numbers):
+        return None
     slots = slots_of(rows_columns[1])
-    if slots and history is not None:
-        _, (count, *_), (of_slots, of_samples, *_) = history
-        strides += [of_slots if count > 1 else 0, of_samples if batch > 1 else 0]
+
+    def stride(layout: _Layout, dim: int = 0) -> int:
+        """The stride of samples, or of slots before them."""
+        if layout is None:
+            return 0
+        if isinstance(layout, tuple):
+            return layout[1][dim]
+        return numbers
+
+    # That of a single sample would be but another number.
+    strides = [stride(layout) if batch > 1 else 0 for layout in layouts[:6]]
+    history = layouts[6] if slots else None
+    if isinstance(history, tuple):
+        of_slots, of_samples = history[1][:2]
+    elif history is not None:
+        of_slots, of_samples = batch * numbers, numbers
     else:
-        strides += [0, 0]
-    strides += [first(layout) for layout in layouts[7:]]
+        of_slots = of_samples = 0
+    strides += [of_slots if slots > 1 else 0, of_samples if batch > 1 else 0]
+    strides.append(stride(layouts[7]) if batch > 1 else 0)
+    strides.append(stride(layouts[8]) if inputs > 1 else 0)
+    dtype = layouts[0][0] if isinstance(layouts[0], tuple) else layouts[0]
     block = 1024 if dtype != torch.float64 else 512 if slots <= 4 else 256
-    per_sample = seeds and batch > 1
+    per_sample = bool(seeds) and batch > 1
     blocks = ceil_div(numbers, block)
     each = max(1, min(_EACH, batch * blocks // num_programs(device, 4 * _EACH)))
-    model_input = layouts[8]
-    return _Plan(
+    return Repeated(
+        sampler_step_kernel,
         (batch * ceil_div(blocks, each),),
         (
             batch, numbers, rows_columns[0], each, stride_step if batch > 1 else 0,
-            int(per_sample), 2 if factors else 0, *strides,
+            int(per_sample), 2 if guidance and guidance[1][0] > 1 else 0, *strides,
         ),
         {
             "SLOTS": slots,
             "ROW": triton.next_power_of_2(rows_columns[1]),
-            "COPIES": 0 if model_input is None else model_input[1][0] // batch,
+            "COPIES": inputs // batch,
             "FACTOR": common_multiple(numbers, *strides),
             "FOURS": per_sample or batch == 1 or numbers % 4 == 0,
             "BLOCK": block,

@@ -33,13 +33,20 @@ _PLAIN |= {torch.Size, torch.dtype}
 def _lazy(backend: Backend) -> Callable[..., Any]:
     """A kernel that loads its backend at the first call (Triton is slow to import)."""
 
-    @functools.cache
-    def load() -> Callable[..., Any]:
-        return backend.load()
+    run: Callable[..., Any] | None = None
 
-    @torch.no_grad()
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        return load()(*args, **kwargs)
+        nonlocal run
+        if run is None:
+            run = backend.load()
+        if not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        # What torch.no_grad() does, in a tenth of its time.
+        torch._C._set_grad_enabled(False)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(True)
 
     return kernel
 

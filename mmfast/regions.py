@@ -1,4 +1,4 @@
-"""Parts of a forward that autocast or autograd leave alone.
+"""Parts of a program with settings of their own: that autocast or autograd leave alone, say.
 
 Exported programs have a region for each. Those that return nothing cannot be read from a file, so
 that there are none where nothing depends on them.
@@ -8,13 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 import torch
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+_Value = TypeVar("_Value")
+
+
+@contextlib.contextmanager
+def setting(
+    get: Callable[[], _Value], put: Callable[[_Value], object], value: _Value
+) -> Iterator[None]:
+    """A setting of torch's has ``value`` inside the block, and what it had before behind it."""
+    before = get()
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

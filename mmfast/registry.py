@@ -110,7 +110,7 @@ class Op:
 
     def changed(self, arguments: Arguments) -> Arguments:
         """Those of ``arguments`` that the op changes, and that are there."""
-        return tuple(arguments[i] for i in self.mutates if arguments[i] is not None)
+        return tuple([arguments[i] for i in self.mutates if arguments[i] is not None])
 
     def result(self, run: Callable[..., Any], arguments: Arguments) -> Any:
         """What ``run`` makes of ``arguments``, which stay as they are: the op's outputs, or the

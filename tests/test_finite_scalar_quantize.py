@@ -79,6 +79,25 @@ def test_values_and_gradients(backend, levels, variant, hard_clamp, noisy):
         torch.testing.assert_close(gradient, expected.to(dtype), rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("variant", ["bound", "symmetric"])
+@pytest.mark.parametrize(
+    "levels", [(3, 6, 8, 5, 7, 4), (8,) * 5, (6, 5, 8), (8, 4), (3,) * 8], ids=str
+)
+def test_few_levels_are_exact(backend, levels, variant):
+    """Also where rows fill tiles, and where some are left."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 1100):
+            z = 2 * normal(rows, len(levels), dtype=torch.float32, seed=rows)
+            z.view(-1)[::31] = math.nan
+            z.view(-1)[5::37] = math.inf
+            z.view(-1)[7::41] = -math.inf
+            z = z.to(dtype)
+            got = mmfast.finite_scalar_quantize(z.to(device_of(backend)), levels, variant=variant)
+            want = finite_scalar_quantize.reference(z, levels, variant, False, None)
+            assert torch.equal(got.indices.cpu(), want[1])
+            assert torch.equal(got.quantized.cpu().nan_to_num(9), want[0].nan_to_num(9))
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_as_the_peer(backend, symmetric):
     peer = pytest.importorskip("vector_quantize_pytorch")

@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from mmfast.kernels import launching, offline, sampler_step
 from mmfast.schedule.layout import Layout
+from mmfast.schedule.table import row_numbers
 
 
 @triton.jit(do_not_specialize=["free"])
@@ -61,10 +62,12 @@ def driver(monkeypatch):
     made = Driver()
     monkeypatch.setattr(triton.runtime.driver, "_active", made)
     monkeypatch.setattr(launching, "_compiled", {})
-    monkeypatch.setattr(
-        _kernel, "device_caches", type(_kernel.device_caches)(_kernel.create_binder)
-    )
-    return made
+    for kernel in (_kernel, sampler_step.sampler_step_kernel):
+        fresh = type(kernel.device_caches)(kernel.create_binder)
+        monkeypatch.setattr(kernel, "device_caches", fresh)
+    sampler_step._plan.cache_clear()
+    yield made
+    sampler_step._plan.cache_clear()
 
 
 @pytest.fixture
@@ -197,6 +200,59 @@ def test_launches_are_tritons(driver, calls):
         same(driver, tensor(offset=offset), y, 0.5, size, free, num_warps=1)
 
 
+def repeated(*numbers: int, factor: int = 2) -> launching.Repeated:
+    return launching.Repeated(_kernel, (3, 2), numbers, {"FACTOR": factor, "num_warps": 1})
+
+
+def test_repeated_launches_are_tritons(driver, binds):
+    again = repeated(16, 5)
+    kinds = [(0, 0), (0, 0), (1, 0), (0, 0), (0, 1), (4, 4), (0, 0)]
+    for offset, other in kinds:
+        x, y = tensor(offset=offset), tensor(offset=other)
+        again(x, torch.nn.Parameter(y, requires_grad=False), 0.5 + offset)
+        _kernel[(3, 2)](x, y, 0.5 + offset, 16, 5, FACTOR=2, num_warps=1)
+        assert driver.calls[-2] == driver.calls[-1]
+    # Two memories that begin elsewhere, and what Triton was asked for in this test.
+    assert binds.number == len(kinds) + 3
+
+
+def test_repeated_launches_ask_for_the_stream_and_hooks(driver, binds):
+    again, x = repeated(16, 5), tensor()
+    for stream in (7, 8, 9):
+        driver.stream = stream
+        again(x, None, 2.0)
+        assert driver.calls[-1][1] == stream
+    assert binds.number == 1
+    seen = []
+    _kernel.add_pre_run_hook(lambda *given, **_: seen.append(given))
+    try:
+        again(x, None, 2.0)
+    finally:
+        _kernel.pre_run_hooks.clear()
+    assert len(seen) == 1
+    again(x, None, 2.0)
+    assert binds.number == 2
+
+
+def test_repeated_launches_on_another_driver(driver, monkeypatch):
+    again, x = repeated(16, 5), tensor()
+    again(x, None, 2.0)
+    again(x, None, 2.0)
+    other = Driver()
+    other.device = 1
+    monkeypatch.setattr(triton.runtime.driver, "_active", other)
+    again(x, None, 2.0)
+    assert len(driver.calls) == 2
+    assert len(other.calls) == 1
+
+
+def test_constants_are_told_apart_by_name(driver, binds):
+    args = tensor(), tensor(), 2.0, 16, 5
+    for options in ({"num_warps": 2}, {"num_stages": 2}):
+        same(driver, *args, **options)
+    assert len({call[2] for call in driver.calls}) == 2
+
+
 def test_a_samplers_steps_are_bound_once(driver, binds):
     """A loop's steps: other rows, other memory of the model's outputs."""
     table = torch.ones(4, Layout(2).columns, dtype=torch.float64)
@@ -210,3 +266,56 @@ def test_a_samplers_steps_are_bound_once(driver, binds):
         )
     assert binds.number == 1
     assert len(driver.calls) == 4
+
+
+def strided(t: torch.Tensor) -> torch.Tensor:
+    """Equal, of samples with a gap between them."""
+    return torch.cat([t, t], 1)[:, : t.shape[1]]
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("apart", ["", "x", "model_output", "history", "model_input"])
+def test_a_samplers_launch_says_where_samples_are(driver, slots, batch, apart):
+    """Strides are those of what is launched on, whether numbers lie together or not."""
+    table = torch.ones(4, Layout(slots).columns, dtype=torch.float64)
+    step = torch.zeros((), dtype=torch.int64)
+    x, output, doubled = (torch.ones(n, 64) for n in (batch, batch, 2 * batch))
+    history = torch.ones(slots, batch, 64)
+    if apart == "history":
+        history = torch.ones(slots, 2 * batch, 64)[:, ::2]
+    x = strided(x) if apart == "x" else x
+    output = strided(output) if apart == "model_output" else output
+    doubled = strided(doubled) if apart == "model_input" else doubled
+    for _ in range(2):
+        sampler_step.sampler_step(
+            x, output, None, 1.0, None, table, step, None, None, None, None, x, history, None,
+            doubled,
+        )  # fmt: skip
+    names = sampler_step.sampler_step_kernel.arg_names
+    for call in driver.calls:
+        got = dict(zip(names, call[3], strict=True))
+        assert got["x_ptr"] == got["out_ptr"] == x.data_ptr()
+        assert got["h_ptr"] == (history.data_ptr() if slots else None)
+        assert got["i_ptr"] == doubled.data_ptr()
+        # Of a single sample any.
+        many = batch > 1
+        for name, t in (("x", x), ("m", output), ("o", x)):
+            assert got[f"stride_{name}"] == (t.stride(0) if many else 0)
+        assert got["stride_i"] == doubled.stride(0)
+        assert got["stride_hs"] == (history.stride(0) if slots else 0)
+        assert got["stride_hb"] == (history.stride(1) if slots and many else 0)
+        assert got["COPIES"] == 2
+    assert len(driver.calls) == 2
+
+
+def test_every_step_of_a_loop_is_the_same_launch(driver, binds):
+    table = torch.ones(4, Layout(0).columns, dtype=torch.float64)
+    rows = row_numbers(4, torch.device("cpu"))
+    assert [int(row) for row in rows] == [0, 1, 2, 3]
+    x = tensor().view(1, 32)
+    for row in rows:
+        sampler_step.sampler_step(
+            x, x, None, 1.0, None, table, row, None, None, None, None, x, None, None, None
+        )
+    assert binds.number == 1

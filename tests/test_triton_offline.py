@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmfast import backends
 
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 if backends.interpreting():
     pytest.skip("Triton interprets in this process", allow_module_level=True)
 
-from mmfast.kernels import budgets, offline
+from mmfast.kernels import budgets, nearest_code, offline
 from mmfast.kernels.budgets import Budgets, Needs
 from mmfast.kernels.scaled_dot_product_attention import HEAD_SIZES
 
@@ -136,11 +137,16 @@ def test_refreshed_budgets():
     for registers in (80, 100):
         limits.refresh(OWN, [made_up(registers=registers)])
     assert limits.variants[OWN.name]["some_kernel"]["sm_90"] == Needs(100, 0, 1024, 8, 3)
+    limits.chosen_from(OWN, {"sm_90": "abc"})
+    limits.chosen_from(OWN, {"sm_80": ""})
+    assert limits.choices == {OWN.name: {"sm_90": "abc", "sm_80": ""}}
     limits.triton = "another"
     assert not limits.applies
     limits.refresh(OTHER, [made_up()])
     assert limits.applies
     assert limits.variants.keys() == {OTHER.name}
+    limits.chosen_from(OTHER, {"sm_90": ""})
+    assert not limits.choices
 
 
 def test_budgets_survive_the_disk(tmp_path):
@@ -163,15 +169,71 @@ def test_foreign_budgets_are_refused(content, tmp_path):
 
 def test_what_is_compiled_here_has_budgets_of_its_own():
     assert set(VARIANTS) <= set(BUDGETS.variants) <= {v.name for v in offline.variants()}
-    for rows in BUDGETS.variants.values():
+    for name, rows in BUDGETS.variants.items():
         assert rows
+        assert all("sm_90" in row for row in rows.values())
         # Ways of devices with descriptors are behind a comma, or have kernels of their own.
-        assert all(
-            "sm_90" in row and set(row) <= {"sm_90", "sm_100"}
-            if "," in kernel or "fused" in kernel
-            else set(row) == set(offline.TARGETS)
-            for kernel, row in rows.items()
-        )
+        some = {kernel for kernel in rows if "," in kernel or "fused" in kernel}
+        assert all(set(rows[kernel]) <= {"sm_90", "sm_100"} for kernel in some)
+        if name in VARIANTS:
+            assert all(set(row) == set(offline.TARGETS) for k, row in rows.items() if k not in some)
+
+
+def lookup(num_dims: int, dtype: torch.dtype, metric: str = "euclidean") -> offline.Variant:
+    def launch(n: int, k: int) -> None:
+        x, codes = (torch.ones(count, num_dims, dtype=dtype) for count in (n, k))
+        nearest_code.nearest_code(x, codes, metric)
+
+    return offline.Variant(f"nearest_code: {metric}, {dtype}, D {num_dims}", launch)
+
+
+SCREEN = "nearest_code_screen_kernel"
+WIDTHS = (1, 8, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257,
+          300, 512, 513, 1000, 1024)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", offline.TARGETS)
+def test_whatever_the_lookup_may_choose_has_a_budget(name):
+    """For any width, metric and dtype the configurations to choose from are those of a variant with
+    a budget, in float64 of one in float64: the worst of all of them is held to it."""
+    target = offline.TARGETS[name]
+    known = {
+        (choices[name], "float64" in variant)
+        for variant, choices in BUDGETS.choices.items()
+        if name in choices and name in BUDGETS.variants[variant][SCREEN]
+    }
+    missing = [
+        (num_dims, metric, dtype)
+        for num_dims in WIDTHS
+        for metric in nearest_code.METRICS
+        for dtype in (torch.float32, torch.bfloat16, torch.float64)
+        if (offline.choices(lookup(num_dims, dtype, metric), target), dtype == torch.float64)
+        not in known
+    ]
+    assert not missing
+
+
+def test_budgets_are_of_what_may_be_chosen_now():
+    """Attention's have no hash until they are written again."""
+    all_variants = {v.name: v for v in offline.variants()}
+    for name in BUDGETS.variants:
+        variant = all_variants[name]
+        if "attention" in name and name not in BUDGETS.choices:
+            continue
+        now = {n: offline.choices(variant, target) for n, target in offline.TARGETS.items()}
+        then = BUDGETS.choices.get(name, {})
+        targets = then or (now if name in VARIANTS else ())
+        assert {n: now[n] for n in targets} == (then or dict.fromkeys(targets, "")), name
+
+
+def test_other_choices_are_seen(monkeypatch):
+    variant, target = lookup(64, torch.float32), offline.TARGETS["sm_90"]
+    before = offline.choices(variant, target)
+    assert before
+    assert offline.choices(variant, target) == before
+    monkeypatch.setattr(nearest_code._screen, "configs", nearest_code._screen.configs[1:])
+    assert offline.choices(variant, target) != before
+    assert not offline.choices(VARIANTS["gated_activation: gelu_tanh, bfloat16"], target)
 
 
 @pytest.mark.parametrize("backward", ["", ", backward"])

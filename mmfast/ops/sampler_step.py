@@ -19,6 +19,7 @@ from mmfast.schedule.table import x as sample
 
 MOST_SLOTS = 16
 
+_FLOATS = frozenset(FLOATING)
 _SLOTS = {Layout(slots).columns: slots for slots in range(MOST_SLOTS + 1)}
 
 
@@ -96,15 +97,7 @@ def sampler_step(
     shape, device = x.shape, x.device
     if not shape:
         raise ValueError("x must be (B, ...), got a number")
-    check_dtype("table", coefficients, (torch.float64,))
-    if coefficients.dim() != 2 or coefficients.shape[0] < 1:
-        raise ValueError(
-            f"table must be (S, columns) with at least one row, got {tuple(coefficients.shape)}"
-        )
-    rows, columns = coefficients.shape
-    if columns not in _SLOTS:
-        raise ValueError(f"table has {slots_of(columns)} slots, at most {MOST_SLOTS} are possible")
-    slots = _SLOTS[columns]
+    rows, slots = check_table(coefficients)
     batch = shape[0]
 
     if isinstance(step, Tensor):
@@ -124,9 +117,9 @@ def sampler_step(
         seed = philox.as_stream(seed, device, "seed")
         if seed.dim() and seed.shape != (batch,):
             raise ValueError(f"seed must be () or (B,) = ({batch},), got {tuple(seed.shape)}")
-    _check("model_output", model_output, shape, device)
+    check_numbers("model_output", model_output, shape, device)
     if unconditional is not None:
-        _check("unconditional", unconditional, shape, device)
+        check_numbers("unconditional", unconditional, shape, device)
     if guidance is not None:
         if unconditional is None:
             raise ValueError("not possible: guidance without unconditional")
@@ -134,29 +127,29 @@ def sampler_step(
             raise ValueError(
                 f"guidance must be (1, 2) or (B, 2) = ({batch}, 2), got {tuple(guidance.shape)}"
             )
-        _check("guidance", guidance, (guidance.shape[0], 2), device)
+        check_numbers("guidance", guidance, (guidance.shape[0], 2), device)
     if history is not None:
-        _check("history", history, (slots, *shape), device)
+        check_numbers("history", history, (slots, *shape), device)
         _check_apart("history", history)
     elif slots:
         raise ValueError(f"history must be {(slots, *shape)} for this table, got None")
     if noise is not None:
-        _check("noise", noise, shape, device)
+        check_numbers("noise", noise, shape, device)
     if variance is not None:
-        _check("variance", variance, shape, device)
+        check_numbers("variance", variance, shape, device)
     if threshold is not None:
-        _check("threshold", threshold, (batch,), device)
+        check_numbers("threshold", threshold, (batch,), device)
     if out is not None and out is not x:
-        _check("out", out, shape, device)
+        check_numbers("out", out, shape, device)
         _check_apart("out", out)
     if denoised is not None:
-        _check("denoised", denoised, shape, device)
+        check_numbers("denoised", denoised, shape, device)
         _check_apart("denoised", denoised)
     if model_input is not None:
         if model_input.dim() and model_input.shape[0] == 2 * batch:
-            _check("model_input", model_input, (2 * batch, *shape[1:]), device)
+            check_numbers("model_input", model_input, (2 * batch, *shape[1:]), device)
         else:
-            _check("model_input", model_input, shape, device)
+            check_numbers("model_input", model_input, shape, device)
         _check_apart("model_input", model_input)
     call: Callable[..., None] = backends.call
     if library.tracked(
@@ -189,7 +182,29 @@ def _check_apart(name: str, written: Tensor) -> None:
         raise ValueError(f"{name} is written and must not be an expanded tensor: clone it")
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def check_table(coefficients: Tensor) -> tuple[int, int]:
+    """The rows and slots of a table that there can be, else TypeError or ValueError."""
+    check_dtype("table", coefficients, (torch.float64,))
+    shape = coefficients.shape
+    if len(shape) != 2 or shape[0] < 1:
+        raise ValueError(f"table must be (S, columns) with at least one row, got {tuple(shape)}")
+    rows, columns = shape
+    if columns not in _SLOTS:
+        raise ValueError(f"table has {slots_of(columns)} slots, at most {MOST_SLOTS} are possible")
+    return rows, _SLOTS[columns]
+
+
+def check_numbers(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """``tensor`` has numbers of this shape, beside x, else TypeError or ValueError."""
+    # All at once: each step of a loop comes by here.
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.dtype in _FLOATS
+        and tensor.shape == shape
+        and tensor.device == device
+        and tensor.layout is torch.strided
+    ):
+        return
     check_floating(name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")

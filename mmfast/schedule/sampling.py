@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast import philox
+from mmfast import backends, philox
 from mmfast.checks import check_device, check_floating
 from mmfast.memory import empty_like, new_empty
 from mmfast.progress import progress_bar
+from mmfast.regions import setting
 from mmfast.schedule.layout import Layout, N
-from mmfast.schedule.table import SamplerTable
+from mmfast.schedule.table import SamplerTable, row_numbers
 from mmfast.schedule.threshold import dynamic_threshold
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -138,6 +139,10 @@ class SampleLoop:
                     f"got {dynamic_threshold}"
                 )
             _check_no_churn(table)
+        from mmfast.ops import sampler_step  # which imports tables from here
+
+        self._op = sampler_step
+        self._op.check_table(table.coefficients)
         device, batch = x.device, x.shape[0]
         state = torch.float64 if x.dtype == torch.float64 else torch.float32
         self._model = model
@@ -156,7 +161,7 @@ class SampleLoop:
         whole = bool((table.timesteps == table.timesteps.round()).all())
         self._times = table.timesteps.to(device, torch.int64 if whole else torch.float32, copy=True)
         # Without a graph each step has its row and time as views: nothing is launched for them.
-        self._rows = torch.arange(len(table), device=device).unbind()
+        self._rows = row_numbers(len(table), device)
         self._times_of_rows = [t.expand(calls) for t in self._times.unbind()]
         self._table = table
         # Asked once: elsewhere than on the CPU the answers synchronise.
@@ -254,8 +259,6 @@ class SampleLoop:
         self._step.add_(1)
 
     def _advance(self, step: Tensor, timestep: Tensor) -> None:
-        from mmfast.ops.sampler_step import sampler_step
-
         output = self._model(self._input, timestep, **self._kwargs)
         if not isinstance(output, Tensor):
             if output is None:
@@ -283,21 +286,18 @@ class SampleLoop:
                 ratio=ratio,
                 maximum=maximum,
             )
-        sampler_step(
-            self._x,
-            output,
-            self._coefficients,
-            step,
-            unconditional=unconditional,
-            guidance=self._guidance,
-            history=self._history,
-            seed=seed,
-            variance=variance,
-            threshold=threshold,
-            out=self._x,
-            denoised=self.denoised,
-            model_input=self._input,
-        )
+        # The rest are buffers that were made to fit.
+        shape, device, check = self._x.shape, self._x.device, self._op.check_numbers
+        check("model_output", output, shape, device)
+        if unconditional is not None:
+            check("unconditional", unconditional, shape, device)
+        if variance is not None:
+            check("variance", variance, shape, device)
+        backends.call(
+            self._op.OP, self._x, output, unconditional, 1.0, self._guidance, self._coefficients,
+            step, None, seed, variance, threshold, self._x, self._history, self.denoised,
+            self._input,
+        )  # fmt: skip
 
     def _set_seed(self, seed: int | Tensor | None) -> None:
         device = self._seed.device
@@ -348,15 +348,9 @@ def _guidance(scale: float | Tensor, batch: int, device: torch.device) -> Tensor
     return torch.stack([scales, 1 - scales], 1)
 
 
-@contextlib.contextmanager
-def _no_casts_kept() -> Iterator[None]:
+def _no_casts_kept() -> contextlib.AbstractContextManager[None]:
     """Weights are cast by each call under autocast: those it keeps are gone at its end."""
-    kept = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(kept)
+    return setting(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False)
 
 
 @contextlib.contextmanager

@@ -235,3 +235,13 @@ class TableBuilder:
             first_input_scale,
             start,
         )
+
+
+def row_numbers(rows: int, device: torch.device) -> list[Tensor]:
+    """Tensors of the numbers from 0 on, for a step of a sampler.
+
+    Each begins at a multiple of 16 bytes, as all memory that is new: kernels are compiled for what
+    does, and once more for what does not.
+    """
+    numbers = torch.arange(rows, device=device)
+    return list(torch.stack([numbers, numbers], 1)[:, 0].unbind())

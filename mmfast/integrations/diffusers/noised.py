@@ -17,6 +17,7 @@ from mmfast.ops.add_noise import OP as ADD_NOISE
 from mmfast.ops.add_noise import add_noise
 from mmfast.ops.sampler_step import OP as STEP
 from mmfast.ops.sampler_step import reference
+from mmfast.schedule.table import row_numbers
 
 
 class Noised(Placed):
@@ -68,7 +69,7 @@ class Noised(Placed):
         found = state.noisy.get(device)
         if found is None:
             points = list(self._noisy_points())
-            numbers = list(torch.arange(len(points), device=device).unbind())
+            numbers = row_numbers(len(points), device)
             found = noising(points).to(device), sums(points).to(device), numbers
             state.noisy[device] = found
         table, rows, numbers = found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfast.integrations.diffusers.tables.program import Options, Program, host
+from mmfast.schedule.table import row_numbers
 
 _PROGRAMS = 8  # that a scheduler remembers: of other numbers of steps, begins and options
 
@@ -130,7 +131,7 @@ class State:
         if found is None:
             assert self.program is not None
             table = self.program.table.coefficients.to(device)
-            found = table, list(torch.arange(len(table), device=device).unbind())
+            found = table, row_numbers(len(table), device)
             self.coefficients[device] = found
         return found
 
