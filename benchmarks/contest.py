@@ -122,7 +122,7 @@ def run(
         truth, reference = _truth(case, arguments, device, truths)
     turns = [arguments]
     if device.type == "cpu" and case.op in rotation.OPS:
-        turns = rotation.copies(arguments, lambda: case.make(device))
+        turns = rotation.copies(arguments)
     entries: list[Entry] = []
     rows = []
     with timing.threads(most):

@@ -4,6 +4,7 @@ are so many that no cache has the one whose turn it is, nor where its result goe
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -42,11 +43,12 @@ def last_cache() -> int:
     return max(sizes)
 
 
-def copies(arguments: Arguments, make: Callable[[], Arguments]) -> list[Arguments]:
-    """``arguments``, and as many more from ``make`` as it takes."""
+def copies(arguments: Arguments) -> list[Arguments]:
+    """``arguments``, and as many copies as it takes; what shares memory there does in each."""
     bytes_ = sum(t.untyped_storage().nbytes() for t in _tensors(arguments))
     wanted = min(_TIMES * last_cache(), _MOST - bytes_)
-    return [arguments, *(make() for _ in range(math.ceil(wanted / max(bytes_, 1))))]
+    more = math.ceil(wanted / max(bytes_, 1))
+    return [arguments, *(copy.deepcopy(arguments) for _ in range(more))]
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -497,6 +497,13 @@ def attention_fused_end_kernel(
             store_tile(dq_ptr, rows, stride_dl, length, b_dq, BLOCK_E1, BLOCK_E2, E)
 
 
+def places_of(queries: Tokens, batch: int) -> int:
+    """Rows of the workspace for each head."""
+    blocks_of_rows = ceil_div(queries.rows, _PADDED)
+    packed = queries.kind == BEGINS.value
+    return (blocks_of_rows + batch if packed else blocks_of_rows * batch) * _PADDED
+
+
 fused_kernel = Tuned(
     attention_fused_gradient_kernel, [TWO_KERNELS], FUSED_KEY, fused_gradient_configs
 )
@@ -527,9 +534,7 @@ def fused_gradient(
     grad_query, grad_key, grad_value = grads
     sizes = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
     columns = {n: constants[n] for n in ("BLOCK_E1", "BLOCK_E2")}
-    places = ceil_div(queries.rows, _PADDED) * _PADDED * batch
-    if queries.kind == BEGINS.value:
-        places = (ceil_div(queries.rows, _PADDED) + batch) * _PADDED
+    places = places_of(queries, batch)
     rows = query.new_empty(heads * places * 2, dtype=torch.float32)
     sums = query.new_empty(heads * places * sum(columns.values()), dtype=torch.float32)
     programs = ceil_div(keys.longest, sizes[1])

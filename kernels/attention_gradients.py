@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from mmfast.kernels.attention import Limits, Tokens, blocks, factor_of, heads_of
-from mmfast.kernels.attention_fused_gradient import fused_gradient, fused_kernel
+from mmfast.kernels.attention import BEGINS, Limits, Tokens, blocks, factor_of, heads_of
+from mmfast.kernels.attention_fused_gradient import fused_gradient, fused_kernel, places_of
 from mmfast.kernels.attention_key_gradient import key_gradient
 from mmfast.kernels.attention_query_gradient import query_gradient
 from mmfast.kernels.attention_tiles import TWO_KERNELS, facts, precision, suits_hopper
@@ -54,7 +54,10 @@ def gradients(
         and constants["FACTOR"] % 8 == 0
         and suits_hopper(constants | known)
     ):
-        config = fused_kernel.forced or fused_kernel.choose(constants | known)
+        config = fused_kernel.forced or TWO_KERNELS
+        # Short sequences, each padded, would take too much memory.
+        if not fused_kernel.forced and _fits(queries, query.shape[0]):
+            config = fused_kernel.choose(constants | known)
         if config is not TWO_KERNELS:
             del constants["DROPOUT"]
             fused_gradient(
@@ -69,6 +72,11 @@ def gradients(
     )  # fmt: skip
     streams = [(query, grad_out, lse, delta, queries)]
     key_gradient(key, value, streams, grads[1], grads[2], scale, keys, limits)
+
+
+def _fits(queries: Tokens, batch: int) -> bool:
+    rows = queries.rows * (1 if queries.kind == BEGINS.value else batch)
+    return places_of(queries, batch) <= 2 * rows
 
 
 def ways(launch: Callable[[], Any]) -> dict[str, triton.Config]:

@@ -153,6 +153,8 @@ class Budgets:
         known = {**self.choices.get(variant.name, {}), **choices}
         if any(known.values()):
             self.choices[variant.name] = known
+        else:
+            self.choices.pop(variant.name, None)
 
 
 def _worst(compiled: Iterable[Compiled]) -> dict[tuple[str, str], Needs]:

@@ -29,7 +29,7 @@ _MOST_TILES = 4  # of a program
 
 @triton.jit
 def apart(b_x):
-    """The columns of [P, 1, 2, 4 or 8], each [P]."""
+    """The columns of [P, 4] or [P, 8], each [P]."""
     P: tl.constexpr = b_x.shape[0]
     V: tl.constexpr = b_x.shape[1]
     if V == 8:
@@ -209,7 +209,8 @@ def numbers_of(widths: Sequence[int], levels: Sequence[int]) -> Tensor:
     width = torch.tensor(widths, dtype=torch.float64)
     high = ((1 / width).float().view(torch.int32) & ~0xFF).view(torch.float32)
     low = 1 / width - high.double()
-    basis = torch.tensor([math.prod(levels[:d]) for d in range(len(levels))]) / 2
+    steps = [math.prod(levels[:d]) for d in range(len(levels))]
+    basis = torch.tensor(steps, dtype=torch.float64) / 2
     return torch.stack([width.float(), high, low.float(), basis.float()], 1)
 
 

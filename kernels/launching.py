@@ -93,17 +93,16 @@ class Repeated:
         self._kernel, self._grid, self._numbers = kernel, _three(grid), tuple(numbers)
         self._constants = dict(constants)
         # Where tensors begin at a multiple of 16 bytes: the driver, its device, what Triton
-        # compiled, and all arguments behind the tensors.
-        self._known: tuple[Any, Any, Any, tuple[Any, ...]] | None = None
-        self._tensors: list[int] = []  # where tensors are among the arguments
+        # compiled, all arguments behind the tensors, and where tensors are among those before.
+        self._known: tuple[Any, Any, Any, tuple[Any, ...], list[int]] | None = None
 
     def __call__(self, *args: Any) -> None:
         """Launch it on these tensors, floats and Nones."""
         known = self._known
         if known is not None and known[0] is _driver.active and not _watched(self._kernel):
-            driver, device, made, rest = known
+            driver, device, made, rest, tensors = known
             given, begins = list(args), 0  # bits of all addresses
-            for i in self._tensors:
+            for i in tensors:
                 begin = given[i].data_ptr()
                 begins |= begin
                 given[i] = begin
@@ -115,8 +114,8 @@ class Repeated:
         if found is not None and not any(args[i].data_ptr() % 16 for i in tensors):
             driver = _driver.active
             made, last = found
-            self._known = driver, driver.get_current_device(), made, (*self._numbers, *last)
-            self._tensors = tensors
+            rest = (*self._numbers, *last)
+            self._known = driver, driver.get_current_device(), made, rest, tensors
 
 
 def place() -> Any:

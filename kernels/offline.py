@@ -285,10 +285,17 @@ def choices(variant: Variant, target: Target) -> str:
         configs = self.candidates({**constants, **(facts or {})})
         found.extend(f"{self.name}: {numbers(c)}, {c.maxnreg}" for c in configs)
 
+    choose = Tuned.choose
+
+    def noted(self: Tuned, known: Any) -> triton.Config:
+        found.extend(f"{self.name}: {numbers(c)}, {c.maxnreg}" for c in self.candidates(known))
+        return choose(self, known)
+
     with (
         mock.patch.object(triton.runtime.driver, "_active", _Driver(target)),
         mock.patch.object(JITFunction, "run", return_value=None),
         mock.patch.object(Tuned, "run", note),
+        mock.patch.object(Tuned, "choose", noted),
     ):
         variant.launch(64, 64)
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:12] if found else ""

@@ -296,7 +296,8 @@ def sampler_step(
         None if seed is None else seed.dim(),
         None if guidance is None else (guidance.dtype, guidance.shape),
         None if threshold is None else threshold.dtype,
-        0 if model_input is None else model_input.shape[0], *layouts,
+        0 if model_input is None else model_input.shape[0],
+        (table.dtype, step.dtype, None if seed is None else seed.dtype), *layouts,
     )  # fmt: skip
     if again is None:
         return
@@ -338,6 +339,7 @@ def _plan(
     guidance: Any,
     threshold: Any,
     inputs: int,
+    dtypes: tuple[torch.dtype | None, ...],
     *layouts: _Layout,
 ) -> Repeated | None:
     """The launch for tensors of these dtypes, shapes and strides, if there is anything to do: one
@@ -349,6 +351,7 @@ def _plan(
         seeds: dimensions of the seed.
         guidance, threshold: what there is of them.
         inputs: samples of the model's input.
+        dtypes: of the table, the counter and the seed.
         layouts: of x, the model's outputs, noise, variance, and of what is written: the dtype, with
             strides where numbers do not lie one behind the other.
     """

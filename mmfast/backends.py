@@ -152,6 +152,8 @@ def call_on_new(op: Op, *args: Any) -> Any:
     if _forced is None:
         return library.run(op, args)
     run = select(op, _forced, *args)
+    if op.backward is not None and _forced != "reference":
+        library.check_underived(op, args)
     if op.backward is None or not torch.is_grad_enabled():
         with torch.no_grad():
             return run(*args)

@@ -76,6 +76,17 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError(ctx.message)
 
 
+class _Unpacked:
+    """A context whose saved tensors have been read: checkpoints give them once."""
+
+    def __init__(self, ctx: Any, saved: tuple[Any, ...]) -> None:
+        self._ctx = ctx
+        self.saved_tensors = saved
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def _gradients(name: str, backward: Backward) -> Callable[..., Any]:
     """Those of ``backward``, whose own gradients raise: nothing computes them, and a penalty on
     gradients would be left out in silence."""
@@ -89,13 +100,17 @@ def _gradients(name: str, backward: Backward) -> Callable[..., Any]:
     def gradients(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled():
             return backward.gradients(ctx, *grads)
+        if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+            raise NotImplementedError(message)  # what they depend on is lost with their batch
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            found = backward.gradients(ctx, *grads)
+            found = backward.gradients(_Unpacked(ctx, saved), *grads)
         found = found if isinstance(found, tuple) else (found,)
-        there = [g for g in found if g is not None]
-        sources = [t for t in (*grads, *ctx.saved_tensors) if t is not None]
-        refusing = iter(_Once.apply(message, len(there), *there, *sources))
-        return tuple(None if g is None else next(refusing) for g in found)
+        made = [g is not None and all(g is not given for given in grads) for g in found]
+        there = [g for g, own in zip(found, made, strict=True) if own]
+        sources = [t for t in (*grads, *saved) if t is not None]
+        refusing = iter(_Once.apply(message, len(there), *there, *sources) if there else ())
+        return tuple(next(refusing) if own else g for g, own in zip(found, made, strict=True))
 
     return gradients
 
@@ -213,11 +228,7 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
     kernel = _overloads[op.name]
     if op.backward is None:
         return kernel(*args)
-    if _derived(args):
-        raise NotImplementedError(
-            f"mmfast.{op.name} has no forward-mode derivative, which torch.func.jvp or a dual "
-            "tensor asked for; use gradients, or a formulation in plain PyTorch"
-        )
+    check_underived(op, args)
     if _differentiated():
         return differentiable(op, lambda *args: run(op, args))(*args)
     if untracked(args):
@@ -238,20 +249,40 @@ def unwatched(args: tuple[Any, ...]) -> bool:
     )
 
 
-def _derived(args: tuple[Any, ...]) -> bool:
+def derived(args: tuple[Any, ...]) -> bool:
     """Whether an argument carries a tangent, which a kernel would drop."""
     return forward_ad._current_level >= 0 and any(
-        isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
+        isinstance(a, torch.Tensor) and _has_tangent(a) for a in args
     )
 
 
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def check_underived(op: Op, args: tuple[Any, ...]) -> None:
+    """Refuse tangents.
+
+    Raises:
+        NotImplementedError: an argument carries one.
+    """
+    if derived(args):
+        raise NotImplementedError(
+            f"mmfast.{op.name} has no forward-mode derivative, which torch.func.jvp or a dual "
+            "tensor asked for; use gradients, or a formulation in plain PyTorch"
+        )
+
+
 def _differentiated() -> bool:
-    """Whether torch.func.grad or one like it wants gradients next, for which torch's kernel for
-    autograd cannot serve."""
-    if torch.compiler.is_compiling():
+    """Whether torch.func.grad or one like it wants gradients, for which torch's kernel for autograd
+    cannot serve."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is None:
         return False
-    transform = torch._C._functorch.peek_interpreter_stack()
-    return transform is not None and transform.key() == torch._C._functorch.TransformType.Grad
+    stack = functorch.get_interpreter_stack() or []
+    return any(transform.key() == functorch.TransformType.Grad for transform in stack)
 
 
 def untracked(args: tuple[Any, ...]) -> bool:
@@ -268,7 +299,7 @@ def untracked(args: tuple[Any, ...]) -> bool:
 
 def tracked(*tensors: torch.Tensor | None) -> bool:
     """Whether a gradient is wanted of any of them, or a tangent carried by one."""
-    if _derived(tensors):
+    if derived(tensors):
         return True
     if not torch.is_grad_enabled():
         return False

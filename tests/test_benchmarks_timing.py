@@ -130,10 +130,14 @@ def test_copies_are_more_than_the_caches_hold(monkeypatch):
     monkeypatch.setattr(rotation, "last_cache", lambda: 1 << 20)
     x = torch.zeros(1 << 16)  # a quarter of it
 
-    found = rotation.copies((x, x[1:], [x], None, 3), lambda: (x.clone(),))
+    found = rotation.copies((x, x[1:], [x], None, 3))
 
     assert found[0][0] is x
     assert len(found) == 9
+    whole, part, (again,), *_ = found[1]
+    assert whole is again
+    assert part.data_ptr() == whole.data_ptr() + 4
+    assert len({copied[0].data_ptr() for copied in found}) == 9
     assert rotation.last_cache() > 0
 
 

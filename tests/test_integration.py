@@ -12,6 +12,7 @@ from cases import METRICS, backends_here, device_of, normal
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import mmfast
 from mmfast import backends, library
@@ -133,8 +134,8 @@ def test_gradients_of_gradients_raise(op, sample, forced):
         return
     with mmfast.use_backend(forced) if forced else contextlib.nullcontext():
         grads = torch.autograd.grad(total(*inputs), inputs, create_graph=True, allow_unused=True)
-    for grad in grads:
-        if grad is None:
+    for i, grad in enumerate(grads):
+        if grad is None or (op.name == "gated_residual" and i == 0):  # which is passed on
             continue
         assert grad.requires_grad
         if not op.backward.differentiable:
@@ -150,6 +151,68 @@ def test_a_penalty_is_not_left_out():
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiate twice"):
         (loss + grad.square().sum()).backward()
+
+
+MODULATION = normal(2, 16)
+
+
+def _normed(x: torch.Tensor) -> torch.Tensor:
+    return mmfast.layer_norm_modulate(x[None], MODULATION[:1], MODULATION[1:])[0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_graph_of_gradients_that_nobody_uses(reentrant):
+    """Checkpoints give what was saved once."""
+    x = normal(3, 16).requires_grad_()
+    (want,) = torch.autograd.grad(_normed(x).square().sum(), x)
+    y = checkpoint(lambda x: _normed(x).square(), x, use_reentrant=reentrant).sum()
+    y.backward(create_graph=not reentrant)
+    torch.testing.assert_close(x.grad, want)
+    x.grad = None
+
+
+def test_batched_gradients_with_a_graph():
+    x = normal(3, 16).requires_grad_()
+    y, grads = _normed(x), normal(4, 3, 16)
+    found = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)[0]
+    for grad, got in zip(grads, found, strict=True):
+        want = torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+        torch.testing.assert_close(got, want)
+    with pytest.raises(NotImplementedError, match="differentiate twice"):
+        torch.autograd.grad(y, x, grads, is_grads_batched=True, create_graph=True)
+
+
+def test_a_gradient_that_is_passed_on_has_its_own():
+    x = normal(2, 3, 8).requires_grad_()
+    y = mmfast.gated_residual(x, normal(2, 8), normal(2, 3, 8)).square().sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    torch.testing.assert_close(second, torch.full_like(x, 2.0))
+
+
+def test_transforms_around_mapped_ops():
+    x = normal(5, 3, 16)
+    want = torch.func.vmap(torch.func.grad(lambda x: _normed(x).square().sum()))(x)
+    got = torch.func.grad(lambda x: torch.func.vmap(_normed)(x).square().sum())(x)
+    torch.testing.assert_close(got, want)
+    t = torch.tensor(2.0)
+    value, tangent = torch.func.jvp(lambda s: (s * torch.func.vmap(_normed)(x)).sum(), (t,), (t,))
+    torch.testing.assert_close(tangent, value)
+    with pytest.raises(NotImplementedError, match="no forward-mode"):
+        torch.func.jvp(torch.func.vmap(_normed), (x,), (x,))
+
+
+@pytest.mark.skipif(bool(mmfast.backends.extension_missing()), reason="the extension is absent")
+def test_forced_backends_drop_no_tangent():
+    x = normal(3, 16)
+    refused = pytest.raises(NotImplementedError, match="no forward-mode")
+    with (
+        mmfast.use_backend("cpp"),
+        torch.no_grad(),
+        torch.autograd.forward_ad.dual_level(),
+        refused,
+    ):
+        _normed(torch.autograd.forward_ad.make_dual(x, x))
 
 
 @FEW

@@ -1358,3 +1358,24 @@ def test_pipelines_with_sigmas_of_their_own(one_thread) -> None:
         width=8,
     )
     assert torch.allclose(after, before, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+def test_tangents(name: str) -> None:
+    """Of noising and of steps, in the dtype of their tensors."""
+    x, direction = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    noise, found = torch.randn(2, 3, 4), []
+    for library in (diffusers, drop_in):
+        scheduler = getattr(library, name)()
+        scheduler.set_timesteps(4)
+        t = scheduler.timesteps[-1]
+
+        def both(x: Tensor, scheduler: Any = scheduler, t: Any = t) -> tuple[Tensor, Tensor]:
+            noisy = scheduler.add_noise(x, noise, torch.tensor([3, 5]))
+            return noisy, scheduler.step(_model(x), t, x, return_dict=False)[0]
+
+        with torch.autograd.forward_ad.dual_level():
+            made = both(torch.autograd.forward_ad.make_dual(x, direction))
+            found.append([torch.autograd.forward_ad.unpack_dual(each).tangent for each in made])
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs)

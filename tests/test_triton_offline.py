@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from patched import default_dtype
 
 from mmfast import backends
 
@@ -20,6 +22,7 @@ if backends.interpreting():
 
 from mmfast.kernels import budgets, nearest_code, offline
 from mmfast.kernels.budgets import Budgets, Needs
+from mmfast.kernels.finite_scalar_quantize_few import numbers_of
 from mmfast.kernels.scaled_dot_product_attention import HEAD_SIZES
 
 BUDGETS = Budgets.load()
@@ -140,6 +143,8 @@ def test_refreshed_budgets():
     limits.chosen_from(OWN, {"sm_90": "abc"})
     limits.chosen_from(OWN, {"sm_80": ""})
     assert limits.choices == {OWN.name: {"sm_90": "abc", "sm_80": ""}}
+    limits.chosen_from(OWN, {"sm_90": ""})
+    assert not limits.choices
     limits.triton = "another"
     assert not limits.applies
     limits.refresh(OTHER, [made_up()])
@@ -260,3 +265,12 @@ def test_attention_multiplies_on_tensor_cores_at_every_head_size(width, backward
 def test_the_tables_are_in_the_documents():
     text = (Path(__file__).parent.parent / "docs" / "tuning.md").read_text()
     assert budgets.markdown(BUDGETS) in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tables_do_not_depend_on_the_default_dtype(dtype):
+    levels = (7, 5, 5, 5, 5, 8)
+    want = numbers_of([3] * 6, levels)
+    with default_dtype(dtype):
+        assert torch.equal(numbers_of([3] * 6, levels), want)
+    assert want[:, 3].tolist() == [math.prod(levels[:d]) / 2 for d in range(6)]

@@ -15,6 +15,8 @@ from mmfast.nn.layers import is_plain
 
 def kind_of(norm: Any) -> str | None:
     """``"layer"``, ``"rms"``, or None for a norm of another kind."""
+    if type(norm) is nn.LayerNorm:
+        return "layer" if len(norm.normalized_shape) == 1 else None
     forward = type(norm).forward
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
         fp32 = loaded_class("diffusers.models.normalization", "FP32LayerNorm")
@@ -31,7 +33,11 @@ def kind_of(norm: Any) -> str | None:
 
 def is_computed(norm: nn.Module) -> bool:
     """Whether a call of it is no more than what our kernels compute; else it is to be called."""
-    return kind_of(norm) is not None and is_plain(norm, type(norm))
+    if kind_of(norm) is None or not is_plain(norm, type(norm)):
+        return False
+    # Of float64 the eps that is not given is another.
+    weight = norm.weight
+    return norm.eps is not None or weight is None or weight.dtype != torch.float64
 
 
 def options(norm: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -72,7 +73,7 @@ def _made_of(module: nn.Module) -> Hashable:
         if part._buffers:
             return None
         shapes = [(n, None if p is None else p.shape) for n, p in part._parameters.items()]
-        found.append((name, type(part), *shapes))
+        found.append((name, weakref.ref(type(part)), *shapes))  # a class may go meanwhile
         for key, value in vars(part).items():
             if key in _OF_EVERY_MODULE or not key.isidentifier():
                 continue

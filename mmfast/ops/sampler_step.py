@@ -353,12 +353,14 @@ def reference(
         for s, (new, stays) in enumerate(zip(made.slots, made.stays, strict=True)):
             slot = history[s]
             slot.copy_(torch.where(stays, slot, new.to(slot.dtype)))
-    out.copy_(made.out)
+    # Converted first: a tangent that is copied would stay in float64.
+    out.copy_(made.out.to(out.dtype))
     if denoised is not None:
-        denoised.copy_(made.denoised)
+        denoised.copy_(made.denoised.to(denoised.dtype))
     if model_input is not None:
         copies = model_input.shape[0] // max(x.shape[0], 1)
-        model_input.copy_(made.model_input.repeat(copies, *[1] * (x.dim() - 1)))
+        repeated = made.model_input.repeat(copies, *[1] * (x.dim() - 1))
+        model_input.copy_(repeated.to(model_input.dtype))
 
 
 def fake(*_: object) -> None:

@@ -90,8 +90,9 @@ class Noised(Placed):
             and original_samples.dim()
         ):
             # As in a step, the public function's checks would find nothing.
-            untracked = library.untracked((original_samples, noise))
-            if untracked or noise.requires_grad:
+            derived = library.derived((original_samples, noise))
+            untracked = not derived and library.untracked((original_samples, noise))
+            if untracked or derived or noise.requires_grad:
                 noisy = memory.empty_like(original_samples)
                 call = functools.partial(backends.call_on_new, STEP) if untracked else reference
                 try:
