@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ CURVES = ("addmm+argmin", "faiss flat")
 _CLOSE = 3.0  # times mmfast's time, below which a contender has more than one sample in any case
 _NEAR = 10.0  # the same for shorter calls, of which new pages can be half where there is one sample
 _QUICK = 0.05  # seconds; longer calls have one sample where no goal compares with them
+_WARM = 3.0  # seconds; what a turn of all copies may take
 _SURE = 1.0  # seconds; of longer calls, what a first one does besides is a small part
 
 
@@ -167,11 +169,13 @@ def _times(
         if longer > 1 and entry.subject.compiled:
             calls[name]()
     for name, entry in turns.items():
-        # Memory of results is new in the first turns, and a system may have reclaimed what nobody
-        # touched while others were made ready.
-        if entry.turns > 1 and entry.seconds * entry.turns < _SURE:
-            for _ in range(entry.turns):
-                calls[name]()
+        # Modules and the memory of results are new in the first turns, and a system may have
+        # reclaimed what nobody touched while others were made ready.
+        start = time.perf_counter()
+        for _ in range(entry.turns if entry.turns > 1 else 0):
+            calls[name]()
+            if time.perf_counter() - start > _WARM:
+                break
     if case.overhead:
         times = timing.overhead(calls, device)
     else:
