@@ -87,6 +87,30 @@ def _flux_inputs(**more: Any) -> dict[str, Any]:
     }
 
 
+_COGVIEW = {
+    **_HEADS,
+    "in_channels": 4,
+    "num_layers": 1,
+    "out_channels": 4,
+    "text_embed_dim": 32,
+    "time_embed_dim": 16,
+    "condition_dim": 4,
+    "pos_embed_max_size": 8,
+    "sample_size": 8,
+}
+
+
+def _cogview_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": _image(),
+        "encoder_hidden_states": _text(),
+        "timestep": _TIMES,
+        "original_size": torch.tensor([[8.0, 8]] * 2),
+        "target_size": torch.tensor([[8.0, 8]] * 2),
+        "crop_coords": torch.zeros(2, 2),
+    }
+
+
 def _wan_inputs(**more: Any) -> dict[str, Any]:
     return {
         "hidden_states": _video(),
@@ -339,49 +363,8 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         _flux_inputs(attention_mask=torch.cat([_MASK, torch.ones(2, 16)], 1).bool()),
     ),
     "ChronoEditTransformer3DModel": ({**_WAN, "rope_temporal_skip_len": 2}, _wan_inputs()),
-    "CogView3PlusTransformer2DModel": (
-        {
-            **_HEADS,
-            "in_channels": 4,
-            "num_layers": 1,
-            "out_channels": 4,
-            "text_embed_dim": 32,
-            "time_embed_dim": 16,
-            "condition_dim": 4,
-            "pos_embed_max_size": 8,
-            "sample_size": 8,
-        },
-        {
-            "hidden_states": _image(),
-            "encoder_hidden_states": _text(),
-            "timestep": _TIMES,
-            "original_size": torch.tensor([[8.0, 8]] * 2),
-            "target_size": torch.tensor([[8.0, 8]] * 2),
-            "crop_coords": torch.zeros(2, 2),
-        },
-    ),
-    "CogView4Transformer2DModel": (
-        {
-            **_HEADS,
-            "in_channels": 4,
-            "num_layers": 1,
-            "out_channels": 4,
-            "text_embed_dim": 32,
-            "time_embed_dim": 16,
-            "condition_dim": 4,
-            "pos_embed_max_size": 8,
-            "sample_size": 8,
-            "rope_axes_dim": (8, 8),
-        },
-        {
-            "hidden_states": _image(),
-            "encoder_hidden_states": _text(),
-            "timestep": _TIMES,
-            "original_size": torch.tensor([[8.0, 8]] * 2),
-            "target_size": torch.tensor([[8.0, 8]] * 2),
-            "crop_coords": torch.zeros(2, 2),
-        },
-    ),
+    "CogView3PlusTransformer2DModel": (_COGVIEW, _cogview_inputs()),
+    "CogView4Transformer2DModel": ({**_COGVIEW, "rope_axes_dim": (8, 8)}, _cogview_inputs()),
     "CosmosTransformer3DModel": (
         {
             **_HEADS,

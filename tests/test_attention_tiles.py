@@ -17,9 +17,10 @@ if backends.interpreting():
 import triton
 
 from mmfast.kernels import attention_tiles, offline
-from mmfast.kernels.attention import Limits, Tokens
+from mmfast.kernels.attention import BEGINS, DENSE, Limits, Tokens
 from mmfast.kernels.attention_forward import attention_forward, forward
-from mmfast.kernels.attention_fused_gradient import fused_kernel
+from mmfast.kernels.attention_fused_gradient import fused_kernel, places_of
+from mmfast.kernels.attention_gradients import _fits
 from mmfast.kernels.attention_key_gradient import key_kernel
 from mmfast.kernels.attention_query_gradient import query_kernel
 from mmfast.kernels.attention_tiles import TWO_KERNELS
@@ -277,3 +278,21 @@ def test_products_of_one_pass(ordered, tmp_path):
     assert step, text
     assert [part.count("p") for part in step.groups()] == [4, 8]
     assert step[1].count("x") >= 16
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "kind", "places"),
+    [
+        (1024, 3, DENSE, 3072),
+        (1000, 3, DENSE, 3072),
+        (4096, 4, BEGINS, 4608),
+        (1000, 8, BEGINS, 2048),  # of 1000 queries in 8 sequences
+        (100000, 5000, BEGINS, 740096),
+    ],
+)
+def test_short_sequences_do_not_take_the_memory_of_one_pass(rows, batch, kind, places):
+    queries = Tokens(None, rows, 1024, kind.value)
+    assert places_of(queries, batch) == places
+    packed = rows if kind is BEGINS else rows * batch
+    assert _fits(queries, batch) == (places <= 2 * packed)
+    assert _fits(queries, batch) == (rows not in (1000, 100000) or kind is DENSE)

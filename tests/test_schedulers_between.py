@@ -61,27 +61,35 @@ def _run(scheduler: Any, dtype: torch.dtype, step: dict[str, Any], at: Any) -> T
     return x
 
 
-@pytest.mark.parametrize("case", TWICE, ids=_name)
-@torch.no_grad()
-def test_attributes_are_the_librarys(case: tuple[str, dict[str, Any]]) -> None:
-    """Before a run, after each call, and after the run."""
-    name, config = case
-    made, options = _split(config)
+def _both(
+    name: str, made: dict[str, Any], step: dict[str, Any], names: Iterable[str], runs: int = 1
+) -> list[list[dict[str, Any]]]:
+    """What the library's scheduler and ours show around every step, in double precision."""
     seen: list[list[dict[str, Any]]] = []
     with diffusers_float64.double():
         theirs = getattr(diffusers_float64.module(FILES[name]), name)
         for kind in (theirs, _doubled(theirs)):
             shown: list[dict[str, Any]] = []
             scheduler = kind(**made)
-            for _ in range(2):  # the second run begins as the first one did
+            for _ in range(runs):
                 _run(
                     scheduler,
                     torch.float64,
-                    options.get("step", {}),
-                    lambda s, i, shown=shown: shown.append(_shown(s)),
+                    step,
+                    lambda s, i, to=shown: to.append(_shown(s, names)),
                 )
             seen.append(shown)
-    want, got = seen
+    return seen
+
+
+@pytest.mark.parametrize("case", TWICE, ids=_name)
+@torch.no_grad()
+def test_attributes_are_the_librarys(case: tuple[str, dict[str, Any]]) -> None:
+    """Before a run, after each call, and after the run."""
+    name, config = case
+    made, options = _split(config)
+    # The second run begins as the first one did.
+    want, got = _both(name, made, options.get("step", {}), NAMES, runs=2)
     again = len(want) // 2  # after set_timesteps, where the library has what was left
     assert sum(isinstance(each["sample"], Tensor) for each in want[:again]) == 5
     for i, (ours, library) in enumerate(zip(got, want, strict=True)):
@@ -179,19 +187,8 @@ def test_reading_changes_nothing() -> None:
 def test_what_steps_leave_is_the_librarys(case: tuple[str, dict[str, Any]]) -> None:
     name, config = case
     made, _ = _split(config)
-    seen: list[list[dict[str, Any]]] = []
-    with diffusers_float64.double():
-        theirs = getattr(diffusers_float64.module(FILES[name]), name)
-        for kind in (theirs, _doubled(theirs)):
-            shown: list[dict[str, Any]] = []
-            _run(
-                kind(**made),
-                torch.float64,
-                {},
-                lambda s, i, shown=shown: shown.append(_shown(s, LEFT[name])),
-            )
-            seen.append(shown)
-    for ours, library in zip(*reversed(seen), strict=True):
+    want, got = _both(name, made, {}, LEFT[name])
+    for ours, library in zip(got, want, strict=True):
         _check(ours, library, 1e-9)
 
 
