@@ -2,7 +2,10 @@
 
 Triton binds all arguments of a launch in Python, and looks at each, which takes longer than the
 launch itself. Here what it compiled is remembered by all that it compiles for: constants, dtypes,
-which tensors are absent and which begin at a multiple of 16 bytes, and the values of integers.
+which tensors are absent and which begin at a multiple of 16 bytes, and whether an integer is 1, a
+multiple of 16 or beyond 32 bits. :class:`Repeated` keeps a whole launch. What Triton is told to
+compile otherwise (``knobs.runtime.debug``, instrumentation, hooks of its stages) is seen by kernels
+that have not been launched before.
 """
 
 from __future__ import annotations

@@ -142,20 +142,25 @@ def test_what_is_set_is_gone_on_with(name: str, changed: str) -> None:
 @pytest.mark.parametrize("name", [name for name in FILES if CLASSES[name]._twice])
 @torch.no_grad()
 def test_copies_between_the_calls(name: str) -> None:
-    outputs: list[Tensor] = []
-    scheduler = getattr(drop_in, name)()
-    copies: list[Any] = []
+    """They go on alike, and what is set to what it is changes nothing."""
 
     def at(scheduler: Any, i: int) -> None:
-        if i == 3:
-            copies.append(copy.deepcopy(scheduler))
-            _check(_shown(copies[0]), _shown(scheduler), 0.0)
+        if i != 3:
+            return
+        x, found = torch.ones_like(scheduler.sample), []
+        for sets in (False, True):
+            copied = copy.deepcopy(scheduler)
+            _check(_shown(copied), _shown(scheduler), 0.0)
+            assert copied.sample is not scheduler.sample
+            if sets:
+                copied.sample = copied.sample
+            torch.manual_seed(0)
+            found.append(copied.step(x, copied.timesteps[i], x, return_dict=False)[0])
+            assert copied.sample is None
+        torch.testing.assert_close(*found)
+        assert scheduler.sample is not None
 
-    outputs.append(_run(scheduler, torch.float32, {}, at))
-    copied = copies[0]
-    assert copied.sample is not scheduler.sample
-    copied.sample = None
-    assert copied.sample is None
+    _run(getattr(drop_in, name)(), torch.float32, {}, at)
 
 
 @torch.no_grad()
