@@ -15,14 +15,19 @@ diffusers = pytest.importorskip("diffusers")
 import diffusers_float64  # noqa: E402
 from test_integrations_schedulers import CASES, FILES, _doubled, _model, _name, _split  # noqa: E402
 
+import mmfast  # noqa: E402
 import mmfast.integrations.diffusers as drop_in  # noqa: E402
 from mmfast.integrations.diffusers.schedulers import CLASSES  # noqa: E402
 
 NAMES = ("sample", "dt", "prev_derivative", "state_in_first_order")
 TWICE = [case for case in CASES if CLASSES[case[0]]._twice]
 LEFT = {
-    "UniPCMultistepScheduler": ("timestep_list", "this_order", "lower_order_nums"),
+    "DPMSolverSinglestepScheduler": ("sample",),
+    "PNDMScheduler": ("cur_sample", "cur_model_output", "counter"),
+    "UniPCMultistepScheduler": ("last_sample", "timestep_list", "this_order", "lower_order_nums"),
     "SASolverScheduler": (
+        "last_sample",
+        "last_noise",
         "timestep_list",
         "this_predictor_order",
         "this_corrector_order",
@@ -34,7 +39,8 @@ ABSENT = "absent"
 
 def _shown(scheduler: Any, names: Iterable[str] = NAMES) -> dict[str, Any]:
     shown = {name: getattr(scheduler, name, ABSENT) for name in names}
-    return {name: copy.copy(it) if isinstance(it, list) else it for name, it in shown.items()}
+    copies = {list: list.copy, Tensor: Tensor.clone}  # the library adds to some in place
+    return {name: copies.get(type(it), lambda it: it)(it) for name, it in shown.items()}
 
 
 def _check(got: dict[str, Any], want: dict[str, Any], error: float) -> None:
@@ -193,8 +199,96 @@ def test_what_steps_leave_is_the_librarys(case: tuple[str, dict[str, Any]]) -> N
     name, config = case
     made, _ = _split(config)
     want, got = _both(name, made, {}, LEFT[name])
+    if name != "PNDMScheduler" or config.get("skip_prk_steps"):
+        assert isinstance(want[1][LEFT[name][0]], Tensor)
+    for left in ("last_sample", "sample"):  # the last step keeps nothing for another one
+        want[-1].pop(left, None)
     for ours, library in zip(got, want, strict=True):
         _check(ours, library, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "at"),
+    [
+        (("DPMSolverSinglestepScheduler", {}), "sample", 1),
+        (
+            ("DPMSolverSinglestepScheduler", {"solver_order": 3, "lower_order_final": True}),
+            "sample",
+            2,
+        ),
+        (("PNDMScheduler", {"skip_prk_steps": True}), "cur_sample", 1),
+        (("PNDMScheduler", {}), "cur_sample", 2),
+        (("PNDMScheduler", {}), "cur_model_output", 3),
+        (("UniPCMultistepScheduler", {}), "last_sample", 2),
+        (("SASolverScheduler", {}), "last_sample", 2),
+        (("SASolverScheduler", {}), "last_noise", 2),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_steps_keep_can_be_replaced(
+    config: tuple[str, dict[str, Any]], changed: str, at: int
+) -> None:
+    """The run goes on with it as the library's does."""
+    name, made = config
+
+    def change(scheduler: Any, i: int) -> None:
+        if i == at:
+            setattr(scheduler, changed, 1.25 * getattr(scheduler, changed))
+
+    def keep(scheduler: Any, i: int) -> None:
+        if i == at:
+            setattr(scheduler, changed, getattr(scheduler, changed))
+
+    theirs, ours, plain, kept = (
+        _run(getattr(library, name)(**made), torch.float32, {}, at)
+        for library, at in (
+            (diffusers, change),
+            (drop_in, change),
+            (drop_in, lambda scheduler, i: None),
+            (drop_in, keep),
+        )
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kept, plain, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(ours, plain, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_steps_do_not_keep_is_refused() -> None:
+    def change(scheduler: Any, i: int) -> None:
+        if i == 2:
+            assert scheduler.cur_sample is None
+            assert scheduler.cur_model_output == 0
+            scheduler.cur_sample, scheduler.cur_model_output = None, 0
+            for name in ("cur_sample", "cur_model_output"):
+                with pytest.raises(ValueError, match=f"{name} is (None|0) after these steps"):
+                    setattr(scheduler, name, torch.zeros(2, 3, 4))
+
+    _run(drop_in.PNDMScheduler(skip_prk_steps=True), torch.float32, {}, change)
+    with pytest.raises(ValueError, match=r"shape of last_sample, \(2, 3, 4\), got \(3,\)"):
+        _run(
+            drop_in.SASolverScheduler(),
+            torch.float32,
+            {},
+            lambda scheduler, i: setattr(scheduler, "last_noise", torch.zeros(3)),
+        )
+
+
+@torch.no_grad()
+def test_the_last_noise_is_that_of_the_kernel() -> None:
+    def at(scheduler: Any, i: int) -> None:
+        if i:
+            want = mmfast.randn((2, 3, 4), seed=7, offset=i - 1)
+            torch.testing.assert_close(scheduler.last_noise, want, rtol=0, atol=0)
+
+    scheduler = drop_in.SASolverScheduler()
+    scheduler.use_philox(7)
+    scheduler.set_timesteps(5)
+    x = torch.ones(2, 3, 4)
+    for i, t in enumerate(scheduler.timesteps):
+        at(scheduler, i)
+        x = scheduler.step(x, t, x, return_dict=False)[0]
 
 
 @torch.no_grad()

@@ -67,7 +67,10 @@ class History:
 
 
 class LastSample:
-    """``last_sample``, that the last step started from; our history has a multiple of it."""
+    """``last_sample``, that the last step started from.
+
+    Our history has a multiple of it, with what the step's noise adds.
+    """
 
     def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
         if scheduler is None:
@@ -76,7 +79,9 @@ class LastSample:
             return vars(scheduler)["last_sample"]
         state = vars(scheduler)["_tabled"]
         factor = self._factor(state)
-        return state.slot(state.program.ring) / factor if factor else None
+        if not factor:
+            return None
+        return (state.slot(state.program.ring) - scheduler._noise_of_last(state)) / factor
 
     def __set__(self, scheduler: Any, value: Tensor | None) -> None:
         if scheduler._pushed() is None:
@@ -90,7 +95,7 @@ class LastSample:
                 f"until the last step, got {'None' if value is None else 'a tensor after it'}; "
                 "call set_timesteps to begin anew"
             )
-        state.write(state.program.ring, value * factor)
+        state.write(state.program.ring, value * factor + scheduler._noise_of_last(state))
 
     @staticmethod
     def _factor(state: State) -> float:
@@ -99,6 +104,42 @@ class LastSample:
         assert isinstance(state.next, int)
         made = state.next - state.begin
         return state.program.factors[made - 1] if made else 0.0
+
+
+class Kept:
+    """An attribute of the library that steps keep besides: a copy of a slot of our history.
+
+    Setting it to a tensor replaces that; what a run has not can only be set before one.
+    """
+
+    def __init__(self, name: str, default: Any = None) -> None:
+        self.name = name
+        self.default = default  # the library's, where there is nothing to keep
+
+    def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
+        if scheduler is None:
+            return self
+        if scheduler._pushed() is None:
+            try:
+                return vars(scheduler)[self.name]
+            except KeyError:
+                raise AttributeError(self.name) from None
+        kept = scheduler._kept(self.name)
+        return self.default if kept is None else kept
+
+    def __set__(self, scheduler: Any, value: Any) -> None:
+        if scheduler._pushed() is None:
+            vars(scheduler)[self.name] = value
+            return
+        has = scheduler._kept(self.name)
+        if isinstance(value, Tensor) and has is not None:
+            scheduler._keep(self.name, value)
+        elif isinstance(value, Tensor) or has is not None or value != self.default:
+            here = self.default if has is None else "a tensor"
+            raise ValueError(
+                f"{self.name} is {here} after these steps and stays one in the middle of a run: "
+                "call set_timesteps to begin anew"
+            )
 
 
 class Count:

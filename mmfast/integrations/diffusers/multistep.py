@@ -20,10 +20,12 @@ from mmfast.integrations.diffusers.families import (
     Stretched,
 )
 from mmfast.integrations.diffusers.handover import filled
-from mmfast.integrations.diffusers.history import History, LastSample, Shown
+from mmfast.integrations.diffusers.history import History, Kept, LastSample, Shown
+from mmfast.integrations.diffusers.state import Index, State
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import solvers
 from mmfast.integrations.diffusers.tables.program import Program
+from mmfast.ops.randn import randn
 
 
 class Solver(SetFirst):
@@ -118,7 +120,17 @@ class Predicting(Solver):
 class DPMSinglestep(DPM, Predicting):
     _program = staticmethod(solvers.dpm_singlestep)
 
-    sample: Any  # of the library: what the group of steps started from
+    sample = Kept("sample")  # that the group of steps started from
+
+    def _kept(self, name: str) -> Tensor:
+        state: State = vars(self)["_tabled"]
+        assert state.program is not None
+        return state.copied(state.program.ring)
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        state: State = vars(self)["_tabled"]
+        assert state.program is not None
+        state.write(state.program.ring, value)
 
     def _noise(self, model_output: Tensor, sample: Tensor, generator: Any) -> Tensor:
         dtype = self._converted(sample.dtype, model_output.dtype)
@@ -129,15 +141,17 @@ class DPMSinglestep(DPM, Predicting):
         return len(values), values
 
     def _recalled_kept(self, program: Program, row: int) -> list[Tensor | None]:
-        return [self.sample]
+        return [vars(self)["sample"]]
 
     def _cleared(self) -> None:
-        vars(self)["model_outputs"] = [None] * self.config.solver_order
-        self.sample = None
+        has = vars(self)
+        has["model_outputs"] = [None] * self.config.solver_order
+        has["sample"] = None
 
     def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
-        vars(self)["model_outputs"] = filled(pushed, self.config.solver_order)
-        (self.sample,) = kept
+        has = vars(self)
+        has["model_outputs"] = filled(pushed, self.config.solver_order)
+        (has["sample"],) = kept
 
 
 class Corrected(Outputs):
@@ -145,6 +159,7 @@ class Corrected(Outputs):
 
     _orders: ClassVar[dict[str, tuple[str, int]]]  # of the last step: of which option, and how many
 
+    last_sample = LastSample()
     timestep_list = Shown("timestep_list")
 
     def _shown(self, name: str) -> Any:
@@ -159,6 +174,10 @@ class Corrected(Outputs):
         last = vars(self)["last_sample"]
         return [None if last is None else last * program.factors[row]]
 
+    def _noise_of_last(self, state: State) -> Tensor | float:
+        """What the noise of the last step has added to the slot of its sample."""
+        return 0.0
+
     def _cleared(self) -> None:
         super()._cleared()
         vars(self)["last_sample"] = None
@@ -166,11 +185,11 @@ class Corrected(Outputs):
 
     def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
         super()._handed(made, pushed, kept)
-        state = vars(self)["_tabled"]
-        factor = state.program.factors[made - 1]
-        vars(self)["last_sample"] = kept[0] / factor if factor else None
+        has = vars(self)
+        last = self.last_sample
+        has["last_sample"] = None if last is None else last.to(kept[0].dtype)
         for name in ("timestep_list", *self._orders):
-            vars(self)[name] = self._shown(name)
+            has[name] = self._shown(name)
 
     def _order_of_last(self, highest: int, made: int, more: int = 0) -> int:
         """Of the last of so many steps: the corrector, with one more value, has one more."""
@@ -188,7 +207,6 @@ class UniPC(KeepsType, Corrected, Solver, Stretched):
 
     _orders: ClassVar = {"this_order": ("solver_order", 0)}
 
-    last_sample = LastSample()
     this_order = Shown("this_order")
 
     def step(
@@ -220,17 +238,59 @@ class SASolver(KeepsType, Corrected, CumulativeNoise, Predicting):
         "this_corrector_order": ("corrector_order", 1),
     }
 
-    last_noise: Any  # of the library
+    _leaves = True
+
+    last_noise = Kept("last_noise")
     this_predictor_order = Shown("this_predictor_order")
     this_corrector_order = Shown("this_corrector_order")
 
+    def _called(
+        self, state: State, index: Index, call: tuple[Tensor, ...], noise: Tensor | None
+    ) -> None:
+        state.left = noise
+
+    def _kept(self, name: str) -> Tensor | None:
+        state: State = vars(self)["_tabled"]
+        ready = state.ready
+        if state.left is None and ready is not None and ready.seed is not None:
+            offset = _row(state)
+            state.left = randn(ready.shape, seed=ready.seed, offset=offset, device=ready.device)
+        noise: Tensor | None = state.left
+        return noise
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        state: State = vars(self)["_tabled"]
+        assert state.program is not None
+        last = self.last_sample
+        if last is not None:
+            if value.shape != last.shape:
+                raise ValueError(
+                    f"last_noise must have the shape of last_sample, {tuple(last.shape)}, got "
+                    f"{tuple(value.shape)}"
+                )
+            slot, added = state.slot(state.program.ring), self._noise_of_last(state)
+            state.left = value
+            state.write(state.program.ring, slot + (self._noise_of_last(state) - added))
+        state.left = value
+
+    def _noise_of_last(self, state: State) -> Tensor | float:
+        noise = self._kept("last_noise")
+        assert state.program is not None
+        return 0.0 if noise is None else state.program.noises[_row(state)] * noise
+
     def _recalled_kept(self, program: Program, row: int) -> list[Tensor | None]:
         (base,) = super()._recalled_kept(program, row)
-        return [None if base is None else base + program.noises[row] * self.last_noise]
+        noise = vars(self)["_tabled"].left = vars(self).get("last_noise")
+        return [base if base is None or noise is None else base + program.noises[row] * noise]
 
     def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
         super()._handed(made, pushed, kept)
-        self.last_noise = torch.zeros_like(kept[0])  # that of last_sample is in it
+        vars(self)["last_noise"] = self.last_noise
 
     def _highest(self) -> int:
         return max(self.config.predictor_order, self.config.corrector_order - 1)
+
+
+def _row(state: State) -> int:
+    """Of the last step."""
+    return int(state.next) - state.begin - 1

@@ -23,6 +23,7 @@ class Placed:
     _scaled: ClassVar[bool] = False  # scale_model_input does something
     _whole: ClassVar[bool] = True  # integers are timesteps
     _remembers: ClassVar[bool] = True  # steps depend on those before them
+    _leaves: ClassVar[bool] = False  # what a call is given is shown after it
     _twice: ClassVar[bool] = False  # two calls a step, and of equal timesteps the second is meant
 
     # Attributes of the library's own classes.

@@ -8,7 +8,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from mmfast.integrations.diffusers.families import Cumulative, Output, SetFirst, check_set
-from mmfast.integrations.diffusers.history import History
+from mmfast.integrations.diffusers.history import History, Kept
 from mmfast.integrations.diffusers.state import Index, State
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import timesteps
@@ -22,7 +22,7 @@ class Fixed(Tabled):
     """
 
     _by_library = False
-    _kept: ClassVar[tuple[tuple[int, str], ...]] = ()  # slots after the ring, and whose they are
+    _besides: ClassVar[tuple[str, ...]] = ()  # attributes, of the slots after the ring
 
     def _given(self, values: list[Tensor]) -> None:
         self._by_library = self._by_library or bool(values)
@@ -37,26 +37,21 @@ class Fixed(Tabled):
 
     def _leave(self) -> None:
         """Go on with the library's arithmetic, until timesteps are set."""
-        past = self._past()
-        if past:
-            state = vars(self)["_tabled"]
-            dtype = None if state.ready is None else state.ready.dtype
-            for slot, name in self._kept:
-                if slot < len(state.history):
-                    setattr(self, name, state.history[slot].to(dtype, copy=True))
-            past = [value.to(dtype, copy=True) for value in past]
+        slots, kept = self._pushed(), {name: getattr(self, name) for name in self._besides}
+        if slots is not None:
+            vars(self).update(kept, ets=[vars(self)["_tabled"].copied(slot) for slot in slots])
         self._forget()
-        if past is not None:
-            vars(self)["ets"] = past
         self._by_library = True
 
 
 class PNDM(Fixed, Cumulative):
     _program = staticmethod(timesteps.pndm)
     _outputs = (SchedulerOutput, 1)
-    _kept = ((3, "cur_sample"), (4, "cur_model_output"))
+    _besides = ("cur_sample", "cur_model_output")
 
     ets = History("ets")
+    cur_sample = Kept("cur_sample")
+    cur_model_output = Kept("cur_model_output", 0)
     counter: int  # of the library
     _first: Any = 0  # the index of its first call
 
@@ -71,11 +66,20 @@ class PNDM(Fixed, Cumulative):
             return step(model_output, timestep, sample, return_dict=return_dict)
         return self._run(model_output, timestep, sample, return_dict)
 
-    def _leave(self) -> None:
-        between = self.counter % 4 and self._starting()
-        super()._leave()
-        if not between:
-            self.cur_model_output = 0
+    def _slot(self, name: str) -> int | None:
+        """Where it is; None while there is nothing."""
+        state: State = vars(self)["_tabled"]
+        first, total = state.program.ring, state.program.ring + 1  # type: ignore[union-attr]
+        if name == "cur_model_output":
+            return total if self.counter % 4 and self._starting() else None
+        return first if self.counter == 1 or not self.config.skip_prk_steps else None
+
+    def _kept(self, name: str) -> Tensor | None:
+        slot, state = self._slot(name), vars(self)["_tabled"]
+        return None if slot is None else state.copied(slot)
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        vars(self)["_tabled"].write(self._slot(name), value)
 
     def _starting(self) -> bool:
         """Whether the next call is one of the Runge-Kutta steps."""

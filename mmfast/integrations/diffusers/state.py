@@ -54,7 +54,7 @@ class State:
         self.history: Tensor | None = None
         self.shown = False  # whether views of the history may be known outside
         self.resized: dict[int, Tensor] = {}  # what takes the place of slots, in another shape
-        self.call: Any = None  # the first of two, while the second is to come
+        self.left: Any = None  # what the last call leaves to be shown
         self._look()
 
     def _look(self) -> None:
@@ -90,6 +90,10 @@ class State:
         assert self.history is not None
         found = self.resized.get(slot)
         return self.history[slot] if found is None else found
+
+    def copied(self, slot: int) -> Tensor:
+        """A copy of what the history has in a slot, in the dtype of the samples."""
+        return self.slot(slot).to(None if self.ready is None else self.ready.dtype, copy=True)
 
     def write(self, slot: int, value: Tensor) -> None:
         """Put a value into a slot; one of another shape waits for samples of its shape."""

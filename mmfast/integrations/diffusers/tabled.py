@@ -174,8 +174,8 @@ class Tabled(HandedOver):
             sample, model_output, None, 1.0, None, ready.table, step, noise, seed, variance,
             threshold, out, history, second, None,
         )  # fmt: skip
-        if self._twice:
-            self._called(state, index, (sample, model_output, out))
+        if self._leaves:
+            self._called(state, index, (sample, model_output, out), noise)
         self._advance(index)
         state.next = index + 1 if counted else self.__dict__.get("_step_index", -1)
         if second is None:
@@ -203,8 +203,14 @@ class Tabled(HandedOver):
         values = (out,) if ready.outputs == 1 else (out, second)
         return made(ready.kind, ready.fields, values) if return_dict else values
 
-    def _called(self, state: State, index: Index, call: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Remember a call's sample, model output and result, of those that make two a step."""
+    def _called(
+        self,
+        state: State,
+        index: Index,
+        call: tuple[Tensor, Tensor, Tensor],
+        noise: Tensor | None,
+    ) -> None:
+        """Remember of a call, its sample, model output, result and noise, what is to be shown."""
 
     def _history(self, state: State, ready: Ready, sample: Tensor, goes_on: bool) -> Tensor:
         history = state.history

@@ -53,7 +53,7 @@ class Between:
         has = vars(scheduler)
         state: State | None = has.get("_tabled")
         if state is not None and state.runs():
-            call = state.call
+            call = state.left
             return None if call is None else scheduler._left(self.name, call)
         try:
             return has[self.name]
@@ -82,7 +82,7 @@ class Between:
 class TwoCalls(Tabled):
     """Those that call the model twice a step."""
 
-    _twice = True
+    _twice = _leaves = True
     _between: ClassVar[tuple[str, ...]] = ("sample",)
 
     sample = Between("sample")
@@ -92,14 +92,20 @@ class TwoCalls(Tabled):
         assert name == "sample"
         return call.sample
 
-    def _called(self, state: State, index: Index, call: tuple[Tensor, Tensor, Tensor]) -> None:
-        between = state.call is not None
+    def _called(
+        self,
+        state: State,
+        index: Index,
+        call: tuple[Tensor, Tensor, Tensor],
+        noise: Tensor | None,
+    ) -> None:
+        between = state.left is not None
         if isinstance(index, int):
             between = (index - state.begin) % 2 == 1
         if between:
-            state.call = None
+            state.left = None
         else:
-            state.call = Call(index, *call, state.key[1], state.options)
+            state.left = Call(index, *call, state.key[1], state.options)
 
     def _recalled(self) -> tuple[int, Sequence[Tensor | None]]:
         return 0 if vars(self).get("sample") is None else 1, []
@@ -111,7 +117,7 @@ class TwoCalls(Tabled):
         vars(self).update(dict.fromkeys(self._between))
 
     def _handed(self, made: int, pushed: list[Tensor], kept: list[Tensor]) -> None:
-        call = vars(self)["_tabled"].call
+        call = vars(self)["_tabled"].left
         if call is not None:
             vars(self).update({name: self._left(name, call) for name in self._between})
 
