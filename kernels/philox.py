@@ -21,7 +21,8 @@ import triton.language as tl
 
 _SCALE = tl.constexpr(2.0**-32)
 _HALF = tl.constexpr(2.0**-33)
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
+MINUS_TWO_LOG_2 = tl.constexpr(-1.38629436 * 2.0**-23)  # times an exponent as split has it
+_QUARTER_SCALE = tl.constexpr(2.0**-34)
 
 
 @triton.jit
@@ -62,10 +63,10 @@ def log_quotient(f):
 
 @triton.jit
 def split(u):
-    """Exponent e and f from -1/3 to 1/3: u = 2^e (1 + f), u normal."""
+    """2^23 e, the exponent where it lies, and f from -1/3 to 1/3: u = 2^e (1 + f), u normal."""
     bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F2AAAAB) >> 23
-    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    exponent = (bits - 0x3F2AAAAB) & -0x800000
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
     return exponent.to(tl.float32), f
 
 
@@ -73,14 +74,21 @@ def split(u):
 def minus_two_log(u):
     """-2 log u, u normal."""
     exponent, f = split(u)
-    return tl.fma(exponent, -1.38629436, f * log_quotient(f))
+    return tl.fma(exponent, MINUS_TWO_LOG_2, f * log_quotient(f))
 
 
 @triton.jit
-def cosine_and_sine(u):
-    """Of 2 pi u, u from 0 to 1."""
-    shifted = tl.fma(u, 4.0, _ROUND)
-    r = tl.fma(shifted - _ROUND, -0.25, u)
+def turns(word):
+    """From -1/8 to 1/8, of the lower 30 bits of a word."""
+    return (word << 2).to(tl.int32, bitcast=True).to(tl.float32) * _QUARTER_SCALE + _HALF
+
+
+@triton.jit
+def box_muller(word0, word1):
+    """Two normals of two words."""
+    radius = tl.sqrt_rn(minus_two_log(uniform(word0)))
+    radius = tl.where((word1 >> 31) != 0, -radius, radius)
+    r = turns(word1)
     z = r * r
     s = tl.fma(z, -75.3935623, 81.5923538)
     s = tl.fma(s, z, -41.3416634)
@@ -89,21 +97,8 @@ def cosine_and_sine(u):
     c = tl.fma(c, z, 64.9393692)
     c = tl.fma(c, z, -19.7392082)
     c = tl.fma(c, z, 1.0)
-    quarter = shifted.to(tl.int32, bitcast=True)
-    turned = (quarter & 1) != 0
-    cosine = tl.where(turned, s, c)
-    sine = tl.where(turned, c, s)
-    cosine = tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
-    sine = tl.where((quarter & 2) != 0, -sine, sine)
-    return cosine, sine
-
-
-@triton.jit
-def box_muller(word0, word1):
-    """Two normals of two words."""
-    radius = tl.sqrt_rn(minus_two_log(uniform(word0)))
-    cosine, sine = cosine_and_sine(uniform(word1))
-    return radius * cosine, radius * sine
+    turned = (word1 & 0x40000000) != 0
+    return radius * tl.where(turned, s, c), radius * tl.where(turned, c, s)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels.common import common_multiple, multiple, num_threads, rounded
-from mmfast.kernels.philox import in_order, normals_in_order, uniform, words
+from mmfast.kernels.philox import in_order, normals_in_order, turns, uniform, words
 
 _BLOCK = 1024
 
@@ -26,11 +26,8 @@ _BLOCK = 1024
 def _box_muller_double(word0, word1):
     """As mmfast.philox.box_muller, in float64."""
     radius = tl.sqrt(-2.0 * tl.log(uniform(word0).to(tl.float64)))
-    u = uniform(word1)
-    shifted = u * 4.0 + 12582912.0  # an integer in the lowest bits; the product is exact
-    quarter = shifted.to(tl.int32, bitcast=True)
-    rest = u.to(tl.float64) - (shifted - 12582912.0).to(tl.float64) * 0.25
-    x = rest * tl.full([], 6.283185307179586, tl.float64)
+    radius = tl.where((word1 >> 31) != 0, -radius, radius)
+    x = turns(word1).to(tl.float64) * tl.full([], 6.283185307179586, tl.float64)
     z = x * x
     # Taylor's series: the next terms are below the last place.
     s = z * 0.0 + 1.0
@@ -40,12 +37,8 @@ def _box_muller_double(word0, word1):
         c = 1.0 - c * z / ((18 - 2 * i) * (17 - 2 * i))
     c = 1.0 - c * z / 2
     s = s * x
-    turned = (quarter & 1) != 0
-    cosine = tl.where(turned, s, c)
-    sine = tl.where(turned, c, s)
-    cosine = tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
-    sine = tl.where((quarter & 2) != 0, -sine, sine)
-    return radius * cosine, radius * sine
+    turned = (word1 & 0x40000000) != 0
+    return radius * tl.where(turned, s, c), radius * tl.where(turned, c, s)
 
 
 @triton.jit

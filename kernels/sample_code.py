@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmfast.kernels.common import at_most, num_threads, strides
 from mmfast.kernels.philox import (
+    MINUS_TWO_LOG_2,
     in_order,
     log_quotient,
     minus_two_log,
@@ -39,7 +40,7 @@ def _gumbel_near(u):
     u = tl.minimum(u, _BELOW_ONE)
     exponent, f = split(1.0 - u)
     f = tl.where(u < 0.33, -u, f)  # without the rounding of 1 - u
-    return 0.5 * minus_two_log(0.5 * tl.fma(exponent, -1.38629436, f * log_quotient(f)))
+    return 0.5 * minus_two_log(0.5 * tl.fma(exponent, MINUS_TWO_LOG_2, f * log_quotient(f)))
 
 
 @triton.jit

@@ -54,23 +54,28 @@ def uniform(word: Tensor) -> Tensor:
     return (word.double() * 2.0**-32).float() + 2.0**-33
 
 
-def box_muller(word: Tensor) -> Tensor:
-    """Normals in float64 of words ``(..., 4)``: a cosine and a sine for each pair.
+def angle(word: Tensor) -> Tensor:
+    """Turns from -1/8 to 1/8 in float32, of the lower 30 bits of a word as a signed number n.
 
-    Radius sqrt(-2 log u0), angle 2 pi u1. The angle is reduced to an eighth of a turn before it is
-    multiplied by pi: cosines near zero keep their relative precision.
+    float32(4 n) 2^-34 + 2^-33, so that none is 0 and small ones keep their relative precision.
     """
-    u = uniform(word).double()
-    radius = (-2 * u[..., 0::2].log()).sqrt()  # [..., 2]
-    turns = u[..., 1::2]
-    quarter = (4 * turns).round()
-    rest = (turns - quarter / 4) * (2 * math.pi)
-    cosine, sine = rest.cos(), rest.sin()
-    odd = quarter % 2 == 1
-    cosine, sine = torch.where(odd, sine, cosine), torch.where(odd, cosine, sine)
-    cosine = torch.where((quarter == 1) | (quarter == 2), -cosine, cosine)
-    sine = torch.where((quarter == 2) | (quarter == 3), -sine, sine)
-    return torch.stack((radius * cosine, radius * sine), -1).flatten(-2)
+    n = (word << 2 & _WORD) - (word << 3 & 1 << 32)
+    return (n.float().double() * 2.0**-34 + 2.0**-33).float()
+
+
+def box_muller(word: Tensor) -> Tensor:
+    """Normals in float64 of words ``(..., 4)``: two for each pair.
+
+    Radius sqrt(-2 log u0), times the cosine and sine of 2 pi a1, the :func:`angle`. Bit 30 of the
+    second word has them change places and bit 31 turns both signs, which makes it a whole turn.
+    """
+    radius = (-2 * uniform(word[..., 0::2]).double().log()).sqrt()
+    second = word[..., 1::2]
+    radius = torch.where(second >> 31 == 1, -radius, radius)
+    radians = angle(second).double() * (2 * math.pi)
+    pair = radius * radians.cos(), radius * radians.sin()
+    pair = torch.stack(pair, -1)
+    return torch.where((second >> 30 & 1 == 1)[..., None], pair.flip(-1), pair).flatten(-2)
 
 
 def gumbel(word: Tensor) -> Tensor:

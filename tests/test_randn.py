@@ -71,9 +71,13 @@ def expected(seed: int, offset: int, element: int) -> float:
     def rounded(x: float) -> float:
         return torch.tensor(x, dtype=torch.float64).float().item()
 
-    u0, u1 = (rounded(rounded(word) * 2.0**-32 + 2.0**-33) for word in c[even : even + 2])
-    part = math.sin if element % 2 else math.cos
-    return math.sqrt(-2 * math.log(u0)) * part(2 * math.pi * u1)
+    first, second = c[even : even + 2]
+    u = rounded(rounded(first) * 2.0**-32 + 2.0**-33)
+    signed = (second % 2**30 ^ 2**29) - 2**29
+    turns = rounded(rounded(4 * signed) * 2.0**-34 + 2.0**-33)
+    radius = math.sqrt(-2 * math.log(u)) * (-1 if second >= 2**31 else 1)
+    changed = element % 2 ^ second >> 30 & 1
+    return radius * (math.sin if changed else math.cos)(2 * math.pi * turns)
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 5, -(2**63), 2**64 - 3])
@@ -88,18 +92,22 @@ def test_definition(backend, seed, offset):
 
 
 def test_extreme_words():
-    """The least and the largest uniform number, and right angles."""
+    """The least and the largest uniform number, and angles about right ones."""
     assert philox.uniform(torch.tensor([0, WORD])).tolist() == [2.0**-33, 1.0]
-    words = torch.tensor([WORD, WORD, 0, 0, 0, 1 << 30, 0, 1 << 31])
-    made = philox.box_muller(words.unflatten(0, (2, 4))).flatten()
-    largest = math.sqrt(66 * math.log(2))
-    assert made[:2].tolist() == [0, 0]
-    assert made[2].item() == pytest.approx(largest, rel=1e-12)
-    # An eighth of a turn leaves nothing of 2^-33 in float32 above a quarter.
-    assert made[4].item() == 0
-    assert made[5].item() == pytest.approx(largest, rel=1e-12)
-    assert made[6].item() == pytest.approx(-largest, rel=1e-12)
-    assert made[7].item() == 0
+    second = torch.tensor([0, WORD >> 2, 1 << 29, (1 << 29) - 1, 1 << 30, 1 << 31, 3 << 30])
+    assert philox.angle(second).tolist() == [
+        2.0**-33, -(2.0**-33), -0.125, 0.125, 2.0**-33, 2.0**-33, 2.0**-33
+    ]  # fmt: skip
+    first = torch.zeros_like(second)
+    made = philox.box_muller(torch.stack((first, second, first + WORD, second), -1))
+    assert not made[:, 2:].any()
+    large = math.sqrt(66 * math.log(2))
+    small, even = large * math.pi * 2.0**-32, large / math.sqrt(2)
+    want = [(large, small), (large, -small), (even, -even), (even, even), (small, large),
+            (-large, -small), (-small, -large)]  # fmt: skip
+    torch.testing.assert_close(
+        made[:, :2], torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,7 +2,6 @@
 // random numbers: as easy as 1, 2, 3", 2011), uniform numbers and Box-Muller normals.
 //
 //   const Random random(seed, offset);                       // once per sample
-//   const auto v = normals<2>(random, element / 4).v;        // in registers: v[0] to v[3]
 //   fill_normals(random, element, out, count);               // or to memory, from any element
 //
 // A round waits for the one before, so that calls which make several vectors side by side take less
@@ -23,8 +22,7 @@ constexpr int64_t random_blocks = lanes / 2;
 struct Random {
   static constexpr int rounds = 10;
   static constexpr uint32_t multipliers[2] = {0xD2511F53u, 0xCD9E8D57u};
-  int32_t keys[rounds][2];
-  int32_t lower, upper;  // counter words 1 and 3 of the second round and the first
+  int32_t keys[rounds][2];  // with what all blocks have of the offset
 
   Random(int64_t seed, int64_t offset) {
     uint32_t a = (uint32_t)seed, b = (uint32_t)((uint64_t)seed >> 32);
@@ -35,8 +33,8 @@ struct Random {
     // In the first round all blocks multiply the offset.
     const uint64_t product = (uint64_t)(uint32_t)offset * multipliers[1];
     keys[0][0] ^= (int32_t)(product >> 32);
-    lower = (int32_t)product;
-    upper = (int32_t)((uint64_t)offset >> 32);
+    keys[0][1] ^= (int32_t)((uint64_t)offset >> 32);
+    keys[1][0] ^= (int32_t)product;
   }
 };
 
@@ -46,15 +44,32 @@ struct Random {
 MMFAST_INLINE vi count_from(int64_t block) {
   return _mm512_add_epi64(_mm512_set1_epi64(block), _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0));
 }
+MMFAST_INLINE vi count_on(vi counter, int64_t n) {
+  return _mm512_add_epi64(counter, _mm512_set1_epi64(n));
+}
 MMFAST_INLINE vi multiply_words(vi a, vi b) { return _mm512_mul_epu32(a, b); }
 MMFAST_INLINE vi upper_words(vi a) { return _mm512_shuffle_epi32(a, _MM_PERM_DDBB); }
+// From intrinsics GCC makes a broadcast by itself, on a port that the products need.
+MMFAST_INLINE vi xor_key(vi a, const int32_t& key) {
+  __asm__("vpxord %1%{1to16%}, %0, %0" : "+v"(a) : "m"(key));
+  return a;
+}
 MMFAST_INLINE vi xor_key(vi a, vi b, const int32_t& key) {
-  // From an intrinsic GCC makes a broadcast by itself, on a port that the products need.
   __asm__("vpternlogd $0x96, %2%{1to16%}, %1, %0" : "+v"(a) : "v"(b), "m"(key));
+  return a;
+}
+MMFAST_INLINE vi xor_keys(vi a, vi b, const int32_t (&keys)[2]) {
+  __asm__("vpternlogq $0x96, %2%{1to8%}, %1, %0" : "+v"(a) : "v"(b), "m"(keys));
   return a;
 }
 MMFAST_INLINE vi pair_words(vi low, vi high) {
   return _mm512_mask_shuffle_epi32(low, 0xAAAA, high, _MM_PERM_CCAA);
+}
+MMFAST_INLINE vi pair_upper_words(vi low, vi high) {
+  return _mm512_mask_shuffle_epi32(high, 0x5555, low, _MM_PERM_DDBB);
+}
+MMFAST_INLINE vf flip_sign(vf x, vi bits) {
+  return (vf)_mm512_ternarylogic_epi32((vi)x, bits, vset(INT32_MIN), 0x78);
 }
 MMFAST_INLINE vf first_ordered(vf even, vf odd) {
   return (vf)_mm512_unpacklo_ps((__m512)even, (__m512)odd);
@@ -66,13 +81,21 @@ MMFAST_INLINE vf second_ordered(vf even, vf odd) {
 MMFAST_INLINE vi count_from(int64_t block) {
   return _mm256_add_epi64(_mm256_set1_epi64x(block), _mm256_set_epi64x(3, 1, 2, 0));
 }
+MMFAST_INLINE vi count_on(vi counter, int64_t n) {
+  return _mm256_add_epi64(counter, _mm256_set1_epi64x(n));
+}
 MMFAST_INLINE vi multiply_words(vi a, vi b) { return _mm256_mul_epu32(a, b); }
 MMFAST_INLINE vi upper_words(vi a) { return _mm256_srli_epi64(a, 32); }
-MMFAST_INLINE vi xor_key(vi a, vi b, int32_t key) {
-  return _mm256_xor_si256(_mm256_xor_si256(a, b), vset(key));
+MMFAST_INLINE vi xor_key(vi a, int32_t key) { return _mm256_xor_si256(a, vset(key)); }
+MMFAST_INLINE vi xor_key(vi a, vi b, int32_t key) { return xor_key(_mm256_xor_si256(a, b), key); }
+MMFAST_INLINE vi xor_keys(vi a, vi b, const int32_t (&keys)[2]) {
+  return _mm256_xor_si256(_mm256_xor_si256(a, b), _mm256_set1_epi64x(load<int64_t>(keys)));
 }
 MMFAST_INLINE vi pair_words(vi low, vi high) {
   return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA);
+}
+MMFAST_INLINE vi pair_upper_words(vi low, vi high) {
+  return _mm256_blend_epi32(_mm256_srli_epi64(low, 32), high, 0xAA);
 }
 MMFAST_INLINE vf first_ordered(vf even, vf odd) {
   return (vf)_mm256_unpacklo_ps((__m256)even, (__m256)odd);
@@ -84,19 +107,34 @@ MMFAST_INLINE vf second_ordered(vf even, vf odd) {
 MMFAST_INLINE vi count_from(int64_t block) {
   return _mm_add_epi64(_mm_set1_epi64x(block), _mm_set_epi64x(1, 0));
 }
+MMFAST_INLINE vi count_on(vi counter, int64_t n) {
+  return _mm_add_epi64(counter, _mm_set1_epi64x(n));
+}
 MMFAST_INLINE vi multiply_words(vi a, vi b) { return _mm_mul_epu32(a, b); }
 MMFAST_INLINE vi upper_words(vi a) { return _mm_srli_epi64(a, 32); }
-MMFAST_INLINE vi xor_key(vi a, vi b, int32_t key) {
-  return _mm_xor_si128(_mm_xor_si128(a, b), vset(key));
+MMFAST_INLINE vi xor_key(vi a, int32_t key) { return _mm_xor_si128(a, vset(key)); }
+MMFAST_INLINE vi xor_key(vi a, vi b, int32_t key) { return xor_key(_mm_xor_si128(a, b), key); }
+MMFAST_INLINE vi xor_keys(vi a, vi b, const int32_t (&keys)[2]) {
+  return _mm_xor_si128(_mm_xor_si128(a, b), _mm_set1_epi64x(load<int64_t>(keys)));
 }
 MMFAST_INLINE vi pair_words(vi low, vi high) {
   return _mm_or_si128(_mm_and_si128(low, _mm_set1_epi64x(0xFFFFFFFF)), _mm_slli_epi64(high, 32));
+}
+MMFAST_INLINE vi pair_upper_words(vi low, vi high) {
+  return _mm_or_si128(_mm_srli_epi64(low, 32), _mm_andnot_si128(_mm_set1_epi64x(0xFFFFFFFF), high));
 }
 MMFAST_INLINE vf first_ordered(vf even, vf odd) {
   return (vf)_mm_unpacklo_ps((__m128)even, (__m128)odd);
 }
 MMFAST_INLINE vf second_ordered(vf even, vf odd) {
   return (vf)_mm_unpackhi_ps((__m128)even, (__m128)odd);
+}
+#endif
+#if !defined(__AVX512F__)
+// Where bits have their sign.
+MMFAST_INLINE vf flip_sign(vf x, vi bits) {
+  using vw = int32_t __attribute__((vector_size(4 * lanes)));
+  return (vf)((vw)x ^ ((vw)bits & INT32_MIN));
 }
 #endif
 
@@ -107,33 +145,50 @@ struct Words {
   vi even[count], odd[count];
 };
 
+// Of blocks whose counters have one upper word: it leaves them word 0 of the second round's counter
+// in common, and word 3 of the third's.
 template <int count>
 MMFAST_INLINE Words<count> words(const Random& random, int64_t block) {
+  constexpr int last = Random::rounds - 1;
+  const auto& keys = random.keys;
   const vi a = vset((int32_t)Random::multipliers[0]), b = vset((int32_t)Random::multipliers[1]);
+  const uint32_t common = (uint32_t)((uint64_t)block >> 32) ^ (uint32_t)keys[0][0];
+  const uint64_t product = (uint64_t)common * Random::multipliers[0];
+  const int32_t second = (int32_t)(product >> 32) ^ keys[1][1];
+  const int32_t third = (int32_t)product ^ keys[2][1];
+  const vi counter = count_from(block);
   vi c0[count], c1[count], c2[count], c3[count];
 #pragma GCC unroll 8
   for (int j = 0; j < count; ++j) {
-    const vi counter = count_from(block + j * random_blocks);
-    c3[j] = multiply_words(counter, a);
-    c2[j] = xor_key(upper_words(c3[j]), vset(random.upper), random.keys[0][1]);
-    c1[j] = vset(random.lower);
-    c0[j] = xor_key(upper_words(counter), vi{}, random.keys[0][0]);
+    const vi p = multiply_words(count_on(counter, j * random_blocks), a);
+    c1[j] = multiply_words(xor_key(upper_words(p), keys[0][1]), b);
+    c0[j] = xor_key(upper_words(c1[j]), keys[1][0]);
+    c2[j] = xor_key(p, second);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < count; ++j) {
+    c3[j] = multiply_words(c0[j], a);
+    const vi q = multiply_words(c2[j], b);
+    c0[j] = xor_key(upper_words(q), c1[j], keys[2][0]);
+    c2[j] = xor_key(upper_words(c3[j]), third);
+    c1[j] = q;
   }
 #pragma GCC unroll 9
-  for (int i = 1; i < Random::rounds; ++i)
+  for (int i = 3; i < last; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < count; ++j) {
       const vi p = multiply_words(c0[j], a), q = multiply_words(c2[j], b);
-      c0[j] = xor_key(upper_words(q), c1[j], random.keys[i][0]);
-      c2[j] = xor_key(upper_words(p), c3[j], random.keys[i][1]);
+      c0[j] = xor_key(upper_words(q), c1[j], keys[i][0]);
+      c2[j] = xor_key(upper_words(p), c3[j], keys[i][1]);
       c1[j] = q;
       c3[j] = p;
     }
   Words<count> made;
 #pragma GCC unroll 8
   for (int j = 0; j < count; ++j) {
-    made.even[j] = pair_words(c0[j], c2[j]);
-    made.odd[j] = pair_words(c1[j], c3[j]);
+    const vi p = multiply_words(c0[j], a), q = multiply_words(c2[j], b);
+    made.even[j] = xor_keys(pair_upper_words(q, p), pair_words(c1[j], c3[j]), keys[last]);
+    made.odd[j] = pair_words(q, p);
   }
   return made;
 }
@@ -179,19 +234,20 @@ MMFAST_INLINE vf log_quotient(vf f) {
 // -2 log u, u normal.
 MMFAST_INLINE vf minus_two_log(vf u) {
   const vw bits = (vw)u;
-  const vw exponent = (bits - 0x3F2AAAAB) >> 23;  // the rest is from 2/3 to 4/3
-  const vf f = (vf)(bits - (exponent << 23)) - 1.f;
-  return fma(to_float(exponent), vf{} - 1.38629436f, f * log_quotient(f));
+  // The exponent where it lies, 2^23 times as large. The rest is from 2/3 to 4/3.
+  const vw exponent = (bits - 0x3F2AAAAB) & (int32_t)0xFF800000;
+  const vf f = (vf)(bits - exponent) - 1.f;
+  return fma(to_float(exponent), vf{} - 1.38629436f * 0x1p-23f, f * log_quotient(f));
 }
 
 struct CosineSine {
   vf cosine, sine;
 };
 
-// Of 2 pi u, u from 0 to 1.
-MMFAST_INLINE CosineSine cosine_and_sine(vf u) {
-  const vf shifted = fma(u, vf{} + 4.f, vf{} + 0x1.8p23f);
-  const vf r = fma(shifted - 0x1.8p23f, vf{} - 0.25f, u), z = r * r;
+// Of the angle that the lower 30 bits of a word are, an eighth of a turn at most; the next bit has
+// sine and cosine change places.
+MMFAST_INLINE CosineSine cosine_and_sine(vi word) {
+  const vf r = fma(to_float((vw)word << 2), vf{} + 0x1p-34f, vf{} + 0x1p-33f), z = r * r;
   vf s = fma(vf{} - 75.3935623f, z, vf{} + 81.5923538f);
   s = fma(s, z, vf{} - 41.3416634f);
   s = fma(s, z, vf{} + 6.28318548f) * r;
@@ -199,12 +255,8 @@ MMFAST_INLINE CosineSine cosine_and_sine(vf u) {
   c = fma(c, z, vf{} + 64.9393692f);
   c = fma(c, z, vf{} - 19.7392082f);
   c = fma(c, z, vf{} + 1.f);
-  const vw quarter = (vw)shifted;
-  const auto turned = (quarter & 1) != 0;
-  const vf cosine = turned ? s : c, sine = turned ? c : s;
-  constexpr int32_t sign = INT32_MIN;
-  return {(vf)((vw)cosine ^ (((quarter + 1) << 30) & sign)),
-          (vf)((vw)sine ^ ((quarter << 30) & sign))};
+  const auto turned = ((vw)word & (1 << 30)) != 0;
+  return {turned ? s : c, turned ? c : s};
 }
 
 // Elements 4 block to 4 block + count * random_width, in their order.
@@ -213,28 +265,24 @@ struct Numbers {
   vf v[2 * count];
 };
 
-template <int count>
-MMFAST_INLINE Numbers<count> uniforms(const Random& random, int64_t block) {
-  const Words<count> w = words<count>(random, block);
-  Numbers<count> made;
-#pragma GCC unroll 8
-  for (int j = 0; j < count; ++j) {
-    const vf even = uniform(w.even[j]), odd = uniform(w.odd[j]);
-    made.v[2 * j] = first_ordered(even, odd);
-    made.v[2 * j + 1] = second_ordered(even, odd);
-  }
-  return made;
-}
+enum class Kind { words, uniforms, normals };
 
-template <int count>
-MMFAST_INLINE Numbers<count> normals(const Random& random, int64_t block) {
+template <Kind kind, int count>
+MMFAST_INLINE Numbers<count> numbers(const Random& random, int64_t block) {
   const Words<count> w = words<count>(random, block);
   Numbers<count> made;
 #pragma GCC unroll 8
   for (int j = 0; j < count; ++j) {
-    const vf radius = sqrt(minus_two_log(uniform(w.even[j])));
-    const auto [cosine, sine] = cosine_and_sine(uniform(w.odd[j]));
-    const vf even = radius * cosine, odd = radius * sine;
+    vf even = (vf)w.even[j], odd = (vf)w.odd[j];
+    if constexpr (kind == Kind::uniforms) {
+      even = uniform(w.even[j]);
+      odd = uniform(w.odd[j]);
+    } else if constexpr (kind == Kind::normals) {
+      const vf radius = flip_sign(sqrt(minus_two_log(uniform(w.even[j]))), w.odd[j]);
+      const auto [cosine, sine] = cosine_and_sine(w.odd[j]);
+      even = radius * cosine;
+      odd = radius * sine;
+    }
     made.v[2 * j] = first_ordered(even, odd);
     made.v[2 * j + 1] = second_ordered(even, odd);
   }
@@ -242,39 +290,48 @@ MMFAST_INLINE Numbers<count> normals(const Random& random, int64_t block) {
 }
 
 // Several random_width numbers from a block on, to out.
-template <bool normal, int count>
-MMFAST_INLINE void store_numbers(const Random& random, int64_t block, float* out) {
-  const Numbers<count> made =
-      normal ? normals<count>(random, block) : uniforms<count>(random, block);
+template <Kind kind, int count>
+MMFAST_INLINE void store_numbers(const Random& random, int64_t block, void* out) {
+  const Numbers<count> made = numbers<kind, count>(random, block);
 #pragma GCC unroll 16
-  for (int i = 0; i < 2 * count; ++i) store(out + i * lanes, made.v[i]);
+  for (int i = 0; i < 2 * count; ++i) store((vf*)out + i, made.v[i]);
 }
 
 // count numbers of a sample, from any element on.
-template <bool normal>
-static void fill_numbers(const Random& random, int64_t element, float* out, int64_t count) {
-  const auto some = [&](int64_t skipped, int64_t most) {
-    alignas(64) float made[random_width];
-    store_numbers<normal, 1>(random, element / 4, made);
-    const int64_t n = count < most ? count : most;
-    std::memcpy(out, made + skipped, (size_t)n * sizeof(float));
-    element += n;
-    out += n;
-    count -= n;
-  };
-  if (element % 4) some(element % 4, 4 - element % 4);
+template <Kind kind, class T>
+static void fill_numbers(const Random& random, int64_t element, T* out, int64_t count) {
+  static_assert(sizeof(T) == sizeof(float));
   constexpr int64_t many = 4 * random_width;
-  for (; count >= many; element += many, out += many, count -= many)
-    store_numbers<normal, 4>(random, element / 4, out);
-  while (count > 0) some(0, random_width);
+  constexpr int64_t alike = (int64_t)4 << 32;  // elements whose blocks have one upper word
+  while (count > 0) {
+    const int64_t until = alike - (element & (alike - 1));
+    const int64_t end = element + (count < until ? count : until);
+    count -= end - element;
+    const auto some = [&](int64_t skipped, int64_t most) {
+      alignas(64) T made[random_width];
+      store_numbers<kind, 1>(random, element / 4, made);
+      const int64_t n = end - element < most ? end - element : most;
+      std::memcpy(out, made + skipped, (size_t)n * sizeof(T));
+      element += n;
+      out += n;
+    };
+    if (element % 4) some(element % 4, 4 - element % 4);
+    for (; end - element >= many; element += many, out += many)
+      store_numbers<kind, 4>(random, element / 4, out);
+    while (element < end) some(0, random_width);
+  }
 }
 
 static void fill_normals(const Random& random, int64_t element, float* out, int64_t count) {
-  fill_numbers<true>(random, element, out, count);
+  fill_numbers<Kind::normals>(random, element, out, count);
 }
 
 static inline void fill_uniforms(const Random& random, int64_t element, float* out, int64_t count) {
-  fill_numbers<false>(random, element, out, count);
+  fill_numbers<Kind::uniforms>(random, element, out, count);
+}
+
+static inline void fill_words(const Random& random, int64_t element, uint32_t* out, int64_t count) {
+  fill_numbers<Kind::words>(random, element, out, count);
 }
 
 }  // namespace mmfast::MMFAST_ISA

@@ -45,17 +45,18 @@ struct Randn {
   }
 
   static void in_double(const Random& random, int64_t first, double* out, int64_t count) {
-    alignas(64) float u[some];
-    fill_uniforms(random, first, u, (count + 1) / 2 * 2);
+    alignas(64) uint32_t words[some];
+    fill_words(random, first, words, (count + 1) / 2 * 2);
     for (int64_t i = 0; i < count; i += 2) {
-      const double radius = __builtin_sqrt(-2 * __builtin_log((double)u[i]));
-      // An angle of at most an eighth of a turn keeps the precision of numbers near zero.
-      const int quarter = (int)(4 * u[i + 1] + 0.5f);
-      const double rest = ((double)u[i + 1] - 0.25 * quarter) * 6.283185307179586;
-      const double c = __builtin_cos(rest), s = __builtin_sin(rest);
-      const double cosines[4] = {c, -s, -c, s};
-      out[i] = radius * cosines[quarter & 3];
-      if (i + 1 < count) out[i + 1] = radius * cosines[(quarter + 3) & 3];
+      const uint32_t angle = words[i + 1];
+      const double u = (float)words[i] * 0x1p-32f + 0x1p-33f;
+      const double turns = (float)(int32_t)(angle << 2) * 0x1p-34f + 0x1p-33f;
+      const double radius = __builtin_sqrt(-2 * __builtin_log(u)) * (angle >> 31 ? -1 : 1);
+      const double c = radius * __builtin_cos(turns * 6.283185307179586);
+      const double s = radius * __builtin_sin(turns * 6.283185307179586);
+      const bool turned = angle >> 30 & 1;
+      out[i] = turned ? s : c;
+      if (i + 1 < count) out[i + 1] = turned ? c : s;
     }
   }
 };
