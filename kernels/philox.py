@@ -87,7 +87,8 @@ def turns(word):
 def box_muller(word0, word1):
     """Two normals of two words."""
     radius = tl.sqrt_rn(minus_two_log(uniform(word0)))
-    radius = tl.where((word1 >> 31) != 0, -radius, radius)
+    bits = radius.to(tl.uint32, bitcast=True) ^ (word1 & 0x80000000)
+    radius = bits.to(tl.float32, bitcast=True)
     r = turns(word1)
     z = r * r
     s = tl.fma(z, -75.3935623, 81.5923538)
