@@ -1,8 +1,8 @@
 // Random numbers as a function of (seed, offset, element): Philox 4x32-10 (Salmon et al., "Parallel
 // random numbers: as easy as 1, 2, 3", 2011), uniform numbers and Box-Muller normals.
 //
-//   const Random random(seed, offset);                       // once per sample
-//   fill_normals(random, element, out, count);               // or to memory, from any element
+//   const Random random(seed, offset);          // once per sample
+//   fill_normals(random, element, out, count);  // from any element on
 //
 // A round waits for the one before, so that calls which make several vectors side by side take less
 // time for each: fill_normals makes eight.
