@@ -157,7 +157,14 @@ def _function(name: str, backward: Backward, kernel: Callable[..., Any]) -> Call
     # torch's name, by which profiles show both.
     name = f"GeneratedBackwardFor_{NAMESPACE}_{name}_default"
     function: Any = type(name, (torch.autograd.Function,), members)
-    return function.apply
+    # What torch.autograd.Function's own does where no transform looks on.
+    apply = super(torch.autograd.Function, function).apply
+    alive = torch._C._functorch.unwrap_if_dead
+
+    def applied(*args: Any) -> Any:
+        return apply(*[alive(a) if isinstance(a, torch.Tensor) else a for a in args])
+
+    return applied
 
 
 def define(op: Op) -> None:
@@ -228,25 +235,35 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
     kernel = _overloads[op.name]
     if op.backward is None:
         return kernel(*args)
-    check_underived(op, args)
-    if _differentiated():
-        return differentiable(op, lambda *args: run(op, args))(*args)
-    if untracked(args):
+    if forward_ad._current_level >= 0:
+        check_underived(op, args)
+    if _traced():
+        if _differentiated():
+            return differentiable(op, lambda *args: run(op, args))(*args)
+        return kernel(*args)
+    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         with below_autograd():
             return kernel(*args)
-    return (_functions[op.name] if unwatched(args) else kernel)(*args)
+    return (_functions[op.name] if _simple(args) else kernel)(*args)
 
 
-def unwatched(args: tuple[Any, ...]) -> bool:
-    """Whether nothing but autograd wants to know of a call: no tracer, transform, mode or class."""
+def _traced() -> bool:
+    """Whether a compiler or a transform of torch.func looks on."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _simple(args: tuple[Any, ...]) -> bool:
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._len_torch_dispatch_stack()
+        not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._get_tracing_state() is None
         and _PLAIN.issuperset(map(type, args))
     )
+
+
+def unwatched(args: tuple[Any, ...]) -> bool:
+    """Whether nothing but autograd wants to know of a call: no tracer, transform, mode or class."""
+    return not _traced() and _simple(args)
 
 
 def derived(args: tuple[Any, ...]) -> bool:
@@ -290,11 +307,7 @@ def untracked(args: tuple[Any, ...]) -> bool:
 
     Inside torch.func's transforms that can't be known: gradients may be asked for further down.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    return not _traced() and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
 
 
 def tracked(*tensors: torch.Tensor | None) -> bool:

@@ -2,10 +2,11 @@
 
 The first write to a page of new memory costs a microsecond for 4 KiB, more than most kernels need
 for it, and the C library hands large pieces back to the system whenever they are freed. Outputs of
-mmfast's C++ kernels from 256 KiB on lie in memory of their own instead, as outputs on a GPU do:
-what is freed serves the next outputs. Of what no tensor uses at most a 32nd of the machine's memory
-is kept, and at most 1 GiB, or as many MiB as the environment variable ``MMFAST_KEPT_MIB`` says; 0
-keeps nothing. Such an output cannot grow by ``resize_``: its storage is not torch's.
+mmfast's C++ kernels from 256 KiB on, and the rooms that linear layers need, lie in memory of their
+own instead, as outputs on a GPU do: what is freed serves the next outputs. Of what no tensor uses
+at most a 32nd of the machine's memory is kept, and at most 1 GiB, or as many MiB as the environment
+variable ``MMFAST_KEPT_MIB`` says; 0 keeps nothing. Such an output cannot grow by ``resize_``: its
+storage is not torch's.
 """
 
 from __future__ import annotations

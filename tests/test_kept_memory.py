@@ -46,6 +46,17 @@ def test_memory_of_an_output_serves_the_next():
     assert memory.kept_bytes() == 0
 
 
+def test_rooms_of_products_serve_outputs():
+    x, weight = torch.randn(256, 4096), torch.randn(16, 4096)  # activated rows take 4 MiB
+    made = torch.ops.mmfast.linear(x, weight, None, "gelu", "float32")
+    assert made.nbytes < MIB // 4
+    before = memory.kept_bytes()
+    assert before >= 4 * MIB
+    output = _noise(MIB)
+    assert memory.kept_bytes() <= before - 4 * MIB
+    del output
+
+
 def test_free_neighbours_are_one_again():
     outputs = [_noise(MIB, seed) for seed in range(4)]
     expected = [t.clone() for t in outputs]

@@ -8,6 +8,7 @@
 #include <new>
 
 #include "cpu/blocks_past_cache.h"
+#include "cpu/fetch_ahead.h"
 #include "cpu/finite_scalar_quantize.h"
 #include "cpu/finite_scalar_quantize_slopes.h"
 #include "cpu/finite_scalar_quantize_tables.h"
@@ -200,6 +201,8 @@ struct FiniteScalar {
     const auto places = [&](int64_t vector) __attribute__((always_inline)) {
       const int64_t e = 16 * vector;
       I level;
+      fetch_ahead(z + e);
+      if (!PAST_CACHE) fetch_ahead(out + e);
       V v = quantize(load<V>(z + e), phase, e, level);
       if (noise) v = clamp(v + load<V>(noise + e));
       put<PAST_CACHE>(out + e, v);
@@ -351,6 +354,9 @@ struct FiniteScalar {
         const int64_t first = phase;
         V farthest{};
         for (int64_t i = e; i < e + step; i += 16) {
+          fetch_ahead(z + i);
+          fetch_ahead(grad + i);
+          if (!PAST_CACHE) fetch_ahead(out + i);
           const V u = load<V>(z + i) + load<V>(shifts + phase * 16);
           const V slope = load<V>(gains + phase * 16) * slopes.near(u, farthest);
           put<PAST_CACHE>(out + i, load<V>(grad + i) * slope);

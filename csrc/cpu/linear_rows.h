@@ -5,6 +5,7 @@
 
 #include "cpu/attention_products.h"
 #include "cpu/gated_activation_kernel.h"
+#include "cpu/kept_memory.h"
 #include "cpu/linear.h"
 #include "cpu/workspace.h"
 
@@ -34,13 +35,24 @@ constexpr int64_t tiles_of(int64_t rows) {
 template <class Kind>
 constexpr int64_t linear_vector = sizeof(typename Kind::V) / sizeof(typename Kind::Element);
 
-// Memory of a thread; no data when it ran out.
+// Memory of a thread or of all; no data when it ran out. What is large lies where outputs do, or it
+// would stay with the C library, which nothing else takes it from.
 template <class T>
 struct LinearMemory {
+  T* const kept;
   T* const data;
-  explicit LinearMemory(int64_t count) : data(allocate<T>(count)) {}
+  explicit LinearMemory(int64_t count)
+      : kept(count * (int64_t)sizeof(T) < least_kept
+                 ? nullptr
+                 : (T*)take_memory(count * (int64_t)sizeof(T))),
+        data(kept ? kept : allocate<T>(count)) {}
   LinearMemory(const LinearMemory&) = delete;
-  ~LinearMemory() { std::free(data); }
+  ~LinearMemory() {
+    if (kept)
+      give_memory(kept);
+    else
+      std::free(data);
+  }
 };
 
 // Runs (object->*part)(begin, end) over [0, count) on all threads.

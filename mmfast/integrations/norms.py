@@ -10,7 +10,9 @@ from torch import Tensor, nn
 import mmfast
 from mmfast.integrations.binding import loaded_class
 from mmfast.integrations.residuals import add, add_and_modulate
-from mmfast.nn.layers import is_plain
+from mmfast.nn.layers import is_bare
+
+_EPS = torch.finfo(torch.float32).eps  # of a norm that is given none
 
 
 def kind_of(norm: Any) -> str | None:
@@ -19,40 +21,63 @@ def kind_of(norm: Any) -> str | None:
         return "layer" if len(norm.normalized_shape) == 1 else None
     forward = type(norm).forward
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
-        fp32 = loaded_class("diffusers.models.normalization", "FP32LayerNorm")
         if len(norm.normalized_shape) != 1:
             return None
         if forward is nn.RMSNorm.forward:
             return "rms"
-        return (
-            "layer" if forward in (nn.LayerNorm.forward, getattr(fp32, "forward", None)) else None
-        )
+        if forward is nn.LayerNorm.forward:
+            return "layer"
+        fp32 = loaded_class("diffusers.models.normalization", "FP32LayerNorm")
+        return "layer" if forward is getattr(fp32, "forward", None) else None
     theirs = loaded_class("diffusers.models.normalization", "RMSNorm")
     return "rms" if type(norm) is theirs else None
 
 
 def is_computed(norm: nn.Module) -> bool:
     """Whether a call of it is no more than what our kernels compute; else it is to be called."""
-    if kind_of(norm) is None or not is_plain(norm, type(norm)):
-        return False
-    # Of float64 the eps that is not given is another.
-    weight = norm.weight
-    return norm.eps is not None or weight is None or weight.dtype != torch.float64
+    return _kind_if_computed(norm) is not None
+
+
+def _kind_if_computed(norm: Any) -> str | None:
+    kind = kind_of(norm)
+    if kind is None or "forward" in vars(norm) or not is_bare(norm):
+        return None
+    if norm.eps is None:  # of float64 it is another
+        weight = _parameter(norm, "weight")
+        if weight is not None and weight.dtype == torch.float64:
+            return None
+    return kind
 
 
 def options(norm: Any) -> dict[str, Any]:
     """What :func:`mmfast.layer_norm_modulate` is to be told of a norm."""
-    eps = norm.eps
-    if eps is None:
-        eps = torch.finfo(torch.float32).eps
-    weight, bias = norm.weight, getattr(norm, "bias", None)
-    return {"norm": kind_of(norm), "eps": eps, "weight": weight, "bias": bias}
+    return _options(norm, kind_of(norm))
+
+
+def _options(norm: Any, kind: str | None) -> dict[str, Any]:
+    eps = _EPS if norm.eps is None else norm.eps
+    return {
+        "norm": kind,
+        "eps": eps,
+        "weight": _parameter(norm, "weight"),
+        # torch's has none, and would be long in looking for it.
+        "bias": None if isinstance(norm, nn.RMSNorm) else _parameter(norm, "bias"),
+    }
+
+
+def _parameter(norm: nn.Module, name: str) -> Any:
+    """An attribute, None where there is none; modules look for a parameter last, and slowly."""
+    parameters = norm._parameters
+    if name in parameters and name not in vars(norm):
+        return parameters[name]
+    return getattr(norm, name, None)
 
 
 def modulated(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
     """``norm(x) (1 + scale) + shift``, (B, L, C)."""
-    if is_computed(norm):
-        return mmfast.layer_norm_modulate(x, shift, scale, **options(norm))
+    kind = _kind_if_computed(norm)
+    if kind is not None:
+        return mmfast.layer_norm_modulate(x, shift, scale, **_options(norm, kind))
     return moved(norm(x), x.dtype, shift, scale)
 
 
@@ -79,7 +104,8 @@ def next_branch(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``r = x + gate y`` and ``norm(r) (1 + scale) + shift``, (B, L, C) both."""
-    if is_computed(norm):
-        return add_and_modulate(x, gate, y, shift, scale, **options(norm))
+    kind = _kind_if_computed(norm)
+    if kind is not None:
+        return add_and_modulate(x, gate, y, shift, scale, **_options(norm, kind))
     x = add(x, gate, y)
     return x, modulated(norm, x, shift, scale)

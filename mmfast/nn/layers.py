@@ -21,9 +21,15 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def is_bare(module: nn.Module) -> bool:
     """Whether a module has neither hooks nor parameters that are sharded or quantised."""
-    if any(getattr(module, hooks) for hooks in HOOKS) or _module._has_any_global_hook():
+    # Asked of every norm and layer in every call: without generators, in half the time.
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return False
-    return all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
+    if module._backward_pre_hooks or _module._has_any_global_hook():
+        return False
+    for parameter in module._parameters.values():
+        if parameter is not None and type(parameter) is not nn.Parameter:
+            return False
+    return True
 
 
 def linear(layer: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
