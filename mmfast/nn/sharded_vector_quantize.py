@@ -14,7 +14,7 @@ from mmfast.nn.initialisation import unit
 from mmfast.nn.layouts import Heads
 from mmfast.nn.losses import passed
 from mmfast.nn.sharded_codebook import CodebookShard
-from mmfast.nn.sharded_look_up import codes_at, look_up
+from mmfast.nn.sharded_look_up import check_mesh, codes_at, look_up
 from mmfast.nn.sharded_parameter import whole
 from mmfast.ops.nearest_code import output_dtype
 from mmfast.regions import without_autocast
@@ -64,7 +64,8 @@ class ShardedVectorQuantize(nn.Module):
             :class:`mmfast.nn.VectorQuantize`.
 
     Raises:
-        ValueError: a mesh has more than one dimension, or heads do not divide dim.
+        ValueError: a mesh has more than one dimension, does not have this process, or not all in
+            the order of their ranks; or heads do not divide dim.
 
     Source: see :class:`mmfast.nn.VectorQuantize`.
     """
@@ -95,8 +96,11 @@ class ShardedVectorQuantize(nn.Module):
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
             mesh = init_device_mesh(device, (dist.get_world_size(),))
         for name, given in (("mesh", mesh), ("data_mesh", data_mesh)):
-            if given is not None and given.ndim != 1:
+            if given is None:
+                continue
+            if given.ndim != 1:
                 raise ValueError(f"{name} must have one dimension, got {given}")
+            check_mesh(name, given)
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim = {dim}, got {heads}")
         self.dim = dim
@@ -201,13 +205,13 @@ class ShardedVectorQuantize(nn.Module):
         loss = vectors.new_zeros((), dtype=output_dtype(vectors, codes))
         if self.training:
             # Masked ones are 0 on both sides.
-            square = (codes - vectors).to(loss.dtype).square().sum()
+            square = (codes.to(loss.dtype) - vectors).square().sum()
             count = (indices >= 0).sum().clamp_min(1) * codes.shape[2]
             loss = square / count * self.commitment_weight
         quantized = codes.to(x.dtype)
         if self.training and x.requires_grad:
             gradient = "rotation" if self.rotation_trick else "straight_through"
-            quantized = _Valued.apply(passed(vectors, quantized, gradient, 0.0), quantized)
+            quantized = _Valued.apply(passed(vectors, codes, gradient, 0.0), quantized)
         if inside is not None:
             quantized = torch.where(inside[:, :, None], quantized, 0)
         quantized = self._heads.join(quantized, batch, length)
