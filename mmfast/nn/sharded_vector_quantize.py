@@ -202,16 +202,19 @@ class ShardedVectorQuantize(nn.Module):
         codes = codes_at(indices, part, part.codes.dtype)  # [C, M, D]
         if update:
             self._codebook.update_(vectors.detach(), indices)
-        loss = vectors.new_zeros((), dtype=output_dtype(vectors, codes))
+        # The gradients of both outputs meet in this dtype, and are rounded once.
+        wide = vectors.to(output_dtype(vectors, codes))
+        loss = wide.new_zeros(())
         if self.training:
             # Masked ones are 0 on both sides.
-            square = (codes.to(loss.dtype) - vectors).square().sum()
+            square = (codes.to(wide.dtype) - wide).square().sum()
             count = (indices >= 0).sum().clamp_min(1) * codes.shape[2]
             loss = square / count * self.commitment_weight
         quantized = codes.to(x.dtype)
         if self.training and x.requires_grad:
             gradient = "rotation" if self.rotation_trick else "straight_through"
-            quantized = _Valued.apply(passed(vectors, codes, gradient, 0.0), quantized)
+            carried = passed(wide, codes, gradient, 0.0).to(x.dtype)
+            quantized = _Valued.apply(carried, quantized)
         if inside is not None:
             quantized = torch.where(inside[:, :, None], quantized, 0)
         quantized = self._heads.join(quantized, batch, length)
