@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import signal
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +25,7 @@ import mmfast
 from mmfast.nn import LFQ, ResidualVQ, VectorQuantize
 
 RANKS = 4
-TIMEOUT = datetime.timedelta(seconds=30)
+TIMEOUT = datetime.timedelta(seconds=60)
 LEARNS = {"learnable_codebook": True, "ema_update": False}
 MODELS: dict[str, dict[str, Any]] = {
     "ema": {"threshold_ema_dead_code": 1},
@@ -327,31 +325,6 @@ def wrapped(rank: int) -> None:
     assert not torch.equal(codes, codes.bfloat16().float())
 
 
-# Failures.
-
-
-def train_on(module: nn.Module, steps: int) -> None:
-    for _ in range(steps):
-        module(torch.randn(1, 8, 4))
-
-
-def killed(rank: int) -> None:
-    """A rank dies in the middle of training: the others raise soon, and say at what."""
-    killed_on(rank, VectorQuantize(4, 6, threshold_ema_dead_code=1), "adding up the sizes|drawing")
-
-
-def killed_on(rank: int, module: nn.Module, what: str) -> None:
-    train_on(module, 2)
-    if rank == RANKS - 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    start = time.monotonic()
-    message = f"^({what}).* over {RANKS} ranks failed on rank {rank}: "
-    with pytest.raises(RuntimeError, match=message) as caught:
-        train_on(module, 3)
-    assert isinstance(caught.value.__cause__, RuntimeError)
-    assert time.monotonic() - start < TIMEOUT.total_seconds() / 2
-
-
 CHECKS = (
     joined_batches,
     joined_residuals,
@@ -360,7 +333,6 @@ CHECKS = (
     who_is_initialised,
     told_of_nan,
     wrapped,
-    killed,
 )
 
 
@@ -380,4 +352,4 @@ def work(rank: int, folder: str, checks: Sequence[Callable[[int], None]] = CHECK
             break
     else:
         report.write_text("done")
-    os._exit(0)  # an orderly end would wait for the one that was killed
+    os._exit(0)  # an orderly end would wait for one that has failed

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from nn_many_ranks import RANKS, bits, killed_on, of_kind, run_recorded, state
+from nn_many_ranks import RANKS, bits, of_kind, run_recorded, state
 from nn_many_ranks import work as run
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -406,12 +406,6 @@ def sharded_compiled(rank: int) -> None:
     whole(x)
 
 
-def sharded_killed(rank: int) -> None:
-    """A rank dies in the middle of training: the others raise soon, and say at what."""
-    mesh: DeviceMesh = init_device_mesh("cpu", (RANKS,))
-    killed_on(rank, ShardedVectorQuantize(4, 6, mesh, **DEAD), "looking up|adding up|gathering")
-
-
 CHECKS = (
     sharded_look_up,
     sharded_half,
@@ -423,7 +417,6 @@ CHECKS = (
     sharded_initialisation,
     sharded_checkpoints,
     sharded_compiled,
-    sharded_killed,
 )
 
 

@@ -1,13 +1,23 @@
-"""Modules in several processes: nn_many_ranks.py and nn_sharded_ranks.py have the checks."""
+"""Modules in several processes: nn_*_ranks.py have the checks."""
 
 from __future__ import annotations
 
 import multiprocessing
-import signal
 
+import nn_killed_ranks
 import nn_many_ranks
 import nn_sharded_ranks
 import pytest
+
+
+def run(processes):
+    """Start them, and end what does not end by itself."""
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+        process.join()
 
 
 @pytest.mark.parametrize("checks", [nn_many_ranks, nn_sharded_ranks], ids=lambda m: m.__name__)
@@ -17,14 +27,20 @@ def test_many_ranks(checks, tmp_path):
         context.Process(target=checks.work, args=(rank, str(tmp_path)))
         for rank in range(nn_many_ranks.RANKS)
     ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        process.kill()
-        process.join()
+    run(processes)
     reports = [path.read_text() for path in sorted(tmp_path.glob("*.txt"))]
     failures = "\n".join(report for report in reports if report != "done")
     assert not failures, failures
-    assert [p.exitcode for p in processes] == [0] * (len(processes) - 1) + [-signal.SIGKILL]
-    assert len(reports) == len(processes) - 1
+    assert [p.exitcode for p in processes] == [0] * len(processes)
+    assert len(reports) == len(processes)
+
+
+def test_a_killed_rank_is_reported(tmp_path):
+    """The others raise soon, and say at what, wherever it was."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=nn_killed_ranks.work, args=(str(tmp_path),)
+    )
+    run([process])
+    assert process.exitcode == 0
+    report = (tmp_path / "report.txt").read_text()
+    assert report == "done", report
