@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmfast.checks import check_codebook, check_floating, check_mask
+from mmfast.nn.checkpointing import check_not_repeated
 from mmfast.nn.initialisation import unit
 from mmfast.nn.layouts import Heads
 from mmfast.nn.losses import passed
@@ -172,7 +173,8 @@ class ShardedVectorQuantize(nn.Module):
             TypeError: an argument has another dtype.
             ValueError: shapes do not fit, or there is nothing to initialise the codebook from.
             RuntimeError: a reduction failed, for one because a process has ended; or compiling
-                with a codebook that is not initialised.
+                with a codebook that is not initialised; or the codebook would move where
+                activation checkpointing repeats the forward.
         """
         check_floating("x", x)
         check_codebook(x, self._codebook.embed.new_empty(1, self.dim))
@@ -185,6 +187,8 @@ class ShardedVectorQuantize(nn.Module):
     def _quantize(
         self, x: Tensor, mask: Tensor | None, update: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if update:
+            check_not_repeated()
         self._codebook.check_own()
         batch = x.shape[0] if x.dim() > 1 else 1
         length = math.prod(x.shape[1:-1])
