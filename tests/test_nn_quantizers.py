@@ -156,7 +156,7 @@ def test_activation_checkpointing(name, reentrant):
         same(module)
         return
     # A reentrant checkpoint has no gradients in its forward.
-    with pytest.raises(RuntimeError, match="would move twice|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"would move twice|does not require grad"):
         step(copy.deepcopy(module), True)
     if name != "affine":  # whose averages follow in eval mode, too
         same(make(**options, freeze_codebook=True))
