@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from nn_many_ranks import RANKS, bits, of_kind, run_recorded, state
-from nn_many_ranks import work as run
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -418,8 +417,3 @@ CHECKS = (
     sharded_checkpoints,
     sharded_compiled,
 )
-
-
-def work(rank: int, folder: str) -> None:
-    """One of the processes."""
-    run(rank, folder, CHECKS)

@@ -7,7 +7,13 @@ import multiprocessing
 import nn_killed_ranks
 import nn_many_ranks
 import nn_sharded_ranks
+import nn_wrapped_ranks
 import pytest
+
+CHECKS = {
+    "whole": nn_many_ranks.CHECKS + nn_wrapped_ranks.CHECKS,
+    "sharded": nn_sharded_ranks.CHECKS,
+}
 
 
 def run(processes):
@@ -20,11 +26,11 @@ def run(processes):
         process.join()
 
 
-@pytest.mark.parametrize("checks", [nn_many_ranks, nn_sharded_ranks], ids=lambda m: m.__name__)
-def test_many_ranks(checks, tmp_path):
+@pytest.mark.parametrize("codebooks", CHECKS)
+def test_many_ranks(codebooks, tmp_path):
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=checks.work, args=(rank, str(tmp_path)))
+        context.Process(target=nn_many_ranks.work, args=(rank, str(tmp_path), CHECKS[codebooks]))
         for rank in range(nn_many_ranks.RANKS)
     ]
     run(processes)
