@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
-import signal
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ import mmfast
 from mmfast.nn import LFQ, ResidualVQ, VectorQuantize
 
 RANKS = 4
-TIMEOUT = datetime.timedelta(seconds=30)
+TIMEOUT = datetime.timedelta(seconds=60)
 LEARNS = {"learnable_codebook": True, "ema_update": False}
 MODELS: dict[str, dict[str, Any]] = {
     "ema": {"threshold_ema_dead_code": 1},
@@ -73,24 +72,36 @@ def joined_batches(rank: int) -> None:
             torch.testing.assert_close(tensor, one[name], msg=f"{case}, {name}")
 
 
+RESIDUALS: list[dict[str, Any]] = [
+    {},
+    {"quantize_dropout": True},
+    {"shared_codebook": True},
+    {"kmeans_init": True, "kmeans_iters": 2},
+]
+
+
 def joined_residuals(rank: int) -> None:
     """The same of all stages of a residual quantiser."""
-    states = []
-    for part, options in ((rank, {}), (None, {"sync_codebook": False})):
-        torch.manual_seed(0)
-        module = ResidualVQ(
-            dim=4, num_quantizers=3, codebook_size=7, threshold_ema_dead_code=1, **options
-        )
-        for step in range(3):
-            torch.manual_seed(step if part in (None, 0) else 1000)
-            x = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(step))
-            mask = x[:, :, 0] < 1
-            own = slice(None) if part is None else slice(*[(0, 3), (3, 3), (3, 4), (4, 6)][part])
-            module(x[own], mask=mask[own])
-        states.append(state(module))
-    for name, tensor in states[0].items():
-        bits(tensor)
-        torch.testing.assert_close(tensor, states[1][name], msg=name)
+    alone = {"sync_codebook": False}
+    for given in RESIDUALS:
+        states = []
+        for part, options in ((rank, given), (None, given | alone)):
+            torch.manual_seed(0)
+            module = ResidualVQ(
+                dim=4, num_quantizers=3, codebook_size=7, threshold_ema_dead_code=1, **options
+            )
+            for step in range(3):
+                torch.manual_seed(step if rank == 0 or part is None else 1000)
+                x = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(step))
+                mask = x[:, :, 0] < 1
+                own = (
+                    slice(None) if part is None else slice(*[(0, 3), (3, 3), (3, 4), (4, 6)][part])
+                )
+                module(x[own], mask=mask[own])
+            states.append(state(module))
+        for name, tensor in states[0].items():
+            bits(tensor)
+            torch.testing.assert_close(tensor, states[1][name], msg=f"{given}, {name}")
 
 
 def joined_entropy(rank: int) -> None:
@@ -230,14 +241,14 @@ class Model(nn.Module):
 
 def train(
     wrap: Callable[[nn.Module], nn.Module],
-    options: dict[str, Any],
+    make: Callable[[], nn.Module],
     parts: int,
     part: int,
     accumulate: Callable[[nn.Module, bool], contextlib.AbstractContextManager] | None,
 ) -> nn.Module:
     """Two steps of two micro-batches on a share of 8 samples each."""
     torch.manual_seed(0)
-    model = Model(**options)
+    model = make()
     run = wrap(model)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(2):
@@ -290,15 +301,18 @@ def wrapped(rank: int) -> None:
         (whole, fsdp_accumulates, ("ema", "learnable_dead")),
         (nested, None, ("ema", "learnable_dead")),
     ]
-    alone = {"sync_codebook": False}
+
+    def named(name: str, **options: Any) -> Callable[[], nn.Module]:
+        return functools.partial(Model, **MODELS[name], **options)
+
     ones: dict[Any, dict[str, Tensor]] = {}
     for wrap, accumulate, names in wraps:
         for name in names:
             key = name, accumulate is None
             if key not in ones:
                 none = None if accumulate is None else lambda *_: contextlib.nullcontext()
-                ones[key] = state(train(lambda m: m, MODELS[name] | alone, 1, 0, none))
-            model = train(wrap, MODELS[name], RANKS, rank, accumulate)
+                ones[key] = state(train(lambda m: m, named(name, sync_codebook=False), 1, 0, none))
+            model = train(wrap, named(name), RANKS, rank, accumulate)
             for entry, tensor in state(model).items():
                 bits(tensor)
                 message = f"{wrap}, {name}, {entry}"
@@ -315,41 +329,16 @@ def wrapped(rank: int) -> None:
             assert torch.equal(quantiser.codebook, codes + 1)
 
     with pytest.raises(RuntimeError, match="leave the codebook's out by ignored_params"):
-        train(whole, MODELS["in_place"], RANKS, rank, None)
+        train(whole, named("in_place"), RANKS, rank, None)
 
     def half(model: nn.Module) -> nn.Module:
         return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
 
-    model = train(half, MODELS["learnable_dead"], RANKS, rank, None)
+    model = train(half, named("learnable_dead"), RANKS, rank, None)
     bits(*state(model).values())
     codes = model.quantiser.codebook
     assert codes.dtype == torch.float32
     assert not torch.equal(codes, codes.bfloat16().float())
-
-
-# Failures.
-
-
-def train_on(module: nn.Module, steps: int) -> None:
-    for _ in range(steps):
-        module(torch.randn(1, 8, 4))
-
-
-def killed(rank: int) -> None:
-    """A rank dies in the middle of training: the others raise soon, and say at what."""
-    killed_on(rank, VectorQuantize(4, 6, threshold_ema_dead_code=1), "adding up the sizes|drawing")
-
-
-def killed_on(rank: int, module: nn.Module, what: str) -> None:
-    train_on(module, 2)
-    if rank == RANKS - 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    start = time.monotonic()
-    message = f"^({what}).* over {RANKS} ranks failed on rank {rank}: "
-    with pytest.raises(RuntimeError, match=message) as caught:
-        train_on(module, 3)
-    assert isinstance(caught.value.__cause__, RuntimeError)
-    assert time.monotonic() - start < TIMEOUT.total_seconds() / 2
 
 
 CHECKS = (
@@ -360,11 +349,10 @@ CHECKS = (
     who_is_initialised,
     told_of_nan,
     wrapped,
-    killed,
 )
 
 
-def work(rank: int, folder: str, checks: Sequence[Callable[[int], None]] = CHECKS) -> None:
+def work(rank: int, folder: str, checks: Sequence[Callable[[int], None]]) -> None:
     """One of the processes; writes what went wrong, or ``done``, to a file of its own."""
     torch.set_num_threads(1)
     os.environ["MMFAST_TEST_FOLDER"] = folder
@@ -380,4 +368,4 @@ def work(rank: int, folder: str, checks: Sequence[Callable[[int], None]] = CHECK
             break
     else:
         report.write_text("done")
-    os._exit(0)  # an orderly end would wait for the one that was killed
+    os._exit(0)  # an orderly end would wait for one that has failed

@@ -148,11 +148,11 @@ def parts_checkpointed(model: nn.Module) -> nn.Module:
 
 
 def compiled(wrap: Wrap) -> Wrap:
-    """Each block is one graph."""
+    """Each block is one graph, by inductor."""
 
     def wrapped(model: nn.Module) -> nn.Module:
         for block in blocks_of(model):
-            block.compile(fullgraph=True, backend="aot_eager")
+            block.compile(fullgraph=True)
         return wrap(model)
 
     return wrapped

@@ -79,6 +79,35 @@ def test_values_and_gradients(backend, levels, variant, hard_clamp, noisy):
         torch.testing.assert_close(gradient, expected.to(dtype), rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("hard_clamp", [False, True])
+@pytest.mark.parametrize("variant", ["bound", "symmetric"])
+def test_gradcheck(backend, variant, hard_clamp):
+    """The gradient is the derivative of the values before they are rounded."""
+    levels = (8, 5, 4)
+    dims = finite_scalar_quantize.dimensions(levels, variant, hard_clamp)
+
+    class Unrounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.save_for_backward(z)
+            moved = z + z.new_tensor([d.shift for d in dims])
+            bounded = moved.clamp(-1, 1) if hard_clamp else moved.tanh()
+            halves = [(n - 1) * 1.001 / (n // 2 * 2) for n in levels]
+            return bounded * (z.new_tensor(halves) if variant == "bound" else 1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            z = ctx.saved_tensors[0].detach().requires_grad_()
+            with torch.enable_grad():
+                quantized, _ = mmfast.finite_scalar_quantize(
+                    z, levels, variant=variant, hard_clamp=hard_clamp
+                )
+            return torch.autograd.grad(quantized, z, grad)[0]
+
+    z = normal(5, 3, dtype=WIDE).to(device_of(backend)).requires_grad_()
+    assert torch.autograd.gradcheck(Unrounded.apply, z)
+
+
 @pytest.mark.parametrize("variant", ["bound", "symmetric"])
 @pytest.mark.parametrize(
     "levels", [(3, 6, 8, 5, 7, 4), (8,) * 5, (6, 5, 8), (8, 4), (3,) * 8], ids=str

@@ -13,6 +13,7 @@ import torch
 from cases import normal
 from patched import assert_same, default_dtype
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import mmfast
 from mmfast.integrations import patch, rehearsal, unpatch
@@ -337,6 +338,27 @@ def test_patched_anywhere(dtype, monkeypatch):
     autocast = torch.autocast("cpu", torch.bfloat16)
     with default_dtype(dtype), torch.inference_mode(), torch.device("meta"), autocast:
         assert not patch(model).left
+
+
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+@pytest.mark.parametrize("buffer", [False, True])
+def test_patched_without_values(kind, buffer, monkeypatch):
+    """Models of fake tensors, and on the meta device; blocks may have buffers."""
+    monkeypatch.setattr(rehearsal, "_tried", weakref.WeakKeyDictionary())
+    mode = FakeTensorMode() if kind == "fake" else torch.device("meta")
+    with mode:
+        model = transformers.DiT(transformers.Setting("", 48, 2, 2, 2, 9))
+        for block in model.blocks:
+            if buffer:
+                block.register_buffer("scale", torch.ones(3))
+        tokens, condition = torch.randn(2, 9, 48), torch.randn(2, 48)
+        report = patch(model)
+        assert not report.left
+        output = model.blocks[0](tokens, condition)
+    assert output.shape == tokens.shape
+    assert output.device.type == ("meta" if kind == "meta" else "cpu")
+    unpatch(model)
+    assert not patch(model).left  # outside of the mode, too
 
 
 def test_a_norm_with_a_forward_of_its_own_is_called():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from cases import normal
 from patched import assert_same, default_dtype, largest, pair, randomised, results
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 import mmfast
@@ -307,6 +310,18 @@ def test_patched_without_values():
     model = nn.Sequential(*(make(16, 4) for make in QUANTIZERS.values())).to("meta")
     assert len(patch(model).swapped) == len(model)
     assert model[1](torch.empty(2, 4, 3, 5, device="meta"))[0].shape == (2, 4, 3, 5)
+
+
+def test_patched_as_fake_tensors():
+    """Built on them, or made of them after; the own code is tried with real ones."""
+    make = [functools.partial(make, 16, 4) for make in QUANTIZERS.values()]
+    with FakeTensorMode():
+        model = nn.Sequential(*(each() for each in make))
+        assert len(patch(model).swapped) == len(model)
+        assert model[1](torch.empty(2, 4, 3, 5))[0].shape == (2, 4, 3, 5)
+    with FakeTensorMode():
+        other = nn.Sequential(*(each() for each in make))
+    assert len(patch(other).swapped) == len(other)
 
 
 @pytest.mark.parametrize("other", OTHERS)

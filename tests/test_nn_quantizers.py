@@ -1,14 +1,17 @@
-"""What all quantisers do alike: export, empty batches, tensors without numbers, autocast."""
+"""What all quantisers do alike: export, empty batches, tensors without numbers, autocast,
+activation checkpointing."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import io
 
 import pytest
 import torch
 from cases import normal
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from mmfast import nn
 
@@ -116,3 +119,44 @@ def test_half_inputs_under_autocast(name):
     for key, value in module.state_dict().items():
         assert value.dtype not in (torch.bfloat16, torch.float16), key
         assert value.isfinite().all(), key
+
+
+MOVING = {"VectorQuantize", "cosine", "affine", "diversity", "ResidualVQ", "beam", "plain"}
+MOVING |= {"GroupedResidualVQ", "in_place"}
+IN_PLACE = {"in_place_codebook_optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}
+CHECKPOINTED = {
+    **MODULES,
+    "plain": (nn.VectorQuantize, BASE),
+    "learnable": (nn.VectorQuantize, BASE | BY_GRADIENT),
+    "in_place": (nn.VectorQuantize, BASE | BY_GRADIENT | IN_PLACE),
+}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", sorted(CHECKPOINTED.keys() - {"RandomProjectionQuantizer"}))
+def test_activation_checkpointing(name, reentrant):
+    """The same gradients and state, or, where the codebook would move twice, an error."""
+    make, options = CHECKPOINTED[name]
+    torch.manual_seed(0)
+    module = make(**options)
+
+    def step(module, checkpointing):
+        x = normal(2, 6, 8).requires_grad_()
+        torch.manual_seed(1)
+        run = functools.partial(checkpoint, module, use_reentrant=reentrant)
+        leaves = torch.utils._pytree.tree_leaves((run if checkpointing else module)(x))
+        sum(t.square().sum() for t in leaves if t.requires_grad).backward()
+        return [x.grad, *(p.grad for p in module.parameters()), *module.buffers()]
+
+    def same(module):
+        for a, b in zip(step(copy.deepcopy(module), True), step(module, False), strict=True):
+            torch.testing.assert_close(a, b)
+
+    if name not in MOVING:
+        same(module)
+        return
+    # A reentrant checkpoint has no gradients in its forward.
+    with pytest.raises(RuntimeError, match=r"would move twice|does not require grad"):
+        step(copy.deepcopy(module), True)
+    if name != "affine":  # whose averages follow in eval mode, too
+        same(make(**options, freeze_codebook=True))

@@ -451,6 +451,25 @@ def test_other_dtypes(dtype):
     assert module.codebook.dtype == torch.float32
 
 
+@pytest.mark.parametrize("rotation_trick", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_codes_chosen_in_pieces_are_as_accurate(dtype, rotation_trick):
+    """The one nearest code of ``topk`` is that of the op, with its loss and gradient."""
+    torch.manual_seed(0)
+    module = VectorQuantize(8, 12, freeze_codebook=True, rotation_trick=rotation_trick)
+    results = []
+    for topk in (None, 1):
+        x = (3 * normal(2, 15, 8)).to(dtype).requires_grad_()
+        quantized, indices, loss = module(x, topk=topk)
+        quantized = quantized.view(x.shape)
+        assert quantized.dtype == dtype
+        ((quantized * normal(2, 15, 8, seed=1).to(dtype)).sum() + loss.mean()).backward()
+        results.append((quantized.double(), indices.view(2, 15), loss.mean(), x.grad.double()))
+    eps = 4 * torch.finfo(dtype).eps  # gradients of two outputs are added
+    for a, b, rtol, atol in zip(*results, (eps, 0, 1e-6, eps), (eps, 0, 0, eps), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(dtype):
     module = VectorQuantize(8, 12, codebook_dim=4, use_cosine_sim=True)

@@ -207,6 +207,35 @@ def test_gradients(backend, gradient, shared):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradcheck(backend, shared, metric):
+    """Of what has a gradient by definition, the choice of codes being what it is: the losses of
+    the vectors, each loss of its own stage's codes, and without an estimator the sum of codes."""
+    x, books = problem(backend, n=6, sizes=(4, 4) if shared else (4, 3), d=3)
+    mask = torch.tensor([True, True, False, True, True, True], device=x.device)
+    books = books[:1] if shared else books
+
+    def of(name, x, *books):
+        codebooks, number = (books[0], 2) if shared else (list(books), None)
+        result = mmfast.residual_quantize(
+            x, codebooks, num_quantizers=number, metric=metric, gradient="none", mask=mask
+        )
+        return getattr(result, name)
+
+    def own_loss(stage, book):
+        """The loss of a stage by its own codes."""
+        given = [book if q == stage else other for q, other in enumerate(books)]
+        return of("codebook_losses", x, *given)[stage]
+
+    check = torch.autograd.gradcheck
+    assert check(lambda x: of("commitment_losses", x, *books), x.clone().requires_grad_())
+    leaves = [book.clone().requires_grad_() for book in books]
+    assert check(lambda *codes: of("quantized", x, *codes), leaves)
+    for stage in range(len(books)):
+        assert check(lambda book, stage=stage: own_loss(stage, book), leaves[stage])
+
+
 def test_only_what_is_asked_for(backend):
     x, books = problem(backend)
     stacked = torch.stack(books)

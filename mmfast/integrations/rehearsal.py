@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 from torch.utils._pytree import tree_flatten
 
 from mmfast.integrations.binding import on_own_code
@@ -97,10 +98,12 @@ _tried: WeakKeyDictionary[type, dict[Any, list[str]]] = WeakKeyDictionary()
 
 @contextlib.contextmanager
 def _by_itself() -> Iterator[None]:
-    """Without what the caller has set: inference mode, autocast, a default device, random state.
-    Nothing of it changes, nor the random state of other devices, which a seed for all would reach.
+    """Without what the caller has set: fake tensors, inference mode, autocast, a default device,
+    random state. Nothing of it changes, nor the random state of other devices, which a seed for all
+    would reach.
     """
     with (
+        unset_fake_temporarily(),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
@@ -129,7 +132,9 @@ def _differences(
                 got = results(forward, training)
         except Exception as error:
             return [f"its forward needs other attributes in {mode}: {error}"]
-        if len(got) != len(want) or not all(map(_alike, got, want)):
+        with _by_itself():
+            alike = len(got) == len(want) and all(map(_alike, got, want))
+        if not alike:
             return [f"its forward gives something else than the original's in {mode}"]
     return []
 
@@ -146,6 +151,7 @@ def _randomised(module: nn.Module) -> nn.Module:
         width = parameter.shape[-1] if parameter.dim() > 1 else 4
         values = _normal(generator, *parameter.shape) / width**0.5
         drawn[id(parameter)] = nn.Parameter(values)
+    drawn.update({id(buffer): _copied(buffer) for buffer in view.buffers()})
     for part in view.modules():
         # What fully_shard keeps with a module is under keys that no attribute can have.
         for key in [key for key in vars(part) if not key.isidentifier()]:
@@ -169,9 +175,7 @@ def _block_results(block: Any, forward: Callable[..., Any], training: bool) -> l
 def _results(module: nn.Module, forward: Callable[..., Any], training: bool) -> list[Any]:
     """All that forward returns, the structure of it, and the gradients of z and of the codes."""
     view: Any = on_own_code(module).train(training)
-    view._buffers = {
-        name: b if b is None else _copied(b.detach()) for name, b in view._buffers.items()
-    }
+    view._buffers = {name: b if b is None else _copied(b) for name, b in view._buffers.items()}
     generator = torch.Generator().manual_seed(0)
     num_dims = view.embedding.embedding_dim
     codes = _normal(generator, _NUM_CODES, num_dims)
@@ -192,9 +196,9 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 def _copied(buffer: Tensor) -> Tensor:
     """On the CPU; zeros of a buffer without values."""
-    if buffer.is_meta:
-        return torch.zeros_like(buffer, device="cpu")
-    return buffer.to("cpu", copy=True)
+    if buffer.is_meta or is_fake(buffer):
+        return torch.zeros(buffer.shape, dtype=buffer.dtype)
+    return buffer.detach().to("cpu", copy=True)
 
 
 def _alike(a: Any, b: Any) -> bool:

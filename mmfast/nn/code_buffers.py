@@ -52,7 +52,7 @@ class CodeBuffers(nn.Module):
         else:
             drawn = nn.init.kaiming_uniform_(torch.empty(num_codebooks, codebook_size, dim))
             drawn = unit(drawn) if self.use_cosine_sim else drawn
-            codes = drawn[:, part].clone()
+            codes = drawn[:, part].clone(memory_format=torch.contiguous_format)
         self.register_buffer("initted", torch.tensor(not kmeans_init))
         self.register_buffer("cluster_size", codes.new_ones(codes.shape[:2]))
         self.register_buffer("embed_avg", codes.clone())

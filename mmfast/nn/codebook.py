@@ -129,6 +129,11 @@ class Codebook(CodeBuffers, Affine):
         """Whether codes that few vectors choose are replaced."""
         return self.threshold_ema_dead_code > 0
 
+    def follows(self, ema_update: bool | None = None) -> bool:
+        """Whether :meth:`update_` moves anything."""
+        ema_update = self.ema_update if ema_update is None else ema_update
+        return ema_update or self.replaces_dead_codes
+
     def transform_input(self, x: Tensor) -> Tensor:
         """Vectors as the codebook compares them: normalised for the cosine."""
         return unit(x) if self.use_cosine_sim else x
@@ -201,9 +206,9 @@ class Codebook(CodeBuffers, Affine):
                 of the two averages.
             ema_update: whether the codes follow the averages; by default the codebook's own.
         """
-        ema_update = self.ema_update if ema_update is None else ema_update
-        if not ema_update and not self.replaces_dead_codes:
+        if not self.follows(ema_update):
             return
+        ema_update = self.ema_update if ema_update is None else ema_update
         counts, sums = code_statistics(x, indices, self.codebook_size)
         if self.affine_param:
             sums = self.carried_back(sums, counts)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfast.nn import losses, similarity
+from mmfast.ops.nearest_code import output_dtype
 from mmfast.ops.vector_quantize import vector_quantize
 
 
@@ -68,12 +69,13 @@ def in_pieces(
     if soft is not None:
         mean = similarity.expected_codes(x, codes, metric, soft)
         quantized = quantized + (mean - mean.detach())
-    quantized = quantized.to(x.dtype)
     if topk is not None:
         x = x[:, :, None].expand_as(quantized)
         mask = None if mask is None else mask[:, :, None]
-    commitment = (quantized.detach() - x).square().float().mean(-1)
-    codebook = (quantized - x.detach()).square().float().mean(-1)
+    dtype = output_dtype(x, codes)
+    wide, wide_codes = x.to(dtype), quantized.to(dtype)
+    commitment = (wide_codes.detach() - wide).square().mean(-1)
+    codebook = (wide_codes - wide.detach()).square().mean(-1)
     if mask is not None:
         commitment, codebook = (torch.where(mask, t, 0) for t in (commitment, codebook))
         indices = torch.where(mask, indices, -1)

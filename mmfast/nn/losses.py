@@ -57,19 +57,23 @@ def orthogonal(
 
 def passed(x: Tensor, codes: Tensor, gradient: str, variance: float) -> Tensor:
     """``codes`` (..., D) of ``x`` (..., D) with the gradients of
-    :func:`mmfast.vector_quantize`, for codes that are not the nearest ones."""
+    :func:`mmfast.vector_quantize`, for codes that are not the nearest ones. In x's dtype, computed
+    in float32 at least."""
+    dtype = x.dtype
     if gradient == "none":
-        return codes
+        return codes.to(dtype)
     if gradient == "directional":
-        return directional(x, codes, torch.randn_like(x), variance)
+        return directional(x, codes.to(dtype), torch.randn_like(x), variance)
+    x = x.to(torch.promote_types(dtype, torch.float32))
+    codes = codes.to(x.dtype)
     if gradient == "straight_through":
-        return x + (codes - x).detach()
+        return (x + (codes - x).detach()).to(dtype)
     length = x.detach().norm(dim=-1, keepdim=True).clamp_min(1e-6)
     scale = codes.detach().norm(dim=-1, keepdim=True) / length
     e, q = unit(x.detach()), unit(codes.detach())
     w = unit(e + q)
     rotated = x - 2 * (x * w).sum(-1, keepdim=True) * w + 2 * (x * e).sum(-1, keepdim=True) * q
-    return rotated * scale
+    return (rotated * scale).to(dtype)
 
 
 def active(indices: Tensor, num_codes: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmfast.checks import check_dtype
 from mmfast.nn.beam_search import Candidates, beam_search
+from mmfast.nn.checkpointing import check_not_repeated
 from mmfast.nn.implicit_codebook import Chosen, ImplicitCodebook
 from mmfast.nn.losses import passed
 from mmfast.nn.quantize_dropout import (
@@ -399,6 +400,9 @@ class ResidualVQ(nn.Module):
         if self.training and not self._stages[0].has_commitment_loss:
             raise ValueError("beam search while training needs a commitment_weight above 0")
         mask = call["mask"]
+        moved = self.training and not self._frozen(call["freeze_codebook"])
+        if moved and any(layer._codebook.follows() for layer in self._stages):
+            check_not_repeated()
 
         def candidates(layer: VectorQuantize, residual: Tensor) -> Candidates:
             beams = residual.shape[2]
@@ -416,10 +420,9 @@ class ResidualVQ(nn.Module):
             width,
             self._passed_on,
         )
-        if self.training:
+        if moved:
             for layer, residual, indices in zip(layers, path.inputs, path.indices, strict=True):
-                if not self._frozen(call["freeze_codebook"]):
-                    layer.update_indices(self._arranged(residual), indices, mask=mask)
+                layer.update_indices(self._arranged(residual), indices, mask=mask)
         if mask is None:
             losses = [loss.sum() / max(loss.numel(), 1) for loss in path.losses]
         else:

@@ -133,11 +133,24 @@ def bounds(num_codes: int, ranks: int, rank: int) -> tuple[int, int]:
     return start, min(step, num_codes - start)
 
 
+def check_mesh(name: str, mesh: DeviceMesh, dim: int = 0) -> None:
+    """This process is in the mesh, whose ranks ascend along ``dim``, else ValueError: a process
+    group has its processes by rank, whatever the order in a mesh."""
+    if torch.compiler.is_compiling():
+        return
+    if mesh.get_coordinate() is None:
+        ranks = mesh.mesh.tolist()
+        raise ValueError(f"{name} must have this process, rank {dist.get_rank()}, got {ranks}")
+    if (mesh.mesh.diff(dim=dim) < 0).any():
+        raise ValueError(f"ranks must ascend in {name}, got {mesh.mesh.tolist()}")
+
+
 def part_of_dtensor(codes: Any, group: object = None) -> Part:
     """What this process holds of a DTensor of codes (K, D).
 
     Raises:
-        ValueError: it is not sharded by code, or a group is given, too.
+        ValueError: it is not sharded by code, or by a mesh that does not fit, or a group is
+            given, too.
     """
     from torch.distributed.tensor import Replicate, Shard
 
@@ -152,6 +165,7 @@ def part_of_dtensor(codes: Any, group: object = None) -> Part:
             f"Replicate() on the others, got {placements}"
         )
     mesh = codes.device_mesh
+    check_mesh("the codes' mesh", mesh, sharded[0])
     ranks, rank = mesh.size(sharded[0]), mesh.get_local_rank(sharded[0])
     start, size = bounds(codes.shape[0], ranks, rank)
     local = codes.to_local()
@@ -165,7 +179,10 @@ def _part(codes: Tensor, group: ProcessGroup | DeviceMesh | None) -> Part:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"group must be a mesh of one dimension, got {group}")
+        check_mesh("group", group)
         group = group.get_group()
+    elif group is not None and dist.get_rank(group) < 0:
+        raise ValueError(f"group must have this process, rank {dist.get_rank()} of all")
     own = torch.full((), codes.shape[0], dtype=torch.int64, device=codes.device)
     sizes = gathered(own, "counting sharded codes", group)
     return Part(codes[None], sizes[: dist.get_rank(group)].sum(), group)

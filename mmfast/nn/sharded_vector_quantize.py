@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmfast.checks import check_codebook, check_floating, check_mask
+from mmfast.nn.checkpointing import check_not_repeated
 from mmfast.nn.initialisation import unit
 from mmfast.nn.layouts import Heads
 from mmfast.nn.losses import passed
 from mmfast.nn.sharded_codebook import CodebookShard
-from mmfast.nn.sharded_look_up import codes_at, look_up
+from mmfast.nn.sharded_look_up import check_mesh, codes_at, look_up
 from mmfast.nn.sharded_parameter import whole
 from mmfast.ops.nearest_code import output_dtype
 from mmfast.regions import without_autocast
@@ -64,7 +65,8 @@ class ShardedVectorQuantize(nn.Module):
             :class:`mmfast.nn.VectorQuantize`.
 
     Raises:
-        ValueError: a mesh has more than one dimension, or heads do not divide dim.
+        ValueError: a mesh has more than one dimension, does not have this process, or not all in
+            the order of their ranks; or heads do not divide dim.
 
     Source: see :class:`mmfast.nn.VectorQuantize`.
     """
@@ -95,8 +97,11 @@ class ShardedVectorQuantize(nn.Module):
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
             mesh = init_device_mesh(device, (dist.get_world_size(),))
         for name, given in (("mesh", mesh), ("data_mesh", data_mesh)):
-            if given is not None and given.ndim != 1:
+            if given is None:
+                continue
+            if given.ndim != 1:
                 raise ValueError(f"{name} must have one dimension, got {given}")
+            check_mesh(name, given)
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim = {dim}, got {heads}")
         self.dim = dim
@@ -168,7 +173,8 @@ class ShardedVectorQuantize(nn.Module):
             TypeError: an argument has another dtype.
             ValueError: shapes do not fit, or there is nothing to initialise the codebook from.
             RuntimeError: a reduction failed, for one because a process has ended; or compiling
-                with a codebook that is not initialised.
+                with a codebook that is not initialised; or the codebook would move where
+                activation checkpointing repeats the forward.
         """
         check_floating("x", x)
         check_codebook(x, self._codebook.embed.new_empty(1, self.dim))
@@ -181,6 +187,8 @@ class ShardedVectorQuantize(nn.Module):
     def _quantize(
         self, x: Tensor, mask: Tensor | None, update: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if update:
+            check_not_repeated()
         self._codebook.check_own()
         batch = x.shape[0] if x.dim() > 1 else 1
         length = math.prod(x.shape[1:-1])
@@ -198,16 +206,19 @@ class ShardedVectorQuantize(nn.Module):
         codes = codes_at(indices, part, part.codes.dtype)  # [C, M, D]
         if update:
             self._codebook.update_(vectors.detach(), indices)
-        loss = vectors.new_zeros((), dtype=output_dtype(vectors, codes))
+        # The gradients of both outputs meet in this dtype, and are rounded once.
+        wide = vectors.to(output_dtype(vectors, codes))
+        loss = wide.new_zeros(())
         if self.training:
             # Masked ones are 0 on both sides.
-            square = (codes - vectors).to(loss.dtype).square().sum()
+            square = (codes.to(wide.dtype) - wide).square().sum()
             count = (indices >= 0).sum().clamp_min(1) * codes.shape[2]
             loss = square / count * self.commitment_weight
         quantized = codes.to(x.dtype)
         if self.training and x.requires_grad:
             gradient = "rotation" if self.rotation_trick else "straight_through"
-            quantized = _Valued.apply(passed(vectors, quantized, gradient, 0.0), quantized)
+            carried = passed(wide, codes, gradient, 0.0).to(x.dtype)
+            quantized = _Valued.apply(carried, quantized)
         if inside is not None:
             quantized = torch.where(inside[:, :, None], quantized, 0)
         quantized = self._heads.join(quantized, batch, length)

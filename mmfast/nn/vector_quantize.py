@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from mmfast.checks import check_dtype, check_floating, check_possible
 from mmfast.nn import losses, similarity
+from mmfast.nn.checkpointing import check_not_repeated
 from mmfast.nn.codebook import Codebook, Weight
 from mmfast.nn.layouts import Heads, Layout, mask_of_lens
 from mmfast.nn.look_up import Chosen, in_pieces, nearest
@@ -487,7 +488,8 @@ class VectorQuantize(nn.Module):
 
         Raises:
             ValueError: shapes or options do not fit.
-            RuntimeError: compiling with a codebook that is not initialised.
+            RuntimeError: compiling with a codebook that is not initialised; or the codebook would
+                move where activation checkpointing repeats the forward.
         """
         self._check_call(x, mask, lens, topk)
         vectors, sizes = self._vectors(x)
@@ -503,6 +505,8 @@ class VectorQuantize(nn.Module):
             batch,
             length,
         )
+        if self._moves(call, ema_update):
+            check_not_repeated()
         routed = self.training and x.requires_grad and self.route_gradients_to_input
         with without_autocast(x.device.type):
             self._codebook.ensure_initialised(vectors, call.mask)
@@ -536,6 +540,13 @@ class VectorQuantize(nn.Module):
             self._layout.positions(loss, sizes) if loss.dim() else loss,
         )
         return (*outputs, breakdown) if return_loss_breakdown else outputs
+
+    def _moves(self, call: _Call, ema_update: bool | None) -> bool:
+        """Whether the forward moves more than it has to initialise."""
+        moved = self.in_place_codebook_optimizer is not None or (
+            call.topk is None and self._codebook.follows(ema_update)
+        )
+        return self._codebook.affine_param or (self.training and not call.frozen and moved)
 
     def _check_call(
         self, x: Tensor, mask: Tensor | None, lens: Tensor | None, topk: int | None
