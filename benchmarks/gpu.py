@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from benchmarks import watch
 from benchmarks.results import Results
 
 _HERE = Path(__file__).parent.parent
@@ -113,12 +114,13 @@ def prepare(
     """
     end = time.perf_counter() + left
     for name, step in steps.items():
-        if step.last != last or results.checks.get(name, "").startswith(_GOOD):
+        if step.last != last or results.checks.get(name, "").startswith((_GOOD, *watch.LOST)):
             continue
         seconds = min(step.seconds, end - time.perf_counter())
         if seconds < step.seconds / 2:
             continue
         tell(name)
+        watch.say(name, seconds + 5 * _GRACE)
         log = folder / (re.sub(r"\W+", "_", name) + ".txt")
         results.checks[name] = _run(step, seconds, log, "\n".join(cases) if step.told else "")
         yield name

@@ -6,12 +6,15 @@ nothing but that the command does all that it has to do, whenever it is cut off.
 
     FAKE_LOST=TEXT    the device is lost after the case with TEXT in its name, once
     FAKE_SLOW=SECONDS each case takes so long
+    FAKE_HANG=TEXT    a contender of a case never ends, of those with TEXT in "op/case name"
+    FAKE_CRASH=TEXT   likewise, and takes the process with it
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -105,7 +108,7 @@ def pretend() -> None:
 
 def main() -> int:
     from benchmarks import __main__ as command
-    from benchmarks import gpu, gpu_cases, machine, subjects, timing, warm
+    from benchmarks import contest, gpu, gpu_cases, machine, subjects, timing, warm
 
     pretend()
     subjects.interpreting = lambda: False
@@ -140,6 +143,16 @@ def main() -> int:
         del os.environ["FAKE_LOST"]
         return True
 
+    entered = contest.enter
+
+    def enter(case: Any, subject: Any, *others: Any) -> Any:
+        for name, harm in (("FAKE_HANG", signal.pause), ("FAKE_CRASH", os.abort)):
+            if os.environ.get(name, "\0") in f"{case.key} {subject.name}":
+                harm()
+        return entered(case, subject, *others)
+
+    contest.enter = enter
+    command._PATIENCE = command._PATIENCE_OTHERS = command._PATIENCE_COMPILED = 8.0
     command._measured, gpu.is_lost = one, is_lost
     return command.main()
 

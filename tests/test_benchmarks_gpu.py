@@ -39,6 +39,7 @@ from benchmarks import (
     tables,
     timing,
     warm,
+    watch,
 )
 from benchmarks.modules import Step
 from benchmarks.peers import kmeans as peer_kmeans
@@ -645,9 +646,9 @@ class Run:
             text=True,
         )
 
-    def output(self) -> str:
+    def output(self, status: int = 0) -> str:
         said, _ = self.process.communicate(timeout=240)
-        assert self.process.returncode == 0, said
+        assert self.process.returncode == status, said
         return said
 
     def cut_off_after(self, rows: int) -> list[Row]:
@@ -700,6 +701,61 @@ def test_a_run_on_a_gpu_that_is_killed_and_goes_on(tmp_path, monkeypatch):
     assert command.main() == 0
     assert (tmp_path / "report.md").read_text().partition("All figures")[0].strip() in text
     assert (tmp_path / "streams.png").exists()
+
+
+def test_what_hangs_or_crashes_is_named_and_the_rest_goes_on(tmp_path):
+    """A contender that never ends, and one that takes its process with it."""
+    options = {"FAKE_HANG": "float32 torch.compile", "FAKE_CRASH": "float32 mmfast (triton)"}
+    said = Run(tmp_path, "--only", "gated_activation", **options).output(status=1)
+    results = Results.load(tmp_path)
+    (case,) = {f"{r.op}/{r.case}" for r in results.rows}
+    crashed = "ended the process by SIGABRT"
+    assert results.lost(case) == {
+        "mmfast (triton)": crashed, "torch.compile": "hung: not done after 8 s",
+    }  # fmt: skip
+    by_name = {r.subject: r for r in results.rows}
+    assert by_name["mmfast (triton)"].match == by_name["mmfast (triton)"].note == crashed
+    assert by_name["torch.compile"].match is None
+    assert by_name["torch.compile"].note.startswith("hung")
+    assert by_name["plain torch"].seconds
+    assert f"WRONG: {case}, mmfast (triton): {crashed}" in said.replace("\n", " ")
+
+
+def test_cases_that_nobody_can_measure():
+    """Where it is unknown who it was, or the same one again."""
+    case, results = CASES[0], Results(FACTS)
+    results.lose(f"{case.key}: timing", "hung")
+    (failed,) = command._measured(case, CUDA, results.lost(case.key))
+    assert (failed.case, failed.match) == (case.name, "RuntimeError: hung")
+    results = Results(FACTS)
+    for _ in range(2):
+        results.lose(f"{case.key}: mmfast (triton)", "hung")
+    assert results.lost(case.key) == {"mmfast (triton)": "hung", "everybody": "hung"}
+    assert command._measured(case, CUDA, results.lost(case.key))[0].seconds is None
+    assert results.lost("another/case") == {}
+
+
+SAYS = "import os, sys, time; from benchmarks import watch; "
+
+
+@pytest.mark.parametrize(
+    ("does", "status", "what", "told"),
+    [
+        ("watch.say('one', 9); watch.say('two', 9); sys.exit(1)", 1, "two", None),
+        ("watch.say('one', 9); os.abort()", -6, "one", "ended the process by SIGABRT"),
+        ("watch.say('one', 9); os._exit(7)", 7, "one", "ended the process with status 7"),
+        ("watch.say('one', 0.3); time.sleep(60)", None, "one", "hung: not done after 0 s"),
+        # Others may have what it says things to.
+        ("watch.say('one', 9); os.fork() or time.sleep(5)", 0, "one", None),
+    ],
+)
+def test_processes_that_are_watched(does, status, what, told):
+    start = time.perf_counter()
+    ended = watch.run([sys.executable, "-c", SAYS + does])
+    assert time.perf_counter() - start < 30
+    assert (ended.status, ended.what, ended.good) == (status, what, told is None)
+    assert told is None or str(ended) == told
+    assert not watch.watched()
 
 
 def test_checks_survive_the_disk(tmp_path):
