@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -733,6 +734,51 @@ def test_cases_that_nobody_can_measure():
     assert results.lost(case.key) == {"mmfast (triton)": "hung", "everybody": "hung"}
     assert command._measured(case, CUDA, results.lost(case.key))[0].seconds is None
     assert results.lost("another/case") == {}
+
+
+TESTS = """
+import ctypes, pytest, torch
+
+torch.cuda.is_available = lambda: True
+errors = []
+
+def wait(*_):
+    if errors:
+        raise RuntimeError("an illegal address")
+
+torch.cuda.synchronize = wait
+
+@pytest.mark.cuda(seconds=0.5)
+def test_hangs():
+    ctypes.PyDLL(None).sleep(60)
+
+def test_loses():
+    errors.append(1)
+    raise AssertionError("wrong numbers")
+
+@pytest.mark.parametrize("i", range(4))
+def test_others(i):
+    assert not errors
+"""
+
+
+def test_tests_on_a_gpu_that_hang_or_lose_it_cost_no_others(tmp_path):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    own = gpu.STEPS["tests, parity"].command
+    words = own[: own.index("tests/test_triton.py")]
+    words = [w if "numprocesses" not in w else "--numprocesses=2" for w in words]
+    ran = subprocess.run(
+        [sys.executable, "-m", *words, "-p", "conftest", "test_some.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(gpu._HERE / "tests")},
+        capture_output=True,
+        text=True,
+    )
+    passed = set(re.findall(r"PASSED test_some.py::(\S+)", ran.stdout))
+    failed = set(re.findall(r"FAILED test_some.py::(\S+)", ran.stdout))
+    assert passed == {f"test_others[{i}]" for i in range(4)}, ran.stdout
+    assert failed == {"test_hangs", "test_loses"}
+    assert "AssertionError: wrong numbers" in ran.stdout
 
 
 SAYS = "import os, sys, time; from benchmarks import watch; "

@@ -233,7 +233,7 @@ def test_small_ops_are_right():
     assert wrong == []
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(seconds=900)
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="compute-sanitizer is not here")
 def test_memory_checker():
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
