@@ -145,18 +145,22 @@ def _measure(
         """Seconds."""
         return 60 * (options.minutes or math.inf) + begun - time.perf_counter()
 
-    def prepare(last: bool) -> None:
-        if device.type == "cuda" and everything:
-            coming = [case.key for case in chosen if case.key not in done]
-            for _ in gpu.prepare(
-                results, lambda what: tell(what, 0), folder, coming, gpu.STEPS, last, left()
-            ):
-                results.save(folder)
+    prepared: set[int] = set()
+
+    def prepare(when: int) -> None:
+        if device.type != "cuda" or not everything or when in prepared:
+            return
+        prepared.add(when)
+        coming = [c.key for c in chosen if c.key not in done and c.quick == (when == gpu.BEFORE)]
+        for _ in gpu.prepare(
+            results, lambda what: tell(what, 0), folder, coming, gpu.STEPS, when, left()
+        ):
+            results.save(folder)
 
     if not options.bare:
         console.print(report.summary(results), highlight=False)
     with _progress(console, len(chosen) + 3) as tell:
-        prepare(last=False)
+        prepare(gpu.BEFORE)
         for count in counts if not options.bare else ():
             if device.type == "cuda" and count in results.ceilings:
                 continue
@@ -169,6 +173,8 @@ def _measure(
             if case.key in done:
                 tell("", 1)
                 continue
+            if not case.quick:
+                prepare(gpu.BETWEEN)
             if left() < 0:
                 rest = sum(c.key not in done for c in chosen[chosen.index(case) :])
                 console.print(f"{rest} cases are left: the same with --resume goes on with them")
@@ -190,7 +196,8 @@ def _measure(
             tell("", 1)
         if any(case.key not in done for case in chosen):
             results.save(folder)
-        prepare(last=True)
+        prepare(gpu.BETWEEN)
+        prepare(gpu.AFTER)
         if device.type == "cpu" and everything:
             with spent.on("lower instruction sets", ROUNDS):
                 of = 1 if options.quick else len(levels.CASES) if options.full else _LEVEL_CASES

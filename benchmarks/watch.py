@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _PIPE = "MMFAST_WATCHED"  # the environment variable with a number of a file
-_BEGIN = 120.0  # seconds until the process says something
+BEGIN = 120.0  # seconds until the process says something
 _LOOK = 0.5  # seconds between looks at whether it is there
 _DIES_WITH_PARENT = 1  # of prctl
 _HUNG, _ENDED = LOST = "hung", "ended the process"  # how an ``End`` that is not good begins
@@ -73,7 +73,7 @@ def run(command: Sequence[str]) -> End:
     environment = {**os.environ, _PIPE: str(write)}
     process = subprocess.Popen(command, pass_fds=[write], env=environment)
     os.close(write)
-    what, seconds, rest = "", _BEGIN, b""
+    what, seconds, rest = "", BEGIN, b""
     since = time.monotonic()
     try:
         while True:

@@ -276,6 +276,12 @@ def mask_arguments(mask: Tensor | None, other: Tensor) -> tuple[tuple[Any, ...],
     of_keys = strides[2] == 0
     if mask.dtype == torch.bool:
         kind = BOOL_OF_KEYS if of_keys else BOOL_MASK
+        if other.dtype == torch.float64:
+            # Triton 3.6 takes the layout of a product's operands from the narrowest number that was
+            # loaded for them, and has none for eight bits and products of float64.
+            once = mask[tuple(slice(None) if stride else slice(0, 1) for stride in strides)]
+            numbers = once.to(torch.int64)
+            return (numbers, *mask_arguments(numbers, other)[0][1:]), kind.value
         return (mask.view(torch.uint8), *strides), kind.value
     return (mask, *strides), (ADDED_OF_KEYS if of_keys else ADDED_MASK).value
 

@@ -417,10 +417,29 @@ def test_ops_bound_by_memory_have_the_contenders_of_their_goals():
 
 def test_a_run_fits_its_minutes():
     """What says most in the call that makes the tests too, and the rest in one that goes on."""
-    steps = sum(s.seconds for s in gpu.STEPS.values() if not s.last)
     every = gpu_cases.all_cases()
-    assert steps + gpu_time.total(c for c in every if c.quick) < 60 * gpu.MINUTES
-    assert gpu_time.total(c for c in every if not c.full) < 60 * gpu.MINUTES
+    tests = sum(s.seconds for name, s in gpu.STEPS.items() if name.startswith("tests"))
+    of = {when: sum(s.seconds for s in gpu.STEPS.values() if s.when == when) for when in range(3)}
+    tests -= of[gpu.AFTER]
+    quick = gpu_time.total(c for c in every if c.quick)
+    assert of[gpu.BEFORE] + quick + tests < 60 * gpu.MINUTES
+    others = gpu_time.total(c for c in every if not (c.quick or c.full))
+    assert of[gpu.BETWEEN] - tests + others < 60 * gpu.MINUTES
+
+
+def test_ops_take_turns():
+    """What is cut off has something of each."""
+    every = gpu_cases.all_cases()
+    kinds = [(c.full, not c.quick) for c in every]
+    assert kinds == sorted(kinds)
+    own = [c for c in CASES if c.quick]
+    first = [c.op for c in own[: len({c.op for c in own})]]
+    assert len(set(first)) == len(first)
+    # In the dtype that models have; and products against a float32 codebook, as it is trained.
+    names = {c.op: c.name for c in reversed(own)}
+    assert names["gated_residual_modulate_bwd"].endswith("bfloat16")
+    assert names["sampler_step"].endswith("bfloat16")
+    assert names["nearest_code"].endswith("float32")
 
 
 def test_goals_of_whole_models():
@@ -571,7 +590,8 @@ def test_steps_before_times_are_taken_once(tmp_path):
         "good": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0),
         "bad": gpu.Step(("timeit", "-n1", "-r1", python % 3), 60.0),
         "slow": gpu.Step(("timeit", "-n1", "-r1", slow % "time.sleep(60)"), 0.5),
-        "late": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0, last=True),
+        "late": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0, gpu.AFTER),
+        "nothing": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0, gpu.AFTER, told=True),
     }
     results, told = Results(FACTS), []
 
@@ -588,7 +608,12 @@ def test_steps_before_times_are_taken_once(tmp_path):
     # What is done need not be done again; the others are, where there is time.
     assert taken() == ["bad", "slow"]
     assert taken(left=20.0) == ["slow"]
-    assert taken(last=True) == ["late"]
+    # Cases are not told to whom there are none.
+    assert list(gpu.prepare(results, told.append, tmp_path, [], steps, gpu.AFTER)) == ["late"]
+    assert told[-1] == "late"
+    # What did not come back is not tried again.
+    results.checks["bad"] = str(watch.End(None, "bad", 1.0))
+    assert taken() == ["slow"]
 
 
 def test_names_of_cases_for_what_is_told_them(tmp_path):
@@ -816,14 +841,22 @@ def test_the_commands_that_run_before_are_there(monkeypatch, capsys):
         for word in step.command:
             assert not word.startswith("tests/") or (gpu._HERE / word.partition("::")[0]).is_file()
     for name, main in (("mmfast.kernels.tuned", tuned.main), ("benchmarks.warm", warm.main)):
-        (step,) = (s for s in gpu.STEPS.values() if s.command[0] == name)
         monkeypatch.setattr(sys, "argv", [name, "--help"])
         with pytest.raises(SystemExit):
             main()
         said = capsys.readouterr().out
-        assert all(word in said for word in step.command[1:] if word.startswith("--"))
-    # All of them leave time for times.
-    assert sum(s.seconds for s in gpu.STEPS.values() if not s.last) < 60 * gpu.MINUTES * 0.6
+        words = [w for s in gpu.STEPS.values() if s.command[0] == name for w in s.command[1:]]
+        assert len(words) > 2
+        assert all(word in said for word in words if word.startswith("--"))
+    # Every kernel that is tuned is so in one of them.
+    only = [s.command[-1] for s in gpu.STEPS.values() if s.command[0] == "mmfast.kernels.tuned"]
+    from mmfast.kernels import nearest_code, scaled_dot_product_attention
+
+    for kernel, _ in (nearest_code.tuning, *scaled_dot_product_attention.tuning):
+        assert sum(bool(re.search(text, kernel.name)) for text in only) == 1, kernel.name
+    # They leave time for times.
+    before = sum(s.seconds for s in gpu.STEPS.values() if s.when == gpu.BEFORE)
+    assert before < 60 * gpu.MINUTES * 0.4
 
 
 def test_a_run_that_is_cut_off_is_resumed(tmp_path, monkeypatch, capsys):
