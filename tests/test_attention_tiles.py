@@ -174,8 +174,14 @@ def test_warps_have_tasks_of_their_own(tmp_path):
     assert "STL" not in text
 
 
+@pytest.fixture
+def newer(monkeypatch):
+    """As with a Triton of which nothing in one pass spills."""
+    monkeypatch.setattr(attention_tiles, "_BEFORE_3_7", False)
+
+
 @pytest.mark.parametrize(("kernel", "problems"), tuning, ids=[*TUNED, "fused"])
-def test_problems_of_the_search(kernel, problems):
+def test_problems_of_the_search(kernel, problems, newer):
     def run(self, *arguments, grid, facts, **constants):
         self.choose({**constants, **facts})
 
@@ -213,7 +219,15 @@ def one_pass(target=HOPPER, *, width=72, length=1024, heads=2, **options) -> lis
 
 
 @pytest.mark.parametrize("width", HEAD_SIZES)
-def test_gradients_in_one_pass(width):
+def test_gradients_in_one_pass_by_triton_3_6(width, monkeypatch):
+    monkeypatch.setattr(attention_tiles, "_BEFORE_3_7", True)
+    with mmfast.sums_in_any_order():
+        several = ["unordered", "ordered", "two"]
+        assert one_pass(width=width) == (["two"] if width > 96 else several)
+
+
+@pytest.mark.parametrize("width", HEAD_SIZES)
+def test_gradients_in_one_pass(width, newer):
     """By default only such that give the same bits, and not before they were measured."""
     assert one_pass(width=width) == ["two", "ordered"]
     with mmfast.sums_in_any_order():
@@ -227,7 +241,7 @@ def test_gradients_in_one_pass(width):
     assert one_pass(width=width) == ["two", "ordered"]
 
 
-def test_turns_take_registers():
+def test_turns_take_registers(newer):
     padding = torch.ones(1, 1, 1, 1024, dtype=torch.bool)
     with mmfast.sums_in_any_order():
         for options in ({"causal": True}, {"mask": padding}):
