@@ -7,6 +7,7 @@ and what was cut off is taken up by ``--resume``.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import re
@@ -95,18 +96,13 @@ STEPS: Mapping[str, Step] = {
 
 
 def build() -> None:
-    """Install the package as it lies here, if Python does not find the kernels, and begin anew.
+    """Let Python find the kernels as they lie here, where the package is not installed.
 
-    Without the C++ kernels, which no GPU runs and which take minutes: ``make`` has built them.
+    Without the C++ kernels, which no GPU runs and which take minutes: ``make`` builds them.
     """
-    if importlib.util.find_spec("mmfast.kernels") is not None:
-        return
-    pip = ("pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ".")
-    environment = {**os.environ, "MMFAST_NO_EXTENSION": "1"}
-    ran = subprocess.run([sys.executable, "-m", *pip], cwd=_HERE, env=environment)
-    if ran.returncode or os.environ.get("MMFAST_BUILT"):
-        raise SystemExit("error: mmfast.kernels is not here, and could not be installed")
-    again({"MMFAST_BUILT": "1"})
+    if importlib.util.find_spec("mmfast.kernels") is None:
+        (_HERE / "mmfast" / "kernels").symlink_to(_HERE / "kernels", target_is_directory=True)
+        importlib.invalidate_caches()
 
 
 def again(environment: Mapping[str, str], *words: str) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -827,6 +828,28 @@ def test_processes_that_are_watched(does, status, what, told):
     assert (ended.status, ended.what, ended.good) == (status, what, told is None)
     assert told is None or str(ended) == told
     assert not watch.watched()
+
+
+def test_kernels_are_found_where_nothing_is_installed(tmp_path):
+    """As on a machine that has but the checkout: by this process, and those that it starts."""
+    for name in ("mmfast", "benchmarks", "kernels"):
+        shutil.copytree(
+            gpu._HERE / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "results")
+        )
+    # The name of the module that lets Python find an installed checkout.
+    hidden = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in "
+    hidden += "getattr(f, '__module__', '')]; "
+    first = "from benchmarks import gpu; gpu.build(); import mmfast.kernels.launching as found; "
+    for does in (hidden + first, hidden + "import mmfast.kernels.launching as found; "):
+        ran = subprocess.run(
+            [sys.executable, "-c", does + "print(found.__file__)"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert ran.stdout.strip() == str(tmp_path / "mmfast" / "kernels" / "launching.py"), (
+            ran.stderr
+        )
 
 
 def test_checks_survive_the_disk(tmp_path):
