@@ -27,7 +27,7 @@ from benchmarks import watch
 from benchmarks.results import Results
 
 _HERE = Path(__file__).parent.parent
-_GOOD = "done"
+_GOOD, _FAILED = "done", "failed with"
 MINUTES = 7.5  # of a whole run, by default
 _PROCESSES = min(16, os.cpu_count() or 1)
 _GRACE = 8.0  # seconds for what is cut off to say how far it came
@@ -133,7 +133,7 @@ def prepare(
     for name, step in steps.items():
         if step.when != when or (step.told and not cases):
             continue
-        if results.checks.get(name, "").startswith((_GOOD, *watch.LOST)):
+        if _is_over(results.checks.get(name, "")):
             continue
         seconds = min(step.seconds, end - time.perf_counter())
         if seconds < step.seconds / 2:
@@ -143,6 +143,13 @@ def prepare(
         log = folder / (re.sub(r"\W+", "_", name) + ".txt")
         results.checks[name] = _run(step, seconds, log, "\n".join(cases) if step.told else "")
         yield name
+
+
+def _is_over(came: str) -> bool:
+    """Whether a step need not be taken again: it is done, or has told what of it failed, or did not
+    come back."""
+    told = came.startswith(_FAILED) and _TALLY.search(came)
+    return came.startswith((_GOOD, *watch.LOST)) or bool(told)
 
 
 def failures(results: Results) -> list[str]:
@@ -180,7 +187,7 @@ def _run(step: Step, seconds: float, log: Path, told: str) -> str:
             ran.wait()
     lines = log.read_text(errors="replace").strip().splitlines() or [""]
     said = next((line for line in reversed(lines) if _TALLY.search(line)), lines[-1])
-    how = _GOOD if ran.returncode == 0 else f"failed with {ran.returncode}"
+    how = _GOOD if ran.returncode == 0 else f"{_FAILED} {ran.returncode}"
     return f"{cut or how + f' in {time.perf_counter() - start:.0f} s'}: {said}"
 
 

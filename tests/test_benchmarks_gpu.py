@@ -590,6 +590,7 @@ def test_steps_before_times_are_taken_once(tmp_path):
     steps = {
         "good": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0),
         "bad": gpu.Step(("timeit", "-n1", "-r1", python % 3), 60.0),
+        "broken": gpu.Step(("timeit", "-n1", "-r1", "raise SystemExit('no such module')"), 60.0),
         "slow": gpu.Step(("timeit", "-n1", "-r1", slow % "time.sleep(60)"), 0.5),
         "late": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0, gpu.AFTER),
         "nothing": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0, gpu.AFTER, told=True),
@@ -599,21 +600,24 @@ def test_steps_before_times_are_taken_once(tmp_path):
     def taken(**more) -> list[str]:
         return list(gpu.prepare(results, told.append, tmp_path, ["a/b"], steps, **more))
 
-    assert taken() == told == ["good", "bad", "slow"]
+    assert taken() == told == ["good", "bad", "broken", "slow"]
     assert results.checks["good"].startswith("done in ")
     assert results.checks["bad"].startswith("failed with ")
     assert "3 passed" in results.checks["bad"]
     assert "the last line" in (tmp_path / "bad.txt").read_text()
     assert results.checks["slow"].startswith("cut off after 0 s")
-    assert [f.partition(":")[0] for f in gpu.failures(results)] == ["bad", "slow"]
-    # What is done need not be done again; the others are, where there is time.
-    assert taken() == ["bad", "slow"]
+    assert [f.partition(":")[0] for f in gpu.failures(results)] == [
+        "bad", "broken", "slow",
+    ]  # fmt: skip
+    # What is done, or has said what failed, need not be done again; the others are, where there is
+    # time.
+    assert taken() == ["broken", "slow"]
     assert taken(left=20.0) == ["slow"]
     # Cases are not told to whom there are none.
     assert list(gpu.prepare(results, told.append, tmp_path, [], steps, gpu.AFTER)) == ["late"]
     assert told[-1] == "late"
     # What did not come back is not tried again.
-    results.checks["bad"] = str(watch.End(None, "bad", 1.0))
+    results.checks["broken"] = str(watch.End(None, "broken", 1.0))
     assert taken() == ["slow"]
 
 
