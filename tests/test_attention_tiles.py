@@ -17,7 +17,7 @@ if backends.interpreting():
 import triton
 
 from mmfast.kernels import attention_tiles, offline
-from mmfast.kernels.attention import BEGINS, DENSE, Limits, Tokens
+from mmfast.kernels.attention import BEGINS, DENSE, Limits, Tokens, factor_of, head_strides
 from mmfast.kernels.attention_forward import attention_forward, forward
 from mmfast.kernels.attention_fused_gradient import fused_kernel, places_of
 from mmfast.kernels.attention_gradients import _fits
@@ -113,6 +113,18 @@ def test_where_descriptors_cannot_be_made(name):
 )
 def test_what_is_left_to_the_plain_kernels(name, options):
     assert asked(name, **options) == ["plain"]
+
+
+@pytest.mark.parametrize("width", [8, 72, 128])
+def test_a_single_token_has_a_stride_that_descriptors_take(width):
+    """Whatever torch says that it is, which nothing reads: a query for a long sequence of keys."""
+    for stride in (0, 1, width):
+        query = torch.ones(6 * width).as_strided((2, 3, 1, width), (3 * width, width, stride, 1))
+        batch, head, row = head_strides(query)
+        assert (batch, head) == (3 * width, width)
+        assert row >= width
+        assert row % 16 == 0
+        assert factor_of(query) % 8 == 0
 
 
 def test_specialised_warps_have_neither_masks_nor_two_streams():
