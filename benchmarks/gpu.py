@@ -82,7 +82,7 @@ STEPS: Mapping[str, Step] = {
     # By itself: it is the kernel whose programs wait for each other.
     "tuning, one pass": _tuning("fused", 40.0, BETWEEN),
     "compiling, others": _compiling(BETWEEN),
-    "tests, memory": _tests("tests/test_gpu.py", "-k", "memory_checker", seconds=60.0, when=AFTER),
+    "tests, memory": _tests("tests/test_gpu.py", "-k", "memory_checker", seconds=90.0, when=AFTER),
     "tests, others": _tests(
         "tests/test_triton.py",
         "tests/test_triton_hopper.py",
