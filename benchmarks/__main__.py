@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from benchmarks import (
     cases,
     contest,
     gpu,
+    gpu_attention_peers,
     gpu_cases,
     gpu_time,
     levels,
@@ -34,6 +35,7 @@ from benchmarks import (
     tables,
     timing,
     training,
+    watch,
 )
 from benchmarks.cases import Case
 from benchmarks.results import FILE, Results, letters_of
@@ -45,6 +47,10 @@ _CURVE_SHARE = 0.1  # of a table's case's time
 _LEVEL_CASES = 2  # of lower instruction sets, without --full
 _LEVELS = 1  # lower instruction sets, likewise
 _SAVE_EVERY = 5.0  # seconds, which are lost at most
+# Seconds that a contender's part of a case may take on a GPU before it counts as one that hangs:
+# one of mmfast, another, one that is compiled meanwhile; and that whatever is no case may take.
+_PATIENCE, _PATIENCE_OTHERS, _PATIENCE_COMPILED, _PATIENCE_REST = 45.0, 75.0, 180.0, 120.0
+_MOST_PROCESSES = 20  # that follow each other
 
 
 def main() -> int:
@@ -59,10 +65,16 @@ def main() -> int:
     if device.type == "cuda":
         gpu.build()
     folder = options.out or _HERE / "results" / machine.slug(device)
+    if device.type == "cuda" and not watch.watched():
+        return _watch(folder, options.minutes)
+    watch.follow()
     results = _start(device, folder, options.resume)
+    if watch.watched():
+        results.save(folder)  # for who watches to note in it what goes wrong
     spent = Spent()
     with _truths(options.truths) as truths:
         _measure(options, results, folder, device, console, spent, truths)
+    watch.say("report", _PATIENCE_REST)
     if not options.bare:
         for table in [*tables.all_tables(results), *spent.tables()]:
             console.print(table.rich())
@@ -79,6 +91,30 @@ def main() -> int:
     for what in wrong:
         console.print(f"WRONG: {what}", style="bold red")
     return 1 if wrong else 0
+
+
+def _watch(folder: Path, minutes: float | None) -> int:
+    """The same command in processes of its own: what hangs, or takes its process with it, is noted
+    in the results, and the next process does the rest."""
+    begun = time.perf_counter()
+    more: list[str] = []
+    for _ in range(_MOST_PROCESSES):
+        ended = watch.run([sys.executable, *sys.orig_argv[1:], *more])
+        if ended.good:
+            return ended.status or 0
+        print(f"{ended.what or 'the beginning'} {ended}", flush=True)
+        if not ended.what or not (folder / FILE).exists():
+            return 1
+        results = Results.load(folder)
+        if ": " not in ended.what and ended.what in results.checks:
+            return 1  # the next one would do so as well
+        results.lose(ended.what, str(ended))
+        results.save(folder)
+        more = ["--resume"]
+        if minutes is not None:
+            left = minutes - (time.perf_counter() - begun) / 60
+            more += ["--minutes", f"{max(left, 0.01):.3f}"]
+    return 1
 
 
 @contextmanager
@@ -109,20 +145,27 @@ def _measure(
         """Seconds."""
         return 60 * (options.minutes or math.inf) + begun - time.perf_counter()
 
-    def prepare(last: bool) -> None:
-        if device.type == "cuda" and everything:
-            coming = [case.key for case in chosen if case.key not in done]
-            for _ in gpu.prepare(
-                results, lambda what: tell(what, 0), folder, coming, gpu.STEPS, last, left()
-            ):
-                results.save(folder)
+    prepared: set[int] = set()
+
+    def prepare(when: int) -> None:
+        if device.type != "cuda" or not everything or when in prepared:
+            return
+        prepared.add(when)
+        coming = [c.key for c in chosen if c.key not in done and c.quick == (when == gpu.BEFORE)]
+        for _ in gpu.prepare(
+            results, lambda what: tell(what, 0), folder, coming, gpu.STEPS, when, left()
+        ):
+            results.save(folder)
 
     if not options.bare:
         console.print(report.summary(results), highlight=False)
     with _progress(console, len(chosen) + 3) as tell:
-        prepare(last=False)
+        prepare(gpu.BEFORE)
         for count in counts if not options.bare else ():
+            if device.type == "cuda" and count in results.ceilings:
+                continue
             tell("ceilings", 0)
+            watch.say("ceilings", _PATIENCE_REST)
             with timing.threads(count), spent.on("ceilings", ROUNDS):
                 results.ceilings[count] = machine.ceilings(device, count)
         tell("", 1)
@@ -130,6 +173,8 @@ def _measure(
             if case.key in done:
                 tell("", 1)
                 continue
+            if not case.quick:
+                prepare(gpu.BETWEEN)
             if left() < 0:
                 rest = sum(c.key not in done for c in chosen[chosen.index(case) :])
                 console.print(f"{rest} cases are left: the same with --resume goes on with them")
@@ -138,7 +183,8 @@ def _measure(
             # a fifth of a second.
             gc.collect()
             gc.freeze()
-            results.replace(_measured(case, device, counts, options, tell, spent, truths))
+            lost = results.lost(case.key)
+            results.replace(_measured(case, device, counts, options, tell, spent, truths, lost))
             if device.type == "cuda" and gpu.is_lost(device):
                 # Every call of this process would fail from now on.
                 results.save(folder)
@@ -150,7 +196,8 @@ def _measure(
             tell("", 1)
         if any(case.key not in done for case in chosen):
             results.save(folder)
-        prepare(last=True)
+        prepare(gpu.BETWEEN)
+        prepare(gpu.AFTER)
         if device.type == "cpu" and everything:
             with spent.on("lower instruction sets", ROUNDS):
                 of = 1 if options.quick else len(levels.CASES) if options.full else _LEVEL_CASES
@@ -271,6 +318,11 @@ def _measured(case: Case, device: torch.device, *others: Any) -> list[contest.Ro
     """On a GPU a case that fails is one that is wrong, and the others follow."""
     if device.type != "cuda":
         return _run(case, device, *others)
+    *_, lost = others
+    whole = [came for name, came in lost.items() if name not in contest.names(case)]
+    if whole:
+        # It was nobody's part.
+        return [contest.failed(case, RuntimeError(whole[-1]))]
     try:
         return _run(case, device, *others)
     except Exception as error:
@@ -287,7 +339,12 @@ def _run(
     tell: Callable[[str, int], None],
     spent: Spent,
     truths: Path,
+    lost: Mapping[str, str],
 ) -> list[contest.Row]:
+    def about(what: str) -> None:
+        watch.say(f"{case.key}: {what}", _patience(what))
+        tell(f"{case.key} {what}", 0)
+
     seconds = options.seconds * (_CURVE_SHARE if case.sweep else case.share)
     effort = contest.Effort(seconds)
     if options.full:
@@ -298,10 +355,18 @@ def _run(
         counts if case.scales(options.scale or options.full) else counts[-1:],
         effort,
         lambda name: bool(re.search(options.subjects or "", name)),
-        lambda what: tell(f"{case.key} {what}", 0),
+        about,
         spent,
         truths,
+        lost,
     )
+
+
+def _patience(what: str) -> float:
+    if what.startswith("mmfast"):
+        return _PATIENCE
+    compiled = "compile" in what or gpu_attention_peers.FLEX in what
+    return _PATIENCE_COMPILED if compiled else _PATIENCE_OTHERS
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ def run(
     tell: Callable[[str], None],
     spent: Spent,
     truths: Path | None = None,
+    lost: Mapping[str, str] | None = None,
 ) -> list[Row]:
     """Measure ``case``.
 
@@ -117,7 +118,9 @@ def run(
         wanted: chooses contenders by name.
         tell: hears what is going on.
         truths: a folder for results of the reference, which another process may have left there.
+        lost: what is known of contenders that are not to run again, by name.
     """
+    lost = lost or {}
     most = max(threads)
     tell("reference")
     with spent.on(case.key, TRUTH), timing.threads(most):
@@ -130,6 +133,11 @@ def run(
     rows = []
     with timing.threads(most):
         for subject in (s for s in contenders(case) if wanted(s.name)):
+            if subject.name in lost:
+                came = lost[subject.name]
+                wrong = came if subject.kind == "mmfast" else None
+                rows += [_row(case, subject, n, note=came, match=wrong) for n in threads]
+                continue
             tell(subject.name)
             entry: Entry | str
             with spent.on(case.key, FIRST, subject.name):
@@ -194,6 +202,11 @@ def contenders(case: Case) -> list[Subject]:
     if case.sweep is None and case.data != SHIFTED:
         return found
     return [s for s in found if s.kind == "mmfast" or s.name in CURVES]
+
+
+def names(case: Case) -> list[str]:
+    """Theirs."""
+    return [subject.name for subject in contenders(case)]
 
 
 def _truth(

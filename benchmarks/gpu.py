@@ -7,6 +7,7 @@ and what was cut off is taken up by ``--resume``.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import re
@@ -22,45 +23,66 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from benchmarks import watch
 from benchmarks.results import Results
 
 _HERE = Path(__file__).parent.parent
-_GOOD = "done"
+_GOOD, _FAILED = "done", "failed with"
 MINUTES = 7.5  # of a whole run, by default
-_PROCESSES = min(12, os.cpu_count() or 1)
+_PROCESSES = min(16, os.cpu_count() or 1)
 _GRACE = 8.0  # seconds for what is cut off to say how far it came
 _TALLY = re.compile(r"\d+ (?:passed|failed|error)")
 # What must agree with what a folder has for a run to go on there: other machines of the kind may.
 SAME = ("device", "device_type", "versions", "gpu")
 
 
+BEFORE, BETWEEN, AFTER = range(3)
+
+
 @dataclass(frozen=True)
 class Step:
-    """A command to run, how many seconds it may take, and whether it waits until times are taken.
+    """A command to run, and how many seconds it may take.
 
     Attributes:
+        when: BEFORE any times are taken, BETWEEN those of ``--quick`` and the others, or AFTER all.
         told: it reads the names of the cases to come, a line for each.
     """
 
     command: tuple[str, ...]
     seconds: float
-    last: bool = False
+    when: int = BEFORE
     told: bool = False
 
 
-def _tests(*what: str, seconds: float, last: bool = False) -> Step:
-    """More of them fail than anybody reads: what breaks every kernel is known after twenty."""
-    words = ("pytest", "-p", "no:cacheprovider", "--quiet", "--tb=short", "--maxfail=20")
-    return Step((*words, f"--numprocesses={_PROCESSES}", *what), seconds, last)
+def _tests(*what: str, seconds: float, when: int) -> Step:
+    """Each is told as it comes: what is cut off has said how far it came. A kernel that fails in
+    all of its tests does not keep others from theirs."""
+    words = ("pytest", "-p", "no:cacheprovider", "--verbose", "--tb=short", "--maxfail=400")
+    return Step((*words, f"--numprocesses={_PROCESSES}", *what), seconds, when)
+
+
+def _tuning(kernels: str, seconds: float, when: int) -> Step:
+    words = ("mmfast.kernels.tuned", "--write", "--processes", str(_PROCESSES), "--only", kernels)
+    return Step(words, seconds, when)
+
+
+def _compiling(when: int) -> Step:
+    words = ("benchmarks.warm", "--processes", str(_PROCESSES))
+    return Step(words, 60.0, when, told=True)
 
 
 _ON_THE_GPU = ("tests/test_triton.py::TestOnTheGpu", "tests/test_gpu.py")
 STEPS: Mapping[str, Step] = {
-    "tests, parity": _tests("tests/test_triton.py", "-k", "test_samples", seconds=75.0),
-    "tests, device": _tests(*_ON_THE_GPU, "-k", "not memory_checker", seconds=60.0),
-    "tuning": Step(("mmfast.kernels.tuned", "--write"), 45.0),
-    "compiling": Step(("benchmarks.warm", "--processes", str(_PROCESSES)), 60.0, told=True),
-    "tests, memory": _tests("tests/test_gpu.py", "-k", "memory_checker", seconds=60.0, last=True),
+    "tuning": _tuning("screen|forward|query|key", 75.0, BEFORE),
+    "compiling": _compiling(BEFORE),
+    "tests, parity": _tests(
+        "tests/test_triton.py", "-k", "test_samples", seconds=85.0, when=BETWEEN
+    ),
+    "tests, device": _tests(*_ON_THE_GPU, "-k", "not memory_checker", seconds=45.0, when=BETWEEN),
+    # By itself: it is the kernel whose programs wait for each other.
+    "tuning, one pass": _tuning("fused", 40.0, BETWEEN),
+    "compiling, others": _compiling(BETWEEN),
+    "tests, memory": _tests("tests/test_gpu.py", "-k", "memory_checker", seconds=90.0, when=AFTER),
     "tests, others": _tests(
         "tests/test_triton.py",
         "tests/test_triton_hopper.py",
@@ -68,29 +90,25 @@ STEPS: Mapping[str, Step] = {
         "-k",
         "not test_samples and not TestOnTheGpu",
         seconds=150.0,
-        last=True,
+        when=AFTER,
     ),
 }
 
 
 def build() -> None:
-    """Install the package as it lies here, if Python does not find the kernels, and begin anew.
+    """Let Python find the kernels as they lie here, where the package is not installed.
 
-    Without the C++ kernels, which no GPU runs and which take minutes: ``make`` has built them.
+    Without the C++ kernels, which no GPU runs and which take minutes: ``make`` builds them.
     """
-    if importlib.util.find_spec("mmfast.kernels") is not None:
-        return
-    pip = ("pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ".")
-    environment = {**os.environ, "MMFAST_NO_EXTENSION": "1"}
-    ran = subprocess.run([sys.executable, "-m", *pip], cwd=_HERE, env=environment)
-    if ran.returncode or os.environ.get("MMFAST_BUILT"):
-        raise SystemExit("error: mmfast.kernels is not here, and could not be installed")
-    again({"MMFAST_BUILT": "1"})
+    if importlib.util.find_spec("mmfast.kernels") is None:
+        (_HERE / "mmfast" / "kernels").symlink_to(_HERE / "kernels", target_is_directory=True)
+        importlib.invalidate_caches()
 
 
 def again(environment: Mapping[str, str], *words: str) -> None:
     """This command from its beginning, with ``words`` more."""
     sys.stdout.flush()
+    watch.say("the beginning", watch.BEGIN)
     os.execve(sys.executable, [*sys.orig_argv, *words], {**os.environ, **environment})
 
 
@@ -100,28 +118,38 @@ def prepare(
     folder: Path,
     cases: Sequence[str],
     steps: Mapping[str, Step] = STEPS,
-    last: bool = False,
+    when: int = BEFORE,
     left: float = 1e9,
 ) -> Iterator[str]:
     """Take the steps that ``results`` do not know as done, and note what came of them there;
     yields the name of each one that was taken. What they print is in the folder.
 
     Args:
-        cases: names of those that will be timed.
-        last: take those for the end, instead of the others.
+        cases: names of those that will be timed next.
+        when: take those of this time.
         left: seconds; steps that would not have half of their time are left out.
     """
     end = time.perf_counter() + left
     for name, step in steps.items():
-        if step.last != last or results.checks.get(name, "").startswith(_GOOD):
+        if step.when != when or (step.told and not cases):
+            continue
+        if _is_over(results.checks.get(name, "")):
             continue
         seconds = min(step.seconds, end - time.perf_counter())
         if seconds < step.seconds / 2:
             continue
         tell(name)
+        watch.say(name, seconds + 5 * _GRACE)
         log = folder / (re.sub(r"\W+", "_", name) + ".txt")
         results.checks[name] = _run(step, seconds, log, "\n".join(cases) if step.told else "")
         yield name
+
+
+def _is_over(came: str) -> bool:
+    """Whether a step need not be taken again: it is done, or has told what of it failed, or did not
+    come back."""
+    told = came.startswith(_FAILED) and _TALLY.search(came)
+    return came.startswith((_GOOD, *watch.LOST)) or bool(told)
 
 
 def failures(results: Results) -> list[str]:
@@ -159,7 +187,7 @@ def _run(step: Step, seconds: float, log: Path, told: str) -> str:
             ran.wait()
     lines = log.read_text(errors="replace").strip().splitlines() or [""]
     said = next((line for line in reversed(lines) if _TALLY.search(line)), lines[-1])
-    how = _GOOD if ran.returncode == 0 else f"failed with {ran.returncode}"
+    how = _GOOD if ran.returncode == 0 else f"{_FAILED} {ran.returncode}"
     return f"{cut or how + f' in {time.perf_counter() - start:.0f} s'}: {said}"
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import gpu_attention
-from benchmarks.peers import Peer, needs, nothing, varlen_attention
+from benchmarks.peers import Peer, compiled, needs, nothing, varlen_attention
 from benchmarks.peers.joint_attention import joined, mask_of
 
 # PyTorch's backends, by the names of their rows.
@@ -49,7 +49,7 @@ def _causal(b: Any, h: Any, q: Any, k: Any) -> Any:
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return compiled(flex_attention, dynamic=False)
 
 
 def _flex(

@@ -7,6 +7,7 @@ definitions can be tried where no GPU is.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -95,11 +96,12 @@ def all_cases() -> list[Case]:
     there = {case.op for case in own}
     others = (c for c in cases.all_cases() if c.quick and c.sweep is None and c.op not in there)
     first = {case.op: case for case in reversed(list(others))}
-    return [*own, *first.values()]
+    return sorted([*own, *first.values()], key=lambda case: (case.full, not case.quick))
 
 
 def gpu_cases(divisor: int = 1) -> list[Case]:
-    """What goals are set for first: whoever cuts a run off has these."""
+    """What goals are set for first, and of each op one case before any op has its second: whoever
+    cuts a run off has these."""
     sizes = Sizes(divisor)
     found = [
         *gpu_attention.cases(sizes, _STREAMS),
@@ -110,7 +112,13 @@ def gpu_cases(divisor: int = 1) -> list[Case]:
         *_whole(sizes),
         *_loops(sizes),
     ]
-    return sorted(found, key=lambda case: (case.full, not case.quick))
+    found.sort(key=lambda case: (case.full, not case.quick))
+    seen: collections.Counter[str] = collections.Counter()
+    turns = {}
+    for case in found:
+        turns[case.key] = seen[case.op]
+        seen[case.op] += 1
+    return sorted(found, key=lambda case: (case.full, not case.quick, turns[case.key]))
 
 
 def _made(sample: Sample, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
@@ -152,7 +160,7 @@ def _both(
 ) -> Iterator[Case]:
     """Forward and backward in both dtypes."""
     gradients = backward if isinstance(backward, Sample) else backward(sample)
-    for dtype in DTYPES:
+    for dtype in reversed(DTYPES):
         yield _case(op, key, sample, dtype, of, **more)
         yield _case(f"{op}_bwd", key, gradients, dtype, of, **more)
 
@@ -207,7 +215,7 @@ def _streams(sizes: Sizes) -> Iterator[Case]:
     for model, batch in ((DIT, 1024), (SD3, 16), (FLUX, _SAMPLES), (WAN, 4)):
         latents = (sizes(batch), *model.latents)
         kinds = [("euler",), ("multistep", "unconditional"), ("sde", "seed")]
-        for dtype in DTYPES:
+        for dtype in reversed(DTYPES):
             more: dict[str, Any] = {"quick": model is FLUX, "full": model is SD3}
             for kind, *options in kinds[: 3 if model in (FLUX, WAN) else 1]:
                 sample = sampler_step._sample(kind, latents, *options)

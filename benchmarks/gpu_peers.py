@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_attention_peers, loops, transformers
-from benchmarks.peers import Peer, needs
+from benchmarks.peers import Peer, compiled, needs
 from benchmarks.peers.nearest_code import addmm_argmin
 from mmfast.regions import setting
 
@@ -39,11 +39,11 @@ def _precision(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 def _compiled_tf32(x: Tensor, codebook: Tensor, metric: str) -> Callable[[], Tensor]:
-    compiled = torch.compile(addmm_argmin, dynamic=False)
+    call = compiled(addmm_argmin, dynamic=False)
 
     def run() -> Tensor:
         with _precision("high"):
-            found: Tensor = compiled(x, codebook)
+            found: Tensor = call(x, codebook)
             return found
 
     return run

@@ -115,7 +115,8 @@ class Results:
     """The rows of a device, with the facts about it and its ceilings by number of threads.
 
     Attributes:
-        checks: what was done before anything was timed, and what came of it.
+        checks: what was done before anything was timed, and what came of it; and which contender of
+            a case, as ``op/case: contender``, hung or took its process with it.
     """
 
     facts: dict[str, Any]
@@ -129,6 +130,21 @@ class Results:
         new = {(r.op, r.case, r.subject, r.threads) for r in rows}
         kept = [r for r in self.rows if (r.op, r.case, r.subject, r.threads) not in new]
         self.rows = kept + rows
+
+    def lose(self, what: str, came: str) -> None:
+        """Note of a contender of a case, or of whatever else, that it did not come back."""
+        case, _, _ = what.partition(": ")
+        # Who does so twice is not known well enough.
+        self.checks[f"{case}: everybody" if what in self.checks else what] = came
+
+    def lost(self, case: str) -> dict[str, str]:
+        """What is noted of a case, op/name, by its contender."""
+        prefix = f"{case}: "
+        return {
+            name.removeprefix(prefix): came
+            for name, came in self.checks.items()
+            if name.startswith(prefix)
+        }
 
     def save(self, folder: Path) -> None:
         """Write ``folder / FILE``, whole or not at all."""

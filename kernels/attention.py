@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels import philox
-from mmfast.kernels.common import common_multiple, dot
+from mmfast.kernels.common import ceil_div, common_multiple, dot
 
 MOST_DIMS = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -226,10 +226,12 @@ def heads_of(t: Tensor) -> Tensor:
 
 
 def head_strides(t: Tensor) -> tuple[int, int, int]:
-    """Of samples, heads and tokens; 0 where there is one of them."""
-    sizes = zip(t.shape[:3], t.stride()[:3], strict=True)
-    batch, head, row = (stride if size > 1 else 0 for size, stride in sizes)
-    return batch, head, row
+    """Of samples, heads and tokens; 0 where there is one sample or head, of one token such that a
+    descriptor may have it."""
+    sizes = zip(t.shape[:2], t.stride()[:2], strict=True)
+    batch, head = (stride if size > 1 else 0 for size, stride in sizes)
+    alone = 16 * ceil_div(max(1, t.shape[3]), 16)
+    return batch, head, t.stride(2) if t.shape[2] > 1 else alone
 
 
 def factor_of(*tensors: Tensor) -> int:
@@ -276,6 +278,12 @@ def mask_arguments(mask: Tensor | None, other: Tensor) -> tuple[tuple[Any, ...],
     of_keys = strides[2] == 0
     if mask.dtype == torch.bool:
         kind = BOOL_OF_KEYS if of_keys else BOOL_MASK
+        if other.dtype == torch.float64:
+            # Triton 3.6 takes the layout of a product's operands from the narrowest number that was
+            # loaded for them, and has none for eight bits and products of float64.
+            once = mask[tuple(slice(None) if stride else slice(0, 1) for stride in strides)]
+            numbers = once.to(torch.int64)
+            return (numbers, *mask_arguments(numbers, other)[0][1:]), kind.value
         return (mask.view(torch.uint8), *strides), kind.value
     return (mask, *strides), (ADDED_OF_KEYS if of_keys else ADDED_MASK).value
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -152,17 +153,20 @@ def offline_variants() -> list[Any]:
             if not backward:
                 scaled_dot_product_attention(q, key, value, *others)
                 return
-            lse = torch.ones(q.shape[:3], dtype=torch.float32)
+            lse = torch.ones(q.shape[:3], dtype=torch.promote_types(dtype, torch.float32))
             each_way(
                 lambda: scaled_dot_product_attention_bwd(q, q, key, value, q, lse, *others, False)
             )
 
         of = "".join(f", {n}" for n in more)
-        return offline_variant(
+        made = offline_variant(
             f"scaled_dot_product_attention: {dtype}, E {width}{of}", launch, backward, quick
         )
+        # Some devices have no instructions for products of float64.
+        plain = {"matrix": frozenset(), "wide": ()} if dtype == torch.float64 else {}
+        return dataclasses.replace(made, **plain)
 
-    bfloat16, float32 = torch.bfloat16, torch.float32
+    bfloat16, float32, float64 = torch.bfloat16, torch.float32, torch.float64
     return [
         *(variant(e, bfloat16, b, e == 72) for e in HEAD_SIZES for b in (False, True)),
         *(variant(e, float32, False, False) for e in (64, 72)),
@@ -178,4 +182,5 @@ def offline_variants() -> list[Any]:
             for b in (False, True)
         ),
         variant(72, bfloat16, False, False, dropout_p=0.1),
+        *(variant(8, float64, b, True, mask=True) for b in (False, True)),
     ]

@@ -13,6 +13,10 @@ import functools
 import hashlib
 import itertools
 import json
+import os
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -276,6 +280,74 @@ def lines(table: Table, kernels: Sequence[Tuned]) -> list[str]:
     return found or ["nothing was measured yet: the first configuration that fits is taken"]
 
 
+def compile_share(
+    tuning: Iterable[tuple[Tuned, Callable[..., Iterable[Problem]]]],
+    device: torch.device,
+    number: int,
+    of: int,
+) -> int:
+    """Compile every ``of``-th of all that would be tried, from ``number`` on, into Triton's cache.
+    Nothing is launched, so that results are arbitrary; returns how many were compiled."""
+    run, launch = JITFunction.run, Tuned.launch
+    taken: list[triton.Config] = []
+
+    def compile_only(self: JITFunction, *args: Any, **options: Any) -> Any:
+        return run(self, *args, **(options | {"warmup": True})) if taken else None
+
+    def launch_only(
+        self: Tuned, config: triton.Config, args: Any, grid: Any, constants: Any
+    ) -> None:
+        if config is not self.forced:
+            return
+        taken.append(config)
+        try:
+            launch(self, config, args, grid, constants)
+        except (RuntimeError, triton.TritonError) as error:
+            print(f"{self.name}, {numbers(config)}: {error}".splitlines()[0], flush=True)
+        finally:
+            taken.pop()
+
+    count = compiled = 0
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(Tuned, "launch", launch_only),
+    ):
+        for turn in _in_turns(tuning, device):
+            for kernel, problem in turn:
+                for config in kernel.candidates(problem.constants):
+                    if count % of == number:
+                        with kernel.forcing(config):
+                            problem.call()
+                        compiled += 1
+                    count += 1
+    return compiled
+
+
+def _in_turns(
+    tuning: Iterable[tuple[Tuned, Callable[..., Iterable[Problem]]]], device: torch.device
+) -> Iterator[list[tuple[Tuned, Problem]]]:
+    """The first problem of each kernel, the second, and so on."""
+    made = [(kernel, iter(problems(device))) for kernel, problems in tuning]
+    for turn in itertools.zip_longest(*(left for _, left in made)):
+        yield [(k, p) for (k, _), p in zip(made, turn, strict=True) if p is not None]
+
+
+def _compile_all(words: Sequence[str], processes: int) -> None:
+    """In so many processes, each with its share."""
+    command = [sys.executable, "-m", "mmfast.kernels.tuned", *words, "--share"]
+    shares = [f"{i}/{processes}" for i in range(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen([*command, share], env=environment) for share in shares]
+    for process in started:
+        process.wait()
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Median of a call on the device. Configurations differ by more than what longer would tell."""
+    taken: float = triton.testing.do_bench(call, warmup=5, rep=40, return_mode="median")
+    return taken
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Show the table, or search on the GPU that is here and write it."""
     from mmfast.kernels import nearest_code, scaled_dot_product_attention
@@ -284,23 +356,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="search on this GPU, and keep it")
     parser.add_argument("--again", action="store_true", help="also for what the table has")
     parser.add_argument("--table", type=Path, default=FILE, help="default: %(default)s")
+    parser.add_argument("--only", metavar="REGEX", default="", help="kernels, by their names")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="in which all is compiled before it is timed"
+    )
+    parser.add_argument("--share", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     table = load(given.table)
     tuning = [nearest_code.tuning, *scaled_dot_product_attention.tuning]
+    tuning = [
+        (kernel, problems) for kernel, problems in tuning if re.search(given.only, kernel.name)
+    ]
+    if not tuning:
+        parser.error(f"--only {given.only!r} matches no kernel")
+    device = torch.device("cuda")
+    if given.share:
+        number, of = map(int, given.share.split("/"))
+        print(f"{compile_share(tuning, device, number, of)} configurations compiled", flush=True)
+        return 0
     if given.write:
         if not torch.cuda.is_available():
             parser.error("--write needs a GPU, and there is none")
-        kind, seconds = device_kind(), triton.testing.do_bench
+        if given.processes > 1:
+            _compile_all(["--only", given.only], given.processes)
+        kind = device_kind()
         # In turns: whoever cuts this off has something of every kernel, what matters most first.
-        made = [(kernel, iter(problems(torch.device("cuda")))) for kernel, problems in tuning]
-        for i, turn in enumerate(itertools.zip_longest(*(left for _, left in made))):
-            for (kernel, _), problem in zip(made, turn, strict=True):
-                of = () if problem is None else (problem,)
-                # What is measured anew is so from its first on.
-                anew = given.again and i == 0
-                for found in search(table, kernel, kind, of, seconds, anew):
-                    save(found, given.table)
-                    table = found
+        for i, turn in enumerate(_in_turns(tuning, device)):
+            for kernel, problem in turn:
+                print(f"{kernel.name}, {kernel.key_of(problem.constants)}", flush=True)
+                try:
+                    # What is measured anew is so from its first on.
+                    anew = given.again and i == 0
+                    for found in search(table, kernel, kind, (problem,), _seconds, anew):
+                        save(found, given.table)
+                        table = found
+                except RuntimeError as error:
+                    print(f"  {error}".splitlines()[0], flush=True)
     print(*lines(table, [kernel for kernel, _ in tuning]), sep="\n")
     return 0
 

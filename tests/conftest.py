@@ -1,4 +1,10 @@
-"""What all tests share: hypothesis settings, and the tests that need a GPU."""
+"""What all tests share: hypothesis settings, and what tests on a GPU need."""
+
+import faulthandler
+import os
+import sys
+import time
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -16,6 +22,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+_LONGEST = 60.0  # seconds of a test on a GPU, compiling its kernels included
+_SENT = 1.0  # seconds, after which what a test came to is with whoever deals out tests
+
+
+def on_a_gpus_worker() -> bool:
+    """Whether this is one of several processes that share the tests of a GPU. Whoever deals them
+    out names the test at which such a process ends, and has another one go on."""
+    return "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available()
+
+
+def is_lost() -> bool:
+    """Whether an error has made the device useless to this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A kernel that never ends, or that spoils all calls behind it, costs its own test alone."""
+    if not on_a_gpus_worker():
+        return (yield)
+    marker = item.get_closest_marker("cuda")
+    seconds = marker.kwargs.get("seconds", _LONGEST) if marker else _LONGEST
+    # Ends the process from a thread of its own, whatever this one waits for.
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        result = yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    if is_lost():
+        time.sleep(_SENT)
+        os._exit(1)
+    return result
 
 
 @pytest.fixture(params=[1, 2, 3], ids="{}-threads".format)

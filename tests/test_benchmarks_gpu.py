@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -39,6 +41,7 @@ from benchmarks import (
     tables,
     timing,
     warm,
+    watch,
 )
 from benchmarks.modules import Step
 from benchmarks.peers import kmeans as peer_kmeans
@@ -415,10 +418,29 @@ def test_ops_bound_by_memory_have_the_contenders_of_their_goals():
 
 def test_a_run_fits_its_minutes():
     """What says most in the call that makes the tests too, and the rest in one that goes on."""
-    steps = sum(s.seconds for s in gpu.STEPS.values() if not s.last)
     every = gpu_cases.all_cases()
-    assert steps + gpu_time.total(c for c in every if c.quick) < 60 * gpu.MINUTES
-    assert gpu_time.total(c for c in every if not c.full) < 60 * gpu.MINUTES
+    tests = sum(s.seconds for name, s in gpu.STEPS.items() if name.startswith("tests"))
+    of = {when: sum(s.seconds for s in gpu.STEPS.values() if s.when == when) for when in range(3)}
+    tests -= of[gpu.AFTER]
+    quick = gpu_time.total(c for c in every if c.quick)
+    assert of[gpu.BEFORE] + quick + tests < 60 * gpu.MINUTES
+    others = gpu_time.total(c for c in every if not (c.quick or c.full))
+    assert of[gpu.BETWEEN] - tests + others < 60 * gpu.MINUTES
+
+
+def test_ops_take_turns():
+    """What is cut off has something of each."""
+    every = gpu_cases.all_cases()
+    kinds = [(c.full, not c.quick) for c in every]
+    assert kinds == sorted(kinds)
+    own = [c for c in CASES if c.quick]
+    first = [c.op for c in own[: len({c.op for c in own})]]
+    assert len(set(first)) == len(first)
+    # In the dtype that models have; and products against a float32 codebook, as it is trained.
+    names = {c.op: c.name for c in reversed(own)}
+    assert names["gated_residual_modulate_bwd"].endswith("bfloat16")
+    assert names["sampler_step"].endswith("bfloat16")
+    assert names["nearest_code"].endswith("float32")
 
 
 def test_goals_of_whole_models():
@@ -568,25 +590,35 @@ def test_steps_before_times_are_taken_once(tmp_path):
     steps = {
         "good": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0),
         "bad": gpu.Step(("timeit", "-n1", "-r1", python % 3), 60.0),
+        "broken": gpu.Step(("timeit", "-n1", "-r1", "raise SystemExit('no such module')"), 60.0),
         "slow": gpu.Step(("timeit", "-n1", "-r1", slow % "time.sleep(60)"), 0.5),
-        "late": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0, last=True),
+        "late": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0, gpu.AFTER),
+        "nothing": gpu.Step(("timeit", "-n1", "-r1", "pass"), 60.0, gpu.AFTER, told=True),
     }
     results, told = Results(FACTS), []
 
     def taken(**more) -> list[str]:
         return list(gpu.prepare(results, told.append, tmp_path, ["a/b"], steps, **more))
 
-    assert taken() == told == ["good", "bad", "slow"]
+    assert taken() == told == ["good", "bad", "broken", "slow"]
     assert results.checks["good"].startswith("done in ")
     assert results.checks["bad"].startswith("failed with ")
     assert "3 passed" in results.checks["bad"]
     assert "the last line" in (tmp_path / "bad.txt").read_text()
     assert results.checks["slow"].startswith("cut off after 0 s")
-    assert [f.partition(":")[0] for f in gpu.failures(results)] == ["bad", "slow"]
-    # What is done need not be done again; the others are, where there is time.
-    assert taken() == ["bad", "slow"]
+    assert [f.partition(":")[0] for f in gpu.failures(results)] == [
+        "bad", "broken", "slow",
+    ]  # fmt: skip
+    # What is done, or has said what failed, need not be done again; the others are, where there is
+    # time.
+    assert taken() == ["broken", "slow"]
     assert taken(left=20.0) == ["slow"]
-    assert taken(last=True) == ["late"]
+    # Cases are not told to whom there are none.
+    assert list(gpu.prepare(results, told.append, tmp_path, [], steps, gpu.AFTER)) == ["late"]
+    assert told[-1] == "late"
+    # What did not come back is not tried again.
+    results.checks["broken"] = str(watch.End(None, "broken", 1.0))
+    assert taken() == ["slow"]
 
 
 def test_names_of_cases_for_what_is_told_them(tmp_path):
@@ -645,9 +677,9 @@ class Run:
             text=True,
         )
 
-    def output(self) -> str:
+    def output(self, status: int = 0) -> str:
         said, _ = self.process.communicate(timeout=240)
-        assert self.process.returncode == 0, said
+        assert self.process.returncode == status, said
         return said
 
     def cut_off_after(self, rows: int) -> list[Row]:
@@ -702,6 +734,128 @@ def test_a_run_on_a_gpu_that_is_killed_and_goes_on(tmp_path, monkeypatch):
     assert (tmp_path / "streams.png").exists()
 
 
+def test_what_hangs_or_crashes_is_named_and_the_rest_goes_on(tmp_path):
+    """A contender that never ends, and one that takes its process with it."""
+    options = {"FAKE_HANG": "float32 torch.compile", "FAKE_CRASH": "float32 mmfast (triton)"}
+    said = Run(tmp_path, "--only", "gated_activation", **options).output(status=1)
+    results = Results.load(tmp_path)
+    (case,) = {f"{r.op}/{r.case}" for r in results.rows}
+    crashed = "ended the process by SIGABRT"
+    assert results.lost(case) == {
+        "mmfast (triton)": crashed, "torch.compile": "hung: not done after 15 s",
+    }  # fmt: skip
+    by_name = {r.subject: r for r in results.rows}
+    assert by_name["mmfast (triton)"].match == by_name["mmfast (triton)"].note == crashed
+    assert by_name["torch.compile"].match is None
+    assert by_name["torch.compile"].note.startswith("hung")
+    assert by_name["plain torch"].seconds
+    assert f"WRONG: {case}, mmfast (triton): {crashed}" in said.replace("\n", " ")
+
+
+def test_cases_that_nobody_can_measure():
+    """Where it is unknown who it was, or the same one again."""
+    case, results = CASES[0], Results(FACTS)
+    results.lose(f"{case.key}: timing", "hung")
+    (failed,) = command._measured(case, CUDA, results.lost(case.key))
+    assert (failed.case, failed.match) == (case.name, "RuntimeError: hung")
+    results = Results(FACTS)
+    for _ in range(2):
+        results.lose(f"{case.key}: mmfast (triton)", "hung")
+    assert results.lost(case.key) == {"mmfast (triton)": "hung", "everybody": "hung"}
+    assert command._measured(case, CUDA, results.lost(case.key))[0].seconds is None
+    assert results.lost("another/case") == {}
+
+
+TESTS = """
+import ctypes, pytest, torch
+
+torch.cuda.is_available = lambda: True
+errors = []
+
+def wait(*_):
+    if errors:
+        raise RuntimeError("an illegal address")
+
+torch.cuda.synchronize = wait
+
+@pytest.mark.cuda(seconds=0.5)
+def test_hangs():
+    ctypes.PyDLL(None).sleep(60)
+
+def test_loses():
+    errors.append(1)
+    raise AssertionError("wrong numbers")
+
+@pytest.mark.parametrize("i", range(4))
+def test_others(i):
+    assert not errors
+"""
+
+
+def test_tests_on_a_gpu_that_hang_or_lose_it_cost_no_others(tmp_path):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    own = gpu.STEPS["tests, parity"].command
+    words = own[: own.index("tests/test_triton.py")]
+    words = [w if "numprocesses" not in w else "--numprocesses=2" for w in words]
+    ran = subprocess.run(
+        [sys.executable, "-m", *words, "-p", "conftest", "test_some.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(gpu._HERE / "tests")},
+        capture_output=True,
+        text=True,
+    )
+    passed = set(re.findall(r"PASSED test_some.py::(\S+)", ran.stdout))
+    failed = set(re.findall(r"FAILED test_some.py::(\S+)", ran.stdout))
+    assert passed == {f"test_others[{i}]" for i in range(4)}, ran.stdout
+    assert failed == {"test_hangs", "test_loses"}
+    assert "AssertionError: wrong numbers" in ran.stdout
+
+
+SAYS = "import os, sys, time; from benchmarks import watch; "
+
+
+@pytest.mark.parametrize(
+    ("does", "status", "what", "told"),
+    [
+        ("watch.say('one', 9); watch.say('two', 9); sys.exit(1)", 1, "two", None),
+        ("watch.say('one', 9); os.abort()", -6, "one", "ended the process by SIGABRT"),
+        ("watch.say('one', 9); os._exit(7)", 7, "one", "ended the process with status 7"),
+        ("watch.say('one', 0.3); time.sleep(60)", None, "one", "hung: not done after 0 s"),
+        # Others may have what it says things to.
+        ("watch.say('one', 9); os.fork() or time.sleep(5)", 0, "one", None),
+    ],
+)
+def test_processes_that_are_watched(does, status, what, told):
+    start = time.perf_counter()
+    ended = watch.run([sys.executable, "-c", SAYS + does])
+    assert time.perf_counter() - start < 30
+    assert (ended.status, ended.what, ended.good) == (status, what, told is None)
+    assert told is None or str(ended) == told
+    assert not watch.watched()
+
+
+def test_kernels_are_found_where_nothing_is_installed(tmp_path):
+    """As on a machine that has but the checkout: by this process, and those that it starts."""
+    for name in ("mmfast", "benchmarks", "kernels"):
+        shutil.copytree(
+            gpu._HERE / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "results")
+        )
+    # The name of the module that lets Python find an installed checkout.
+    hidden = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in "
+    hidden += "getattr(f, '__module__', '')]; "
+    first = "from benchmarks import gpu; gpu.build(); import mmfast.kernels.launching as found; "
+    for does in (hidden + first, hidden + "import mmfast.kernels.launching as found; "):
+        ran = subprocess.run(
+            [sys.executable, "-c", does + "print(found.__file__)"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert ran.stdout.strip() == str(tmp_path / "mmfast" / "kernels" / "launching.py"), (
+            ran.stderr
+        )
+
+
 def test_checks_survive_the_disk(tmp_path):
     results = Results(FACTS, checks={"tests": "done in 3 s: 5 passed"})
     results.save(tmp_path)
@@ -714,14 +868,22 @@ def test_the_commands_that_run_before_are_there(monkeypatch, capsys):
         for word in step.command:
             assert not word.startswith("tests/") or (gpu._HERE / word.partition("::")[0]).is_file()
     for name, main in (("mmfast.kernels.tuned", tuned.main), ("benchmarks.warm", warm.main)):
-        (step,) = (s for s in gpu.STEPS.values() if s.command[0] == name)
         monkeypatch.setattr(sys, "argv", [name, "--help"])
         with pytest.raises(SystemExit):
             main()
         said = capsys.readouterr().out
-        assert all(word in said for word in step.command[1:] if word.startswith("--"))
-    # All of them leave time for times.
-    assert sum(s.seconds for s in gpu.STEPS.values() if not s.last) < 60 * gpu.MINUTES * 0.6
+        words = [w for s in gpu.STEPS.values() if s.command[0] == name for w in s.command[1:]]
+        assert len(words) > 2
+        assert all(word in said for word in words if word.startswith("--"))
+    # Every kernel that is tuned is so in one of them.
+    only = [s.command[-1] for s in gpu.STEPS.values() if s.command[0] == "mmfast.kernels.tuned"]
+    from mmfast.kernels import nearest_code, scaled_dot_product_attention
+
+    for kernel, _ in (nearest_code.tuning, *scaled_dot_product_attention.tuning):
+        assert sum(bool(re.search(text, kernel.name)) for text in only) == 1, kernel.name
+    # They leave time for times.
+    before = sum(s.seconds for s in gpu.STEPS.values() if s.when == gpu.BEFORE)
+    assert before < 60 * gpu.MINUTES * 0.4
 
 
 def test_a_run_that_is_cut_off_is_resumed(tmp_path, monkeypatch, capsys):

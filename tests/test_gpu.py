@@ -32,6 +32,7 @@ from mmfast.registry import OPS, Arguments, Op
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROOT = Path(__file__).parent.parent
+CHECKED = "45"  # seconds under the memory checker, under which all takes far longer
 
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 
@@ -226,22 +227,23 @@ def test_attention_errs_at_most_twice_as_much_as_pytorchs_definition(length, num
 
 def test_small_ops_are_right():
     """What is run under the memory checker, without it."""
-    # Elsewhere other tests call all of them.
-    most = 100 if DEVICE.type == "cuda" else 1
-    calls, wrong = small_ops.run(DEVICE, most)
+    # Other tests call all of them.
+    calls, wrong = small_ops.run(DEVICE, 2 if DEVICE.type == "cuda" else 1)
     assert calls >= len(OPS)
     assert wrong == []
+    assert small_ops.run(DEVICE, 100, seconds=-1.0) == (0, [])
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(seconds=900)
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="compute-sanitizer is not here")
 def test_memory_checker():
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     ran = subprocess.run(
-        [*command, sys.executable, "tests/small_ops.py", "cuda"],
+        [*command, sys.executable, "tests/small_ops.py", "cuda", CHECKED],
         cwd=ROOT,
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert ran.returncode == 0, ran.stdout[-3000:]
+    print(ran.stdout[-300:])  # how many calls it was

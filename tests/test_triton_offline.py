@@ -205,7 +205,7 @@ def test_whatever_the_lookup_may_choose_has_a_budget(name):
     known = {
         (choices[name], "float64" in variant)
         for variant, choices in BUDGETS.choices.items()
-        if name in choices and name in BUDGETS.variants[variant][SCREEN]
+        if name in choices and name in BUDGETS.variants[variant].get(SCREEN, {})
     }
     missing = [
         (num_dims, metric, dtype)

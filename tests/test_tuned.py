@@ -265,12 +265,17 @@ def test_foreign_tables_are_refused(content, tmp_path):
 
 
 def test_what_is_committed_was_measured_and_can_be_chosen():
-    possible = [tuned.numbers(config) for config in SCREEN.configs]
+    from mmfast.kernels import scaled_dot_product_attention as attention
+
+    kernels = {kernel.name: kernel for kernel, _ in (nearest_code.tuning, *attention.tuning)}
     for name, kinds in tuned.load().items():
-        assert name == SCREEN.name
+        names = [set(tuned.numbers(config)) for config in kernels[name].configs]
         for entry in kinds.values():
             assert entry.device
-            assert all(choice in possible for choice in entry.choices.values())
+            for key, choice in entry.choices.items():
+                assert all(f"{of} " in key for of in kernels[name].key)
+                assert name != SCREEN.name or choice in map(tuned.numbers, SCREEN.configs)
+                assert name == SCREEN.name or any(of <= set(choice) for of in names)
 
 
 def test_the_command(tmp_path, capsys):
@@ -314,8 +319,63 @@ def test_kernels_take_turns(monkeypatch, tmp_path):
     path = tmp_path / "tuned.json"
     path.write_text("{}")
     turns = ["{'a': 0}", "{'b': 0}", "{'c': 0}", "{'a': 1}", "{'c': 1}", "{'a': 2}"]
+    monkeypatch.setattr(tuned, "_seconds", len)
     for words, times in ((["--write"], 1), (["--write"], 1), (["--write", "--again"], 2)):
         assert tuned.main([*words, "--table", str(path)]) == 0
         assert seen == turns * times
         held = {name: list(kinds["sm_90"].choices) for name, kinds in tuned.load(path).items()}
         assert held == {"a": turns[:1] + turns[3::2], "b": turns[1:2], "c": turns[2::2]}
+
+
+def test_one_kernel_that_never_works_keeps_no_others(monkeypatch, tmp_path, capsys):
+    from mmfast.kernels import scaled_dot_product_attention as attention
+
+    def kernel(name: str):
+        made = SimpleNamespace(name=name, kernel=SCREEN.kernel, key_of=str)
+        return made, lambda device: iter([Problem({name: 0}, print)])
+
+    def fastest(kernel, problem, seconds):
+        if kernel.name == "a":
+            raise RuntimeError("none of its configurations works here")
+        return {"BLOCK_N": 1}
+
+    monkeypatch.setattr(nearest_code, "tuning", kernel("a"))
+    monkeypatch.setattr(attention, "tuning", [kernel("b"), kernel("c")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(tuned, "device_kind", lambda: "sm_90")
+    monkeypatch.setattr(tuned, "fastest", fastest)
+    path = tmp_path / "tuned.json"
+    path.write_text("{}")
+    assert tuned.main(["--write", "--only", "a|b", "--table", str(path)]) == 0
+    assert "none of its configurations works" in capsys.readouterr().out
+    assert tuned.load(path).keys() == {"b"}
+
+
+def test_all_that_is_tried_is_compiled_in_shares(monkeypatch):
+    """Whoever times it finds it in Triton's cache, and nothing is launched meanwhile."""
+    from mmfast.kernels import scaled_dot_product_attention as attention
+
+    asked = []
+
+    def run(kernel, *args, warmup, grid, **options):
+        asked.append((kernel.__name__, warmup, options["BLOCK_M"], options["num_warps"]))
+
+    def problems(device):
+        for length in (64, 256):
+            made = torch.zeros(4, 1, 2, length, 64, dtype=torch.bfloat16)
+            yield attention._problem(attention.forward, False, made)
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    driver = offline._Driver(offline.TARGETS["sm_90"])
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.runtime.driver, "_active", driver)
+        wanted = [c for p in problems(None) for c in attention.forward.candidates(p.constants)]
+        asked.clear()
+        tuning = [(attention.forward, problems)]
+        counts = [tuned.compile_share(tuning, None, i, 3) for i in range(3)]
+    assert sum(counts) == len(wanted) == len(asked) > 6
+    assert max(counts) - min(counts) <= 1
+    assert sorted(asked) == sorted(
+        ("attention_forward_kernel", True, c.kwargs["BLOCK_M"], c.num_warps) for c in wanted
+    )
