@@ -33,18 +33,14 @@ def kind_of(norm: Any) -> str | None:
 
 def is_computed(norm: nn.Module) -> bool:
     """Whether a call of it is no more than what our kernels compute; else it is to be called."""
-    if kind_of(norm) is None or not is_plain(norm, type(norm)):
-        return False
-    # Of float64 the eps that is not given is another.
-    weight = norm.weight
-    return norm.eps is not None or weight is None or weight.dtype != torch.float64
+    return kind_of(norm) is not None and is_plain(norm, type(norm))
 
 
-def options(norm: Any) -> dict[str, Any]:
-    """What :func:`mmfast.layer_norm_modulate` is to be told of a norm."""
+def options(norm: Any, x: Tensor) -> dict[str, Any]:
+    """What :func:`mmfast.layer_norm_modulate` is to be told of a norm, for ``x``."""
     eps = norm.eps
-    if eps is None:
-        eps = torch.finfo(torch.float32).eps
+    if eps is None:  # of the dtype that torch.rms_norm computes in
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     weight, bias = norm.weight, getattr(norm, "bias", None)
     return {"norm": kind_of(norm), "eps": eps, "weight": weight, "bias": bias}
 
@@ -52,7 +48,7 @@ def options(norm: Any) -> dict[str, Any]:
 def modulated(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
     """``norm(x) (1 + scale) + shift``, (B, L, C)."""
     if is_computed(norm):
-        return mmfast.layer_norm_modulate(x, shift, scale, **options(norm))
+        return mmfast.layer_norm_modulate(x, shift, scale, **options(norm, x))
     return moved(norm(x), x.dtype, shift, scale)
 
 
@@ -80,6 +76,6 @@ def next_branch(
 ) -> tuple[Tensor, Tensor]:
     """``r = x + gate y`` and ``norm(r) (1 + scale) + shift``, (B, L, C) both."""
     if is_computed(norm):
-        return add_and_modulate(x, gate, y, shift, scale, **options(norm))
+        return add_and_modulate(x, gate, y, shift, scale, **options(norm, x))
     x = add(x, gate, y)
     return x, modulated(norm, x, shift, scale)
