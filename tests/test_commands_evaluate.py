@@ -249,7 +249,7 @@ def test_its_own_data_by_another_name(tmp_path, capsys, folder, monkeypatch):
     assert found(capsys, file, "--data", "./data/")["samples"] == len(held_out(folder)["image"])
 
 
-def test_other_data_is_measured_whole(tmp_path, capsys, folder):
+def test_other_data_of_any_classes(tmp_path, capsys, folder):
     """Also one file, and, of what knows no labels, whatever the classes are called."""
     file = save_vqvae(tmp_path / "m.safetensors", None, None, str(folder))
     other = pictures(tmp_path / "other", (1, 2))

@@ -154,7 +154,7 @@ def test_guidance_without_a_meaning(tmp_path, capsys, scale):
     file = save_dit(tmp_path / "m.safetensors")
     for words in (("sample", file, "--out", tmp_path / "a.png"), ("evaluate", file)):
         said = refused(capsys, *words, f"--guidance={scale}")
-        assert f"--guidance must be a finite number from 0 (0: without the condition" in said
+        assert "--guidance must be a finite number from 0 (0: without the condition" in said
     assert not (tmp_path / "a.png").exists()
 
 

