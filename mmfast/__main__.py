@@ -84,7 +84,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        said, *_ = str(error).splitlines() or [type(error).__name__]
+        hint = "out of memory; take fewer samples at a time, or a smaller model"
+        print(f"mmfast {given.command}: {hint} ({said})", file=sys.stderr)
+        return 1
     return status
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether there was too little memory, as PyTorch says on a CPU or GPU."""
+    said = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or "can't allocate memory" in said
+        or type(error).__name__ == "OutOfMemoryError"
+    )
 
 
 if __name__ == "__main__":

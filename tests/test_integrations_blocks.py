@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 import mmfast
 from mmfast.integrations import patch, rehearsal, unpatch
-from mmfast.integrations.norms import kind_of, modulated
+from mmfast.integrations.norms import kind_of, modulated, next_branch
 
 pytest.importorskip("diffusers")
 
@@ -371,6 +371,17 @@ def test_a_norm_with_a_forward_of_its_own_is_called():
     x = normal(2, 3, 8)
     got = modulated(Doubled(8), x, None, None)
     torch.testing.assert_close(got, 2 * nn.RMSNorm(8)(x))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_an_eps_that_is_not_given_is_that_of_the_dtype(dtype, affine):
+    norm = nn.RMSNorm(8, eps=None, elementwise_affine=affine, dtype=dtype)
+    x = normal(2, 3, 8).to(dtype) * 1e-4
+    zeros = x.new_zeros(2, 8)
+    torch.testing.assert_close(modulated(norm, x, zeros, zeros), norm(x))
+    _, got = next_branch(norm, torch.zeros_like(x), torch.ones_like(zeros), x, zeros, zeros)
+    torch.testing.assert_close(got, norm(x))
 
 
 def test_infinity_does_not_hide_differences():

@@ -177,6 +177,11 @@ def test_broken_files(pictures, tmp_path, capsys):
         ("dit", ["--num-heads", "0"], "model: num_heads must be at least 1, got 0"),
         ("dit", ["--depth", "-1"], "model: depth must be at least 1, got -1"),
         ("dit", ["--class-dropout", "2"], "model: class_dropout must be from 0 to 1, got 2.0"),
+        ("dit", ["--guidance", "nan"], "guidance must be a finite number from 0"),
+        ("dit", ["--guidance", "-1"], "1: no guidance), got -1.0"),
+        ("dit", ["--learn-sigma"], "learned variances (learn_sigma) need a discrete schedule"),
+        ("vqvae", ["--commitment-weight", "nan"], "commitment_weight must be at least 0, got nan"),
+        ("vqvae", ["--dead-codes", "-1"], "dead_codes must be at least 0, got -1.0"),
         ("vqvae", ["--codebook-size", "0"], "model: codebook_size must be at least 1, got 0"),
         ("vqvae", ["--num-blocks", "0"], "model: num_blocks must be at least 1, got 0"),
         ("dit", ["--lr", "1e30", "--clip", "0", "--warmup", "0"], "not finite in step"),
@@ -187,6 +192,8 @@ def test_refuses(kind, arguments, message, pictures, tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("mmfast train: ")
     assert message in error
+    # What is refused before the first step leaves nothing that another try would stumble over.
+    assert (tmp_path / "run").exists() == ("in step" in message)
 
 
 def test_crops_and_mirrors(pictures, tmp_path):

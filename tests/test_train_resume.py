@@ -18,7 +18,13 @@ from training import CONFIG, data, task, train
 
 from mmfast.data import InMemory
 from mmfast.train import Stopped, fit, read_log
-from mmfast.train.checkpoint import checkpoints, newest_checkpoint, read_checkpoint
+from mmfast.train.checkpoint import (
+    checkpoints,
+    newest_checkpoint,
+    path_of,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 pytest.importorskip("PIL")
@@ -180,6 +186,16 @@ def test_keeps_the_newest(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "checkpoints", "config.json", "log.csv", "model.safetensors", "samples",
     }  # fmt: skip
+
+
+def test_a_broken_checkpoint_does_not_push_out_a_good_one(tmp_path):
+    """Of a later step, which the resumed run has not made again yet."""
+    train("dit", tmp_path, keep=1, checkpoint_every=2)
+    (newest,) = checkpoints(tmp_path)
+    (newest / "state.json").unlink()
+    write_checkpoint(tmp_path, 4, {"model": {"a": torch.zeros(1)}}, {}, 1)
+    assert newest_checkpoint(tmp_path) == path_of(tmp_path, 4)
+    assert checkpoints(tmp_path) == [path_of(tmp_path, 4)]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from mmfast.commands import CommandError
 from mmfast.models import VQVAE, ConditionalDiT, Configured, Diffusion, DiT, load_model
 from mmfast.train.context import Context, context_from
-from mmfast.train.dit import dropout_of
+from mmfast.train.dit import check_scale, dropout_of
 from mmfast.train.latents import decoded
 
 _GUIDANCE = 2.0  # by default, of models that know no class too
@@ -214,13 +213,13 @@ def labels_of(wanted: str | None, classes: Sequence[str], option: str = "--class
         option: where they are named.
 
     Raises:
-        CommandError: there is no such class.
+        CommandError: there is no such class, or it is named twice.
     """
     if wanted is None:
         return list(range(len(classes)))
     found = []
-    for name in wanted.split(","):
-        name = name.strip()
+    names = [wanted] if wanted in classes else [name.strip() for name in wanted.split(",")]
+    for name in names:
         if name in classes:
             found.append(classes.index(name))
         elif name.isdecimal() and int(name) < len(classes):
@@ -228,13 +227,18 @@ def labels_of(wanted: str | None, classes: Sequence[str], option: str = "--class
         else:
             few = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
             raise CommandError(f"{option}: there is no class {name!r}, there are {few}")
+    twice = [name for name, label in zip(names, found, strict=True) if found.count(label) > 1]
+    if twice:
+        raise CommandError(f"{option}: {twice[-1]!r} is named twice")
     return found
 
 
 def check_guidance(wanted: float | None) -> None:
-    """A scale is a number, else CommandError."""
-    if wanted is not None and not math.isfinite(wanted):
-        raise CommandError(f"--guidance must be a finite number, got {wanted}")
+    """A scale is a number that means something, else CommandError."""
+    try:
+        check_scale("--guidance", wanted)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 def seeds_of_numbers(seed: int, count: int) -> Tensor:

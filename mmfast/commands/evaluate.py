@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmfast.commands import CommandError
-from mmfast.commands.drawing import Drawer, drawer_of, seeds_of
+from mmfast.commands.drawing import Drawer, check_guidance, drawer_of, seeds_of
 from mmfast.commands.held_out import open_held_out
 from mmfast.commands.judging import judge, read_classifier, train_classifier
 from mmfast.commands.measuring import measure_loss, measure_vqvae
@@ -61,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Measure a model on what it was not trained on."""
     if given.keep is not None:
+        if given.classifier != _TRAIN:
+            raise CommandError(f"--keep is of a classifier that is trained: --classifier {_TRAIN}")
         check_out(given.keep)
     device = device_of(given)
     model, about = open_model(given.model, Configured, device)
@@ -82,7 +84,7 @@ def run(given: argparse.Namespace) -> int:
 
 def _vqvae(given: argparse.Namespace, model: VQVAE, about: dict[str, Any]) -> dict[str, Any]:
     reader = reader_of(about, model)
-    data = open_held_out(given.data, about, [reader], given.batch)
+    data = open_held_out(given.data, about, [reader], given.batch, labelled=False)
     found = measure_vqvae(model, data.batches(given.limit), reader)
     return {"model": "VQVAE", "data": data.name, **found}
 
@@ -93,7 +95,14 @@ def _dit(given: argparse.Namespace, drawer: Drawer) -> dict[str, Any]:
     if drawer.context is not None and given.classifier is not None:
         raise CommandError("--classifier reads samples of classes, this model is told no class")
     told_too = [] if drawer.context is None else [drawer.context.reader]
-    data = open_held_out(given.data, drawer.about, [reader, *told_too], given.batch)
+    data = open_held_out(
+        given.data,
+        drawer.about,
+        [reader, *told_too],
+        given.batch,
+        labelled=drawer.context is None,
+        split=given.classifier == _TRAIN,
+    )
     classifier = None
     if given.classifier == _TRAIN:
         classifier = train_classifier(drawer, data, given.train_steps)
@@ -119,10 +128,13 @@ def _dit(given: argparse.Namespace, drawer: Drawer) -> dict[str, Any]:
 def _multimodal(given: argparse.Namespace, maker: Maker) -> dict[str, Any]:
     if given.classifier is not None:
         raise CommandError("--classifier reads samples of classes, this is a multimodal model")
+    check_guidance(given.guidance)
+    maker.check(given.sampler, given.steps)
     readers = list(maker.readers.values())
     data = open_held_out(given.data, maker.about, readers, given.batch, partial=True)
     count = data.count(given.limit)
-    found = measure_multimodal(maker, data.batches(given.limit), given.parts, count, given.steps)
+    sampling = {name: getattr(given, name) for name in ("sampler", "steps", "guidance")}
+    found = measure_multimodal(maker, data.batches(given.limit), given.parts, count, **sampling)
     return {"model": "MultimodalDiT", "data": data.name, **found}
 
 

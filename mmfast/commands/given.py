@@ -56,7 +56,10 @@ def read_given(
         if name in batch:
             raise CommandError(f"{name} is given twice")
         if name == LABEL:
-            batch[LABEL] = torch.tensor(labels_of(value, classes, f"--given {LABEL}")[:1])
+            labels = labels_of(value, classes, f"--given {LABEL}")
+            if len(labels) != 1:
+                raise CommandError(f"--given {LABEL}: must be one class, got {value!r}")
+            batch[LABEL] = torch.tensor(labels)
             continue
         reader = readers[name]
         with told(), blamed_on("--text" if inline else value):

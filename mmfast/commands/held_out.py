@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import Subset
 
 from mmfast.commands import CommandError
 from mmfast.commands.media import told
 from mmfast.data import FileError, InMemory, Reader
 from mmfast.data.progress import tracked
 from mmfast.data.sampling import Loader
-from mmfast.data.sources import NAMES, open_source
+from mmfast.data.sources import open_source
 
 Batch = Mapping[str, Tensor]
 
@@ -82,6 +83,8 @@ def open_held_out(
     batch: int,
     *,
     partial: bool = False,
+    labelled: bool = True,
+    split: bool = False,
 ) -> HeldOut:
     """The data that is named, or what the model was trained on.
 
@@ -91,13 +94,14 @@ def open_held_out(
         readers: that prepare files for the model.
         batch: samples at a time; one, where their sizes vary.
         partial: samples may lack modalities.
+        labelled: labels must be of the model's classes.
+        split: hold a part of other data out, too.
 
     Raises:
         CommandError: there is no such data, or it is broken.
     """
     data = about.get("data") or {}
-    own = data.get("source")
-    name = wanted or own
+    name = wanted or data.get("source")
     if name is None:
         raise CommandError("the model's file does not say what it was trained on: give --data")
     with told():
@@ -106,13 +110,17 @@ def open_held_out(
                 name,
                 {reader.modality: reader for reader in readers},
                 require=() if partial else None,
-                classes=data.get("classes"),
+                classes=data.get("classes") if labelled else None,
+                split=split or _is_own(name, data.get("source")),
             )
         except FileError:
             raise
         except ValueError as error:
             raise CommandError(f"--data {name}: {str(error).splitlines()[0]}") from None
-        if name not in (own, *NAMES):
-            test = ConcatDataset([train, test])  # type: ignore[assignment, list-item]
     size = 1 if any(None in reader.shape for reader in readers) else batch
     return HeldOut(name, readers[0].modality, test, train, classes, size)
+
+
+def _is_own(name: str, source: str | None) -> bool:
+    """Whether a model was trained on the data of a name, which has a part held out from that."""
+    return source is not None and Path(name).resolve() == Path(source).resolve()

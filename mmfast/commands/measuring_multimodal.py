@@ -17,7 +17,11 @@ from mmfast.train.multimodal import modalities_of
 
 @torch.no_grad()
 def measure_multimodal(
-    maker: Maker, batches: Iterable[Mapping[str, Tensor]], parts: int, samples: int, steps: int
+    maker: Maker,
+    batches: Iterable[Mapping[str, Tensor]],
+    parts: int,
+    samples: int,
+    **sampling: Any,
 ) -> dict[str, Any]:
     """The loss of each modality of a MultimodalDiT, from all others and from nothing.
 
@@ -26,7 +30,7 @@ def measure_multimodal(
         batches: of ``samples`` samples.
         parts: equal ranges of the schedule.
         samples: N.
-        steps: of the sampler that makes texts and labels.
+        sampling: how texts and labels are made, for :meth:`Maker.draw`.
 
     Returns:
         ``samples``, and ``modalities``: by name how many ``samples`` have it, the mean ``loss``
@@ -63,7 +67,7 @@ def measure_multimodal(
             if isinstance(model.modality(name), Tokens):
                 others = {n: v for n, v in batch.items() if n != name}
                 drawn = maker.draw(
-                    [name], others, seeds.cpu(), steps=steps, batch=size, progress=False
+                    [name], others, seeds.cpu(), batch=size, progress=False, **sampling
                 )[name]
                 right = (drawn == data[name].cpu()).all(1) & has.cpu()
                 exact[name] += float(right.sum())

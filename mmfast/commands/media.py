@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from mmfast.commands import CommandError
-from mmfast.data import FileError, ImageReader, Reader, readers_from
+from mmfast.data import FileError, ImageReader, Reader, readers_from, write_image
 from mmfast.data.images import format_of
 from mmfast.data.video import VideoReader, frame_rate
 from mmfast.files import check_writable
 from mmfast.models import VQVAE
+from mmfast.train.grids import as_images, grid
 
 SUFFIXES = {"image": ".png", "video": ".mp4", "waveform": ".wav", "mel": ".wav"}
 """Of the files that samples are written to."""
@@ -110,19 +111,6 @@ def check_folder(path: Path) -> None:
         check_writable(path)
 
 
-def check_picture(path: Path) -> None:
-    """A picture can be written there.
-
-    Raises:
-        CommandError: as of :func:`check_out`, or the name ends in no picture format.
-    """
-    check_out(path)
-    try:
-        format_of(path)
-    except (ImportError, ValueError) as error:
-        raise CommandError(str(error)) from None
-
-
 def check_format(reader: Reader, path: Path) -> None:
     """A sample of the reader's modality can be written there.
 
@@ -134,6 +122,46 @@ def check_format(reader: Reader, path: Path) -> None:
         reader.check_name(path)
     except (ImportError, ValueError) as error:
         raise CommandError(str(error)) from None
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a name ends in that of a picture format.
+
+    Raises:
+        CommandError: Pillow, which knows, is not installed.
+    """
+    try:
+        format_of(path)
+    except ImportError as error:
+        raise CommandError(str(error)) from None
+    except ValueError:
+        return False
+    return True
+
+
+def check_samples(reader: Reader, path: Path, count: int) -> None:
+    """So many samples can be written to one file by :func:`write_samples`.
+
+    Raises:
+        CommandError: they cannot.
+    """
+    if is_picture(path):
+        check_out(path)
+        return
+    check_format(reader, path)
+    if count > 1:
+        raise CommandError(
+            f"{path}: {count} samples go into a picture, such as .png, or each into a file of its "
+            "own (--each FOLDER)"
+        )
+
+
+def write_samples(reader: Reader, values: Tensor, path: Path, columns: int) -> None:
+    """Write samples ``(N, C, *sizes)`` as a picture of all, or the only one in its own format."""
+    if is_picture(path):
+        write_image(grid(as_images(values), columns=columns), path)
+    else:
+        reader.write(values[0], path)
 
 
 def read_bytes(path: Path) -> bytes:

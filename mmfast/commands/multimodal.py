@@ -12,13 +12,11 @@ from torch import Tensor
 
 from mmfast.commands import CommandError
 from mmfast.commands.drawing import check_objective, vqvae_of
-from mmfast.commands.media import SUFFIXES, check_format, check_out, told
-from mmfast.data import Reader, TextReader, readers_from, write_image
-from mmfast.data.images import format_of
+from mmfast.commands.media import SUFFIXES, check_out, check_samples, told, write_samples
+from mmfast.data import Reader, TextReader, readers_from
 from mmfast.files import write_whole
 from mmfast.models import MultimodalDiffusion, MultimodalDiT
 from mmfast.models.modalities import Tokens
-from mmfast.train.grids import as_images, grid
 from mmfast.train.latents import Latents
 from mmfast.train.multimodal import LABEL, modalities_of
 
@@ -154,15 +152,8 @@ class Maker(NamedTuple):
             check_out(path)
             if path.suffix.lower() != ".txt":
                 raise CommandError(f"{path}: the name of a file of {name} must end in .txt")
-        elif not _is_picture(path):
-            check_format(self.readers[name], path)
-            if count > 1:
-                raise CommandError(
-                    f"{path}: {count} samples go into a picture, such as .png, or each into a file "
-                    "of its own (--each FOLDER)"
-                )
         else:
-            check_out(path)
+            check_samples(self.readers[name], path, count)
 
     def write(self, name: str, values: Tensor, path: Path) -> None:
         """Write samples ``(N, ...)`` of a modality as :meth:`check_file` allows: texts in a line
@@ -170,10 +161,8 @@ class Maker(NamedTuple):
         if self._tokens([name]):
             lines = [self.text_of(name, ids) for ids in values]
             write_whole(path, ("\n".join(lines) + "\n").encode())
-        elif _is_picture(path):
-            write_image(grid(as_images(values), columns=min(len(values), 8)), path)
         else:
-            self.readers[name].write(values[0], path)
+            write_samples(self.readers[name], values, path, min(len(values), 8))
 
     def write_each(self, drawn: Mapping[str, Tensor], folder: Path) -> None:
         """Write each sample of each modality as a file of its own."""
@@ -214,13 +203,3 @@ def maker_of(file: Path, model: MultimodalDiT, about: dict[str, Any]) -> Maker:
     told_latents = (about.get("latents") or {}).items()
     latents = Latents({name: vqvae_of(file, of["part"], device) for name, of in told_latents})
     return Maker(model, diffusion, readers, classes, about, latents)
-
-
-def _is_picture(path: Path) -> bool:
-    try:
-        format_of(path)
-    except ImportError as error:
-        raise CommandError(str(error)) from None
-    except ValueError:
-        return False
-    return True

@@ -16,7 +16,15 @@ from rich.table import Table
 from torch import Tensor
 
 from mmfast.commands import CommandError
-from mmfast.commands.media import check_folder, extent, reader_of, timed, told, whole
+from mmfast.commands.media import (
+    SUFFIXES,
+    check_folder,
+    extent,
+    reader_of,
+    timed,
+    told,
+    whole,
+)
 from mmfast.commands.options import add_device, add_tile, device_of, open_model
 from mmfast.data import FileError, Reader, write_image
 from mmfast.data.progress import tracked
@@ -75,8 +83,10 @@ def run(given: argparse.Namespace) -> int:
         reader = whole(reader)
     with told():
         given.out.mkdir(parents=True, exist_ok=True)
-    rows, names = [], _Names(given.out)
-    for path in tracked(given.files, "reconstructing", len(given.files)):
+    named = list(zip(given.files, _names(given.files), strict=True))
+    _check_kept(reader, given.out, named)
+    rows = []
+    for path, name in tracked(named, "reconstructing", len(named)):
         try:
             x = reader.read(path)
         except FileError as error:
@@ -86,7 +96,7 @@ def run(given: argparse.Namespace) -> int:
             raise CommandError(str(error)) from None
         with told():
             rows.append(
-                _reconstruct(model, timed(reader, path), path, x, names.new(path), given.tile)
+                _reconstruct(model, timed(reader, path), path, x, given.out / name, given.tile)
             )
     if given.json:
         print(json.dumps([row._asdict() for row in rows], indent=2, allow_nan=False))
@@ -95,19 +105,25 @@ def run(given: argparse.Namespace) -> int:
     return int(len(rows) < len(given.files))
 
 
-class _Names:
+def _names(files: Sequence[Path]) -> list[str]:
     """Names to write to, without an ending: those of the files, numbered where two are alike."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._given = folder, set[str]()
-
-    def new(self, path: Path) -> Path:
+    names: list[str] = []
+    for path in files:
         name, number = path.stem, 1
-        while name in self._given:
+        while name in names:
             number += 1
             name = f"{path.stem}-{number}"
-        self._given.add(name)
-        return self._folder / name
+        names.append(name)
+    return names
+
+
+def _check_kept(reader: Reader, out: Path, named: Sequence[tuple[Path, str]]) -> None:
+    """No file that is to be reconstructed is written over, else CommandError."""
+    read = {path.resolve() for path, _ in named}
+    for _, name in named:
+        for path in _written(reader, out / name):
+            if path.resolve() in read:
+                raise CommandError(f"{path}: would be replaced; give another folder with --out")
 
 
 def _reconstruct(
@@ -131,26 +147,26 @@ def _reconstruct(
     )
 
 
+def _written(reader: Reader, out: Path) -> list[Path]:
+    """The files that are written for one, whose name without an ending is ``out``."""
+    endings = dict.fromkeys((".png", SUFFIXES[reader.modality]))
+    return [out.with_name(out.name + ending) for ending in endings]
+
+
 def _mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
 def _write(reader: Reader, x: Tensor, y: Tensor, out: Path) -> list[Path]:
     """A picture of both, and what can be watched or listened to."""
-    picture = out.with_suffix(".png")
+    picture, *others = _written(reader, out)
     pair = torch.stack([x, y.clamp(-1, 1)])
-    shown = as_images(pair) if reader.modality != "image" else pair[:, :3]
     # Wide ones, of videos and sounds, one below the other.
     columns = 2 if reader.modality == "image" else 1
-    write_image(grid(shown, columns=columns), picture)
-    written = [picture]
-    if reader.modality == "video":
-        written.append(out.with_suffix(".mp4"))
-        reader.write(torch.cat([x, y], dim=-1), written[-1])
-    elif reader.modality in ("waveform", "mel"):
-        written.append(out.with_suffix(".wav"))
-        reader.write(y, written[-1])
-    return written
+    write_image(grid(as_images(pair), columns=columns), picture)
+    for other in others:
+        reader.write(torch.cat([x, y], dim=-1) if reader.modality == "video" else y, other)
+    return [picture, *others]
 
 
 def _show(rows: Sequence[Reconstructed]) -> None:

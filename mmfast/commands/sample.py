@@ -23,16 +23,15 @@ from mmfast.commands.media import (
     SUFFIXES,
     check_folder,
     check_out,
-    check_picture,
+    check_samples,
     reader_of,
     told,
+    write_samples,
 )
 from mmfast.commands.multimodal import Maker, maker_of
 from mmfast.commands.options import add_device, device_of, open_model, within
-from mmfast.data import write_image
 from mmfast.models import Configured, MultimodalDiT
 from mmfast.models.diffusion import SAMPLERS
-from mmfast.train.grids import as_images, grid
 from mmfast.train.run_folder import model_file
 
 MOST_SEED = 1 << 31
@@ -45,7 +44,7 @@ def add_sampling(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument("--steps", type=within(1, 10000), default=50, help="(%(default)s)")
     parser.add_argument(
-        "--guidance", type=float, help="scale; 1 is none (2 if the model can, but of texts)"
+        "--guidance", type=float, help="scale from 0; 1 is none (2 if the model can, but of texts)"
     )
     parser.add_argument("--seed", type=within(0, MOST_SEED - 1), default=0, help="(%(default)s)")
     parser.add_argument(
@@ -112,8 +111,6 @@ def run(given: argparse.Namespace) -> int:
     if isinstance(model, MultimodalDiT):
         return _multimodal(given, maker_of(file, model, about))
     drawer = drawer_of(file, model, about)
-    if given.out is not None:
-        check_picture(given.out)
     check_sampling(drawer, given)
     if given.want is not None:
         raise CommandError("--want is of multimodal models, this one makes one modality")
@@ -126,6 +123,7 @@ def _of_classes(given: argparse.Namespace, drawer: Drawer) -> int:
     chosen, count = torch.tensor(labels_of(given.classes, drawer.classes)), given.count or 8
     labels = chosen.repeat_interleave(count)
     numbers = torch.arange(count).repeat(len(chosen))
+    _check_out(given, drawer, len(labels))
     drawn = draw(drawer, given, {"y": labels}, seeds_of(given.seed, labels, numbers))
     columns = count if len(chosen) > 1 else min(count, 8)
     names = [f"{drawer.classes[int(c)]}-{int(n)}" for c, n in zip(labels, numbers, strict=True)]
@@ -143,20 +141,26 @@ def _of_context(given: argparse.Namespace, drawer: Drawer) -> int:
         raise CommandError(f"the model makes samples from {name}: give {what}")
     one = drawer.condition(batch)
     condition = {n: v.expand(count, *v.shape[1:]) for n, v in one.items() if v is not None}
+    _check_out(given, drawer, count)
     drawn = draw(drawer, given, condition, seeds_of_numbers(given.seed, count))
     return _write(given, drawer, drawn, min(count, 8), [str(i) for i in range(count)])
+
+
+def _check_out(given: argparse.Namespace, drawer: Drawer, count: int) -> None:
+    if given.out is not None:
+        check_samples(reader_of(drawer.about, drawer.vqvae), given.out, count)
 
 
 def _write(
     given: argparse.Namespace, drawer: Drawer, drawn: Tensor, columns: int, names: Sequence[str]
 ) -> int:
     said = []
+    reader = reader_of(drawer.about, drawer.vqvae)
     if given.out is not None:
         with told():
-            write_image(grid(as_images(drawn), columns=columns), given.out)
+            write_samples(reader, drawn, given.out, columns)
         said.append(f"{given.out}: {_number(len(drawn))}")
     if given.each is not None:
-        reader = reader_of(drawer.about, drawer.vqvae)
         with told():
             given.each.mkdir(parents=True, exist_ok=True)
             for x, name in zip(drawn, names, strict=True):

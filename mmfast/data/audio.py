@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from mmfast.data.errors import FileError, needed
 from mmfast.data.mel import LogMel
 from mmfast.data.readers import Reader, checked_file
-from mmfast.data.resample import resample
+from mmfast.data.resample import reach_of, resample
 from mmfast.data.truncation import check_whole
 from mmfast.files import write_whole
 
@@ -116,18 +116,30 @@ class _SoundReader(Reader):
             raise ValueError(f"a waveform must be (channels, samples), got {tuple(waveform.shape)}")
         wanted = self._wanted(waveform.shape[1], rate)
         start = self._start(waveform.shape[1], wanted, generator)
-        mono = waveform[:, start : start + wanted].mean(0, keepdim=True)
-        return self.made_of(resample(mono, rate, self.sample_rate)[:, : self.samples])
+        before, after = self._around(start, wanted, waveform.shape[1], rate)
+        return self._made(waveform[:, start - before : start + wanted + after], rate, before, after)
+
+    def _around(self, start: int, wanted: int, have: int, rate: int) -> tuple[int, int]:
+        """Samples beside those of a part that resampling looks at."""
+        reach = reach_of(rate, self.sample_rate)
+        return min(start, reach), min(have - start - wanted, reach)
+
+    def _made(self, waveform: Tensor, rate: int, before: int, after: int) -> Tensor:
+        """Of a part with what is around it."""
+        mono = waveform.mean(0, keepdim=True)
+        made = resample(mono, rate, self.sample_rate, before=before, after=after)
+        return self.made_of(made[:, : self.samples])
 
     def load(self, path: str | os.PathLike[str], generator: Generator | None = None) -> Tensor:
         """The sound in a file; see :meth:`Reader.read`."""
         with _opened(path) as sound:
             wanted = self._wanted(sound.frames, sound.samplerate)
             start = self._start(sound.frames, wanted, generator)
-            if start:
-                sound.seek(start)
-            samples = _read(path, sound, wanted)
-            return self.prepare((torch.from_numpy(samples.T), sound.samplerate))
+            before, after = self._around(start, wanted, sound.frames, sound.samplerate)
+            if start - before:
+                sound.seek(start - before)
+            samples = _read(path, sound, before + wanted + after)
+            return self._made(torch.from_numpy(samples.T), sound.samplerate, before, after)
 
     def verify(self, path: str | os.PathLike[str]) -> None:
         """Read all samples."""

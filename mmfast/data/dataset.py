@@ -25,6 +25,7 @@ from mmfast.data.records import Found, Record, read_manifest, scan_folder
 from mmfast.data.report import Report
 
 Sample = dict[str, Tensor]
+_FEW = 1000  # classes, of which most may be missing
 
 
 class Dataset(torch.utils.data.Dataset[Sample]):
@@ -47,7 +48,8 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         require: modalities, or ``"label"``, that no sample may lack; others are left out. What has
             no modality at all always is.
         classes: names of the classes; by default those that occur, sorted, or, if all are whole
-            numbers, the numbers from 0 to the largest.
+            numbers, the numbers from 0 to the largest; of more than 1000 numbers of which less than
+            a tenth occur, those that do.
         augment: whether readers crop and flip randomly, if made so.
         seed: of that; what a sample's random numbers are depends on it, the epoch and the sample's
             name alone.
@@ -277,7 +279,10 @@ class _Collate:
 
 
 def _sorted(names: Sequence[str]) -> list[str]:
-    """In the alphabet's order, numbers as themselves."""
-    if names and all(name.isdecimal() and str(int(name)) == name for name in names):
-        return [str(i) for i in range(1 + max(map(int, names)))]
-    return sorted(names)
+    """In the alphabet's order, numbers as themselves; where hardly any occur, in their order."""
+    if not names or not all(name.isdecimal() and str(int(name)) == name for name in names):
+        return sorted(names)
+    count = 1 + max(map(int, names))
+    if count > max(_FEW, 10 * len(names)):
+        return sorted(names, key=int)
+    return [str(i) for i in range(count)]

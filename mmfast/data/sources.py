@@ -22,6 +22,7 @@ NAMES = ("mnist", "photographs")
 HELD_OUT = ("coffee", "motorcycle")
 """Photographs that are not trained on."""
 
+_DIGITS = [str(i) for i in range(10)]
 _TEST = 0.1  # of the samples are held out, always the same ones
 
 
@@ -46,6 +47,7 @@ def open_source(
     require: Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
     on_error: str = "raise",
+    split: bool = True,
 ) -> Source:
     """Samples of one modality or several, and ``"label"`` where there are labels.
 
@@ -55,16 +57,19 @@ def open_source(
             photographs :data:`HELD_OUT` are the test part. A folder, see
             :meth:`mmfast.data.Dataset.from_folder`, or a manifest that ends in .csv, .jsonl or
             .json, see :meth:`mmfast.data.Dataset.from_manifest`. Of digits, folders and manifests a
-            tenth is the test part, of each class where there are classes.
+            tenth is the test part, of each class where there are classes; classes of one sample
+            are in the training part alone.
         readers: that prepare them; several by modality.
         require: modalities that no sample may lack; all by default.
-        classes: names of the classes of a folder or manifest; by default those that occur.
+        classes: names that the classes must be of; by default those that occur.
         on_error: ``"raise"`` or ``"skip"`` files that cannot be used.
+        split: whether a part of a folder or manifest is held out; else both parts are the whole.
 
     Raises:
         FileError: there is no such source, or a file cannot be used.
         ImportError: a package is not installed.
-        ValueError: the readers are not those of such data, or there are less than two samples.
+        ValueError: the readers or classes are not those of such data, or there are less than two
+            samples to split.
     """
     if isinstance(readers, Reader):
         readers = {readers.modality: readers}
@@ -72,6 +77,8 @@ def open_source(
         (reader, *others) = readers.values()
         if others or not isinstance(reader, ImageReader):
             raise ValueError(f"{source} are images, the readers are of {', '.join(readers)}")
+        if source == "mnist" and classes is not None and list(classes) != _DIGITS:
+            raise ValueError(f"its classes are {', '.join(_DIGITS)}, not {', '.join(classes)}")
         return _digits(reader) if source == "mnist" else _photographs(reader)
     path = Path(source)
     options: dict[str, Any] = {
@@ -85,8 +92,17 @@ def open_source(
         found = Dataset.from_manifest(path, readers, **options)
     else:
         raise FileError(source, f"no such folder or manifest, and none of {', '.join(NAMES)}")
+    if not split:
+        return Source(found, found, found.classes)
+    if len(found) < 2:
+        raise ValueError(f"{source} has one sample, to hold a part out it needs two")
     labels = found.labels.clamp(min=0)  # those without one are spread like the first class
-    train, test = split_by_label(labels, _TEST)
+    often = labels.bincount()[labels] > 1
+    if not often.any():
+        labels, often = torch.zeros_like(labels), ~often
+    places = often.nonzero()[:, 0]
+    test = places[split_by_label(labels[places], _TEST)[1]]
+    train = torch.ones(len(labels), dtype=torch.bool).index_fill(0, test, False).nonzero()[:, 0]
     return Source(found.subset(train), found.subset(test), found.classes)
 
 
@@ -96,7 +112,7 @@ def _digits(reader: ImageReader) -> Source:
     images = torch.stack([reader.prepare(image) for image in pixels])
     found = InMemory(image=images, label=digits.labels)
     train, test = (found.subset(part) for part in split_by_label(digits.labels, _TEST))
-    return Source(train, test, [str(i) for i in range(10)])
+    return Source(train, test, list(_DIGITS))
 
 
 def _photographs(reader: ImageReader) -> Source:

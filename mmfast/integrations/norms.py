@@ -12,8 +12,6 @@ from mmfast.integrations.binding import loaded_class
 from mmfast.integrations.residuals import add, add_and_modulate
 from mmfast.nn.layers import is_bare
 
-_EPS = torch.finfo(torch.float32).eps  # of a norm that is given none
-
 
 def kind_of(norm: Any) -> str | None:
     """``"layer"``, ``"rms"``, or None for a norm of another kind."""
@@ -40,22 +38,18 @@ def is_computed(norm: nn.Module) -> bool:
 
 def _kind_if_computed(norm: Any) -> str | None:
     kind = kind_of(norm)
-    if kind is None or "forward" in vars(norm) or not is_bare(norm):
-        return None
-    if norm.eps is None:  # of float64 it is another
-        weight = _parameter(norm, "weight")
-        if weight is not None and weight.dtype == torch.float64:
-            return None
-    return kind
+    return None if kind is None or "forward" in vars(norm) or not is_bare(norm) else kind
 
 
-def options(norm: Any) -> dict[str, Any]:
-    """What :func:`mmfast.layer_norm_modulate` is to be told of a norm."""
-    return _options(norm, kind_of(norm))
+def options(norm: Any, x: Tensor) -> dict[str, Any]:
+    """What :func:`mmfast.layer_norm_modulate` is to be told of a norm, for ``x``."""
+    return _options(norm, kind_of(norm), x)
 
 
-def _options(norm: Any, kind: str | None) -> dict[str, Any]:
-    eps = _EPS if norm.eps is None else norm.eps
+def _options(norm: Any, kind: str | None, x: Tensor) -> dict[str, Any]:
+    eps = norm.eps
+    if eps is None:  # of the dtype that torch.rms_norm computes in
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     return {
         "norm": kind,
         "eps": eps,
@@ -77,7 +71,7 @@ def modulated(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | 
     """``norm(x) (1 + scale) + shift``, (B, L, C)."""
     kind = _kind_if_computed(norm)
     if kind is not None:
-        return mmfast.layer_norm_modulate(x, shift, scale, **_options(norm, kind))
+        return mmfast.layer_norm_modulate(x, shift, scale, **_options(norm, kind, x))
     return moved(norm(x), x.dtype, shift, scale)
 
 
@@ -106,6 +100,6 @@ def next_branch(
     """``r = x + gate y`` and ``norm(r) (1 + scale) + shift``, (B, L, C) both."""
     kind = _kind_if_computed(norm)
     if kind is not None:
-        return add_and_modulate(x, gate, y, shift, scale, **_options(norm, kind))
+        return add_and_modulate(x, gate, y, shift, scale, **_options(norm, kind, x))
     x = add(x, gate, y)
     return x, modulated(norm, x, shift, scale)

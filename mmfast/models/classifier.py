@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from mmfast.checks import check_least
 from mmfast.models.configured import Configured
 from mmfast.models.convolutions import Downsample, ResidualBlock, convolution
 
@@ -31,6 +32,7 @@ class Classifier(Configured):
         dropout: float = 0.2,
     ) -> None:
         super().__init__()
+        check_least(1, num_classes=num_classes, channels=channels)
         self.num_classes, self.channels, self.spatial_dims = num_classes, channels, spatial_dims
         width = widths[0]
         layers: list[nn.Module] = [convolution(spatial_dims, channels, width)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,7 +23,14 @@ def _norm(channels: int, norm: str | None) -> nn.Module:
     if norm is None:
         return nn.Identity()
     groups = next(g for g in range(min(_GROUPS, channels), 0, -1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels)
+    return _GroupNorm(groups, channels)
+
+
+class _GroupNorm(nn.GroupNorm):
+    """Also of groups of a single value, as tiny samples have, which PyTorch's module refuses."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class ResidualBlock(nn.Module):

@@ -198,15 +198,20 @@ class Diffusion(Noising):
             ``(B, C, ...)``, float32, on the model's device; normalised data is brought back.
 
         Raises:
-            ValueError: both ``classes`` and ``condition`` hold labels, the model has no
-                ``for_guidance``, or as of :func:`mmfast.schedule.sample`.
+            ValueError: both ``classes`` and ``condition`` hold labels, ``classes`` are not of B
+                samples, guidance has no condition or the model no ``for_guidance``, or as of
+                :func:`mmfast.schedule.sample`.
         """
-        parameter = next(model.parameters())
+        parameter = next(model.parameters(), torch.empty(0))
         device = parameter.device
         given = dict(condition or {})
         if classes is not None:
             if "y" in given:
                 raise ValueError("classes and condition['y'] cannot both be given")
+            if classes.shape != (shape[0],):
+                raise ValueError(
+                    f"classes must be (B,) = ({shape[0]},), got {tuple(classes.shape)}"
+                )
             given["y"] = classes
         given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
         learned = bool(getattr(model, "learn_sigma", False))
@@ -219,6 +224,8 @@ class Diffusion(Noising):
                 raise ValueError(
                     f"guidance needs a model with for_guidance, a {type(model).__name__} has none"
                 )
+            if not given:
+                raise ValueError("guidance needs a condition: give classes or condition")
             given = model.for_guidance(**given)  # type: ignore[operator]
         if isinstance(seed, Tensor):
             seed = seed.to(device)

@@ -209,11 +209,15 @@ class DiT(PatchTransformer):
             ``(B, in_channels, *input_size)``, twice the channels with ``learn_sigma``.
 
         Raises:
-            ValueError: x has another shape.
+            TypeError: y are no integers.
+            ValueError: x, t or y have another shape, or a label on the CPU is none.
         """
         if y is None:
             self._check_null()
             y = t.new_full((len(t),), self.y_embedder.num_classes, dtype=torch.int64)
+        for name, given in (("t", t), ("y", y)):
+            if given.shape != x.shape[:1]:
+                raise ValueError(f"{name} must be (B,) = ({x.shape[0]},), got {tuple(given.shape)}")
         c = self.t_embedder(t) + self.y_embedder(y, drop)
         tokens, pending = self.tokens(x), None
         for block in self.blocks:

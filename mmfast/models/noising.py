@@ -228,17 +228,24 @@ class Noising:
         shape = (-1, *[1] * (x.dim() - 2))
         return [self.on(x.device, name).to(x.dtype).view(shape) for name in ("mean", "std")]
 
+    def check_learned_variances(self) -> NoiseSchedule:
+        """The discrete schedule, for models that learn variances.
+
+        Raises:
+            ValueError: it is a flow's.
+        """
+        if not isinstance(self.levels, NoiseSchedule):
+            raise ValueError("learned variances (learn_sigma) need a discrete schedule, not 'flow'")
+        return self.levels
+
     def on(self, device: torch.device, name: str) -> Tensor:
         """A table on ``device``; that of the bound is made when it is first asked for."""
         if (name, device) not in self._tables:
             cpu = torch.device("cpu")
             if (name, cpu) not in self._tables:
-                if not isinstance(self.levels, NoiseSchedule):
-                    raise ValueError(
-                        "learned variances (learn_sigma) need a discrete schedule, not 'flow'"
-                    )
+                levels = self.check_learned_variances()
                 assert self.prediction is not None
-                self._tables[name, cpu] = bound_rows(self.levels, self.prediction)
+                self._tables[name, cpu] = bound_rows(levels, self.prediction)
             self._tables[name, device] = self._tables[name, cpu].to(device)
         return self._tables[name, device]
 

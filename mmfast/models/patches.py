@@ -24,10 +24,12 @@ def grid_of(
     """Sizes, the patch's sizes, and how many patches there are along each dimension.
 
     Raises:
-        ValueError: sizes are no multiples of patches.
+        ValueError: sizes are no multiples of patches, or below 1.
     """
     sizes = (input_size,) * 2 if isinstance(input_size, int) else tuple(input_size)
     patch = (patch_size,) * len(sizes) if isinstance(patch_size, int) else tuple(patch_size)
+    if min(*sizes, *patch, 1) < 1:
+        raise ValueError(f"input_size and patch_size must be at least 1, got {sizes} and {patch}")
     if len(patch) != len(sizes) or any(s % p for s, p in zip(sizes, patch, strict=True)):
         raise ValueError(
             f"input_size must be multiples of patch_size {patch}, one for each, got {sizes}"

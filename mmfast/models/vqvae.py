@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import mmfast
 import mmfast.nn
-from mmfast.checks import check_choice, check_floating
+from mmfast.checks import INDEX, check_choice, check_dtype, check_floating
 from mmfast.models.configured import Configured
 from mmfast.models.convolutions import Layers, decoder, encoder
 from mmfast.models.losses import weighted
@@ -48,6 +48,11 @@ class VQVAEOutput(NamedTuple):
 
 def _built(description: Mapping[str, Any]) -> nn.Module:
     """The quantiser of :mod:`mmfast.nn` that a mapping describes."""
+    if not isinstance(description, Mapping):
+        raise TypeError(
+            "quantizer must be a module or a mapping with its type and arguments, got "
+            f"{type(description).__name__}"
+        )
     options = dict(description)
     made = getattr(mmfast.nn, str(options.pop("type", None)), None)
     if not (isinstance(made, type) and issubclass(made, nn.Module)):
@@ -191,8 +196,13 @@ class VQVAE(Configured):
         """``(B, channels, *sizes)`` from the indices that :meth:`encode` gives.
 
         Raises:
-            TypeError: the quantiser makes no vectors from indices.
+            TypeError: the quantiser makes no vectors from indices, or they are no integers.
+            ValueError: indices have too few dimensions, or one on the CPU is of no code.
         """
+        check_dtype("indices", indices, INDEX)
+        if indices.dim() <= self.spatial_dims:
+            dims = ", ".join(["B", *["size"] * self.spatial_dims])
+            raise ValueError(f"indices must be ({dims}[, Q]), got {tuple(indices.shape)}")
         grid = indices.shape[1 : 1 + self.spatial_dims]
         flat = indices.flatten(1, self.spatial_dims)
         if self._groups:
@@ -243,7 +253,7 @@ class VQVAE(Configured):
             iterations: of k-means.
 
         Raises:
-            TypeError: the quantiser is another, or projects its vectors.
+            TypeError: the quantiser is another.
             ValueError: there are fewer vectors than codes.
         """
         quantizer: Any = self.quantizer

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmfast.checks import check_codes, check_least
 from mmfast.ops.patchify import patchify
 from mmfast.ops.timestep_embedding import timestep_embedding
 
@@ -96,10 +97,16 @@ class LabelEmbedder(nn.Module):
             is the label of no class.
         hidden_size: C.
         dropout_prob: of a label in training.
+
+    Raises:
+        ValueError: there are no classes, or the probability is not from 0 to 1.
     """
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
+        check_least(1, num_classes=num_classes)
+        if not 0 <= dropout_prob <= 1:
+            raise ValueError(f"dropout_prob must be from 0 to 1, got {dropout_prob}")
         self.num_classes, self.dropout_prob = num_classes, dropout_prob
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
         nn.init.normal_(self.embedding_table.weight, std=0.02)
@@ -108,9 +115,14 @@ class LabelEmbedder(nn.Module):
         """``(B,)`` to ``(B, C)``.
 
         Args:
-            labels: int64.
+            labels: int64 or int32.
             drop: ``(B,)``, bool: which labels to drop. Drawn in training by default.
+
+        Raises:
+            TypeError: labels are no integers.
+            ValueError: a label on the CPU is none, or they are to be dropped without dropout.
         """
+        check_codes("labels", labels, self.embedding_table.num_embeddings)
         if drop is None and self.training and self.dropout_prob > 0:
             drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
         if drop is not None:

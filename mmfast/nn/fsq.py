@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mmfast.checks import check_codes, check_floating
 from mmfast.nn.projections import check_last, projection, random_rotation
 from mmfast.ops.finite_scalar_quantize import finite_scalar_quantize
 
@@ -62,8 +63,10 @@ class FSQ(nn.Module):
         orthogonal_rotation: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(levels, int):
+            raise TypeError(f"levels must be ints, one for each channel, got {levels}")
         self.levels = tuple(levels)
-        if min(self.levels) < (2 if preserve_symmetry else 3):
+        if not self.levels or min(self.levels) < (2 if preserve_symmetry else 3):
             raise ValueError(
                 "levels must be at least 3, or 2 with preserve_symmetry=True, "
                 f"got {list(self.levels)}"
@@ -156,6 +159,7 @@ class FSQ(nn.Module):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """What ``forward`` made of the vectors with these indices, in its layout."""
+        check_codes("indices", indices, self.codebook_size)
         first = indices.dim() >= 3 + self.keep_num_codebooks_dim or self.channel_first
         codes = self._indices_to_codes(indices)
         if self.orthogonal_rotation:
@@ -175,6 +179,7 @@ class FSQ(nn.Module):
         Raises:
             ValueError: z does not have ``dim`` channels.
         """
+        check_floating("z", z)
         first = z.dim() >= 4 or self.channel_first
         if first:
             z = z.movedim(1, -1)

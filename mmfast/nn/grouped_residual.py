@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfast.checks import check_floating
 from mmfast.nn import quantize_dropout as dropout
 
 
@@ -59,7 +60,12 @@ class GroupedResidual(nn.Module):
     def _each(self, x: Tensor, *args: object) -> tuple[Any, ...]:
         """The groups' outputs for their part of x: vectors side by side, indices and losses
         stacked. ``args`` go to each group, ``return_all_codes`` as the last of them."""
+        check_floating("x", x)
         seed = dropout.draw_seed(x.device) if self.training else None
+        if x.dim() < 2:
+            raise ValueError(
+                f"x must be of samples with {self.dim} channels, got shape {tuple(x.shape)}"
+            )
         if x.shape[self.split_dim] != self.dim:
             raise ValueError(f"x must have {self.dim} channels, got {x.shape[self.split_dim]}")
         parts = zip(self.rvqs, x.chunk(self.groups, self.split_dim), strict=True)

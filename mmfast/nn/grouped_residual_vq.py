@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mmfast.checks import check_floating
 from mmfast.nn.quantize_dropout import draw_seed
 from mmfast.nn.ranks import several
 from mmfast.nn.residual_vq import ResidualVQ
@@ -103,6 +104,7 @@ class GroupedResidualVQ(nn.Module):
             ValueError: x has another number of channels, or there are indices of another number
                 of groups; and as :class:`ResidualVQ`.
         """
+        check_floating("x", x)
         if x.dim() < 2 or x.shape[self.split_dim] != self.dim:
             expected = (
                 f"(B, {self.dim}, height, width)"

@@ -38,5 +38,7 @@ def check_stages(given: Mapping[str, Any], allowed: Mapping[str, tuple[object, .
 
 def check_last(x: Tensor, dim: int) -> None:
     """The last dimension of x, channels having been moved there, has the size ``dim``."""
-    if x.dim() < 2 or x.shape[-1] != dim:
+    if x.dim() < 2:
+        raise ValueError(f"x must be of samples with {dim} channels, got shape {tuple(x.shape)}")
+    if x.shape[-1] != dim:
         raise ValueError(f"x must have {dim} channels, got {x.shape[-1]}")

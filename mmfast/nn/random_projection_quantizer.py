@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfast.checks import check_floating
 from mmfast.nn.vector_quantize import VectorQuantize
 
 
@@ -68,6 +69,7 @@ class RandomProjectionQuantizer(nn.Module):
         Raises:
             ValueError: x has another shape.
         """
+        check_floating("x", x)
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (B, L, {self.dim}), got shape {tuple(x.shape)}")
         projected = torch.einsum("bnd,hde->bnhe", self.norm(x), self.rand_projs).flatten(2)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmfast.checks import check_codes, check_floating
 from mmfast.nn import quantize_dropout as dropout
 from mmfast.nn.fsq import FSQ
 from mmfast.nn.grouped_residual import GroupedResidual
@@ -124,6 +125,7 @@ class ResidualFSQ(nn.Module):
         if self.is_channel_first:
             indices = indices.movedim(1, -1)
         indices = with_all_stages(indices, self.num_quantizers, self.quantize_dropout)
+        check_codes("indices", indices, self.codebook_size, least=-1)
         codes = []
         for stage, layer in enumerate(self.layers):
             index = indices[..., stage]
@@ -157,6 +159,7 @@ class ResidualFSQ(nn.Module):
         Raises:
             ValueError: x does not have ``dim`` channels.
         """
+        check_floating("x", x)
         if self.is_channel_first:
             x = x.movedim(1, -1)
         check_last(x, self.dim)

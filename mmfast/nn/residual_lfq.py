@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfast.checks import check_codes, check_floating
 from mmfast.nn import quantize_dropout as dropout
 from mmfast.nn.grouped_residual import GroupedResidual
 from mmfast.nn.lfq import LFQ
@@ -103,6 +104,7 @@ class ResidualLFQ(nn.Module):
             ValueError: they are of too many stages, or of too few.
         """
         indices = with_all_stages(indices, self.num_quantizers, self.quantize_dropout)
+        check_codes("indices", indices, self.layers[0].codebook_size, least=-1)
         codes = []
         for stage, layer in enumerate(self.layers):
             index = indices[..., stage]
@@ -134,6 +136,7 @@ class ResidualLFQ(nn.Module):
         Raises:
             ValueError: x does not have ``dim`` channels.
         """
+        check_floating("x", x)
         first = x.dim() >= 4 if self.channel_first is None else self.channel_first
         if first:
             x = x.movedim(1, -1)

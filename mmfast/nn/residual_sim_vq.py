@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mmfast.checks import check_floating
 from mmfast.nn.quantize_dropout import (
     check_dropout,
     draw_num_stages,
@@ -142,6 +143,7 @@ class ResidualSimVQ(nn.Module):
         Raises:
             TypeError, ValueError: as :class:`SimVQ`.
         """
+        check_floating("x", x)
         num_stages: int | Tensor = self.num_quantizers
         if self.training and self.quantize_dropout:
             num_stages = draw_num_stages(

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmfast.checks import check_dtype
+from mmfast.checks import check_dtype, check_floating, check_least
 from mmfast.nn.beam_search import Candidates, beam_search
 from mmfast.nn.checkpointing import check_not_repeated
 from mmfast.nn.implicit_codebook import Chosen, ImplicitCodebook
@@ -539,6 +539,7 @@ class ResidualVQ(nn.Module):
         return indices
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        check_floating("x", x)
         if self.accept_image_fmap:
             expected, fits = f"(B, {self.dim}, height, width)", x.dim() == 4
         else:
@@ -559,6 +560,7 @@ def _sizes(codebook_size: int | Sequence[int], num_quantizers: int | None) -> tu
     if isinstance(codebook_size, int):
         if num_quantizers is None:
             raise ValueError("num_quantizers must be given if codebook_size is one number")
+        check_least(1, num_quantizers=num_quantizers)
         return (codebook_size,) * num_quantizers
     if num_quantizers not in (None, len(codebook_size)):
         raise ValueError(

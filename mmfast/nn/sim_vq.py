@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mmfast.checks import check_codes, check_floating
 from mmfast.ops.vector_quantize import vector_quantize
 
 
@@ -72,6 +73,7 @@ class SimVQ(nn.Module):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """The codes at ``indices`` (B, ...): (B, ..., D), or (B, D, ...) if channel_first."""
+        check_codes("indices", indices, self.frozen_codebook.shape[0])
         codes = self.code_transform(nn.functional.embedding(indices, self.frozen_codebook))
         return codes.movedim(-1, 1) if self.channel_first else codes
 
@@ -86,6 +88,7 @@ class SimVQ(nn.Module):
             TypeError: x is no tensor of a floating dtype.
             ValueError: x has another number of dimensions D.
         """
+        check_floating("x", x)
         channel = 1 if self.channel_first else -1
         if x.dim() < 2 or x.shape[channel] != self.dim:
             expected = f"(B, {self.dim}, ...)" if self.channel_first else f"(B, ..., {self.dim})"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmfast.checks import check_dtype, check_floating, check_possible
+from mmfast.checks import check_codes, check_dtype, check_floating, check_least, check_possible
 from mmfast.nn import losses, similarity
 from mmfast.nn.checkpointing import check_not_repeated
 from mmfast.nn.codebook import Codebook, Weight
@@ -209,6 +209,11 @@ class VectorQuantize(nn.Module):
                 ),
             }
         )
+        check_least(1, dim=dim, codebook_size=codebook_size, heads=heads)
+        if codebook_dim is not None:
+            check_least(1, codebook_dim=codebook_dim)
+        if not commitment_weight >= 0:
+            raise ValueError(f"commitment_weight must be at least 0, got {commitment_weight}")
         if not 0 <= sync_update_v <= 1:
             raise ValueError(f"sync_update_v must be from 0 to 1, got {sync_update_v}")
         if codebook_diversity_loss_weight > 0 and not codebook_diversity_temperature > 0:
@@ -304,6 +309,7 @@ class VectorQuantize(nn.Module):
 
     @codebook.setter
     def codebook(self, codes: Tensor) -> None:
+        check_floating("codebook", codes)
         self._codebook.set_embed(codes if self.separate_codebook_per_head else codes[None])
 
     @property
@@ -337,6 +343,7 @@ class VectorQuantize(nn.Module):
     def _codes_of(self, indices: Tensor) -> Tensor:
         """Codes (B, ..., D) of the indices (B, ...); with separate codebooks (B, ..., H D)."""
         embed = self._codebook.plain_embed
+        check_codes("indices", indices, embed.shape[1], least=-1)
         known = indices.clamp_min(0)
         if embed.shape[0] > 1:
             head = torch.arange(embed.shape[0], device=indices.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backends
-from mmfast.checks import FLOATING, INDEX, check_device, check_dtype, check_floating
+from mmfast.checks import FLOATING, INDEX, check_device, check_dtype, check_floating, check_least
 from mmfast.registry import Arguments, Cost, Op, Sample, register
 
 
@@ -52,8 +52,7 @@ def code_statistics(
                 f"{name} must have x's leading shape {tuple(x.shape[:-1])}, "
                 f"got shape {tuple(tensor.shape)}"
             )
-    if num_codes < 1:
-        raise ValueError(f"num_codes must be at least 1, got {num_codes}")
+    check_least(1, num_codes=num_codes)
     return backends.call(OP, x, indices, num_codes, weights)
 
 

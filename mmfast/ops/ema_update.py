@@ -54,6 +54,9 @@ def ema_update_(
     Razavi et al., "Generating Diverse High-Fidelity Images with VQ-VAE-2" (2019) for the
     smoothing.
     """
+    check_floating("codebook", codebook)
+    if codebook.dim() not in (2, 3):
+        raise ValueError(f"codebook must be (K, D) or (H, K, D), got shape {tuple(codebook.shape)}")
     counts, sums = code_statistics(x, indices, codebook.shape[-2], weights=weights)
     ema_update_from_statistics_(
         codebook, cluster_size, embed_sum, counts, sums, decay=decay, eps=eps, normalize=normalize

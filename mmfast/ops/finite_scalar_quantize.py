@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backends
-from mmfast.checks import FLOATING, check_choice, check_device, check_floating
+from mmfast.checks import FLOATING, check_choice, check_device, check_floating, check_integer
 from mmfast.registry import Arguments, Backward, Cost, Op, Sample, register
 from mmfast.results import exportable
 
@@ -89,6 +89,10 @@ def finite_scalar_quantize(
     """
     check_floating("z", z)
     check_choice("variant", variant, VARIANTS)
+    if isinstance(levels, int):
+        raise TypeError(f"levels must be ints, one for each dimension, got {levels}")
+    for n in levels:
+        check_integer("each of levels", n)
     levels = [int(n) for n in levels]
     least = 3 if variant == "bound" else 2
     if not levels or min(levels) < least:

@@ -70,7 +70,7 @@ class Batches:
         sampler = BatchSampler(
             len(self._data), share, seed=self._config.seed, drop_last=False, rank=rank()
         )
-        (places, *_) = sampler.batches()
+        places = next(sampler.batches())
         return self._moved(collated(self._data, places), rank() * share)
 
     def from_step(self, start: int) -> Iterator[Micros]:

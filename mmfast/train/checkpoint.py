@@ -47,6 +47,8 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint into a run's folder, and remove all but the newest ``keep``.
 
+    Those of later steps go too: they are broken, and the run has passed over them.
+
     Args:
         folder: of the run.
         step: how many steps have been made.
@@ -73,8 +75,10 @@ def write_checkpoint(
         sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
         whole = {"format": _FORMAT, "files": sizes, **state, "step": step}
         (temporary / _STATE).write_text(json.dumps(whole, indent=1), "utf-8")
-    for old in checkpoints(folder)[:-keep]:
-        remove_folder(old)
+    there = checkpoints(folder)
+    ours = there.index(target) + 1
+    for other in there[: max(0, ours - keep)] + there[ours:]:
+        remove_folder(other)
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,8 @@ class DiTTask(Task):
         pictures: how many samples are shown.
 
     Raises:
-        ValueError: the VQ-VAE or the data does not fit the model.
+        ValueError: the VQ-VAE, the data or what is learned does not fit the model, or the guidance
+            makes no sense.
     """
 
     def __init__(
@@ -63,6 +65,9 @@ class DiTTask(Task):
         self._vqvae = vqvae
         if vqvae is not None:
             self.parts = {"vqvae": vqvae.eval().requires_grad_(False)}
+        check_scale("guidance", guidance)
+        if model.learn_sigma:
+            diffusion.check_learned_variances()
         self._drop = dropout_of(model)
         self._guidance = guidance if self._drop > 0 else 1.0
         diffusion.table(sampler, sampler_steps)  # refuses what does not fit, before training
@@ -157,6 +162,22 @@ class DiTTask(Task):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take the objective of a checkpoint."""
         self.diffusion = Diffusion(**state["objective"])
+
+
+def check_scale(what: str, scale: float | None) -> None:
+    """A scale of classifier-free guidance is a finite number from 0, or not given.
+
+    0 is the prediction without the condition, 1 the one with it, more what is beyond; below 0
+    samples would be led away from their condition.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if scale is not None and not 0 <= scale < math.inf:
+        raise ValueError(
+            f"{what} must be a finite number from 0 (0: without the condition, 1: no guidance), "
+            f"got {scale}"
+        )
 
 
 def dropout_of(model: DiT | ConditionalDiT) -> float:

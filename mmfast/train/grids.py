@@ -39,9 +39,10 @@ def as_images(samples: Tensor, *, frames: int = 4) -> Tensor:
     """Samples of any modality as images.
 
     Args:
-        samples: images ``(N, C, H, W)``, C 1 or 3; videos ``(N, C, T, H, W)``, of which some frames
-            are put side by side; spectrograms ``(N, bands, T)``, the lowest band at the bottom; or
-            waveforms ``(N, 1, T)``, drawn as what they cover. Values are from -1 to 1.
+        samples: images ``(N, C, H, W)``, C 1, 3 or 4, whose fourth is the opacity; videos
+            ``(N, C, T, H, W)``, of which some frames are put side by side; spectrograms
+            ``(N, bands, T)``, the lowest band at the bottom; or waveforms ``(N, 1, T)``, drawn as
+            what they cover. Values are from -1 to 1.
         frames: of a video.
 
     Returns:
@@ -58,11 +59,14 @@ def as_images(samples: Tensor, *, frames: int = 4) -> Tensor:
         return samples[:, None].flip(2)
     if samples.dim() == 3:
         return _drawn(samples[:, 0])
-    if samples.dim() != 4 or samples.shape[1] not in (1, 3):
+    if samples.dim() != 4 or samples.shape[1] not in (1, 3, 4):
         raise ValueError(
-            f"samples must be images (N, 1 or 3, H, W), videos or signals, "
+            f"samples must be images (N, 1, 3 or 4, H, W), videos or signals, "
             f"got {tuple(samples.shape)}"
         )
+    if samples.shape[1] == 4:  # on white
+        opaque = (samples[:, 3:].clamp(-1, 1) + 1) / 2
+        return torch.lerp(torch.ones_like(samples[:, :3]), samples[:, :3], opaque)
     return samples
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.models import MultimodalDiffusion, MultimodalDiT
+from mmfast.train.dit import check_scale
 from mmfast.train.grids import as_images, grid
 from mmfast.train.latents import NO_LATENTS, Latents
 from mmfast.train.task import Step, Task
@@ -54,7 +55,7 @@ class MultimodalTask(Task):
         sampler_steps: of those.
 
     Raises:
-        ValueError: the sampler does not serve.
+        ValueError: the sampler does not serve, or the guidance makes no sense.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class MultimodalTask(Task):
         }
         self.parts, self._latents = latents.parts, latents
         self._shown = shown
+        check_scale("guidance", guidance)
         diffusion.diffusion.table(sampler, sampler_steps)  # refuses what does not fit
         self._guidance, self._sampler, self._steps = guidance, sampler, sampler_steps
 

@@ -67,6 +67,7 @@ class VQVAEConfig:
         check_least(
             self, codebook_size=1, latent_dim=1, num_quantizers=1, num_blocks=1, codebook_start=0
         )
+        check_least(self, commitment_weight=0, dead_codes=0)
 
     def described(self) -> dict[str, Any]:
         """The quantiser as :class:`mmfast.models.VQVAE` takes it; ``quantizer_options`` has further

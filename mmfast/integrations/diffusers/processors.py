@@ -53,7 +53,7 @@ def _normed(
             return q, k
         out_q, out_k = mmfast.qk_norm_rope(q, k, cos=cos, sin=sin, norm="none")
     else:
-        of_q, of_k = options(norm_q), options(norm_k)
+        of_q, of_k = options(norm_q, q), options(norm_k, k)
         out_q, out_k = mmfast.qk_norm_rope(
             q,
             k,
