@@ -226,7 +226,9 @@ class DiT(PatchTransformer):
         return self.untokened(self.final_layer(tokens, c, pending))
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
-        """The prediction with classifier-free guidance.
+        """The prediction with classifier-free guidance, of all channels as in diffusers.
+
+        facebookresearch/DiT guides the first three alone.
 
         Args:
             x, t, y: of a batch whose second half has the labels ``num_classes``; of x, the first
