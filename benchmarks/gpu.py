@@ -57,7 +57,15 @@ class Step:
 def _tests(*what: str, seconds: float, when: int) -> Step:
     """Each is told as it comes: what is cut off has said how far it came. A kernel that fails in
     all of its tests does not keep others from theirs."""
-    words = ("pytest", "-p", "no:cacheprovider", "--verbose", "--tb=short", "--maxfail=400")
+    words = (
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--verbose",
+        "--tb=short",
+        "--maxfail=400",
+        "--limit=60",
+    )
     return Step((*words, f"--numprocesses={_PROCESSES}", *what), seconds, when)
 
 

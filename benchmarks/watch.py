@@ -6,6 +6,7 @@ about to do, and how long that may take; who watches it knows what it was that d
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 _PIPE = "MMFAST_WATCHED"  # the environment variable with a number of a file
 BEGIN = 120.0  # seconds until the process says something
 _LOOK = 0.5  # seconds between looks at whether it is there
+_ENDING = 10.0  # seconds that it may take to end when it is interrupted
 _DIES_WITH_PARENT = 1  # of prctl
 _HUNG, _ENDED = LOST = "hung", "ended the process"  # how an ``End`` that is not good begins
 
@@ -92,6 +94,12 @@ def run(command: Sequence[str]) -> End:
             if lines:
                 first, _, what = lines[-1].decode().partition(" ")
                 seconds, since = float(first), time.monotonic()
+    except KeyboardInterrupt:
+        # It ends the processes that it has started, for which it needs a moment.
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_ENDING)
+        raise
     finally:
         process.kill()
         process.wait()

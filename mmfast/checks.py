@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX = (torch.int64, torch.int32)
+INTEGERS = (*INDEX, torch.int16, torch.int8, torch.uint8)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -39,15 +40,24 @@ def check_least(least: int, **numbers: int) -> None:
             raise ValueError(f"{name} must be at least {least}, got {number}")
 
 
-def check_codes(name: str, indices: Tensor, num_codes: int, least: int = 0) -> None:
+def check_codes(
+    name: str,
+    indices: Tensor,
+    num_codes: int,
+    least: int = 0,
+    dtypes: tuple[torch.dtype, ...] = INDEX,
+) -> None:
     """``indices`` are from ``least`` to ``num_codes`` - 1, else TypeError or ValueError.
 
-    Their values are looked at on the CPU alone, and not in compiled code.
+    Their values are looked at on the CPU alone, and not in code that is compiled, traced or under a
+    transform of torch.func.
     """
-    check_dtype(name, indices, INDEX)
+    check_dtype(name, indices, dtypes)
     if indices.device.type != "cpu" or not indices.numel():
         return
-    if torch.compiler.is_compiling() or is_fake(indices):
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_fake(indices):
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return
     low, high = indices.aminmax()
     if low < least or high >= num_codes:

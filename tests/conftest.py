@@ -24,14 +24,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-_LONGEST = 60.0  # seconds of a test on a GPU, compiling its kernels included
 _SENT = 1.0  # seconds, after which what a test came to is with whoever deals out tests
 
 
-def on_a_gpus_worker() -> bool:
-    """Whether this is one of several processes that share the tests of a GPU. Whoever deals them
-    out names the test at which such a process ends, and has another one go on."""
-    return "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available()
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--limit``, for tests that several processes share: whoever deals them out names the test at
+    which one of these ends, and has another one go on."""
+    parser.addoption(
+        "--limit", type=float, help="seconds of a test, after which its process is ended"
+    )
 
 
 def is_lost() -> bool:
@@ -46,10 +47,11 @@ def is_lost() -> bool:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """A kernel that never ends, or that spoils all calls behind it, costs its own test alone."""
-    if not on_a_gpus_worker():
+    limit = item.config.getoption("--limit")
+    if limit is None:
         return (yield)
     marker = item.get_closest_marker("cuda")
-    seconds = marker.kwargs.get("seconds", _LONGEST) if marker else _LONGEST
+    seconds = marker.kwargs.get("seconds", limit) if marker else limit
     # Ends the process from a thread of its own, whatever this one waits for.
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
     try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import sys
 import time
@@ -159,9 +160,14 @@ def main() -> int:
         return entered(case, subject, *others)
 
     contest.enter = enter
-    # Where nothing hangs a machine may be as slow as it is.
-    patience = 15.0 if "FAKE_HANG" in os.environ else 120.0
-    command._PATIENCE = command._PATIENCE_OTHERS = command._PATIENCE_COMPILED = patience
+    if "FAKE_CRASH" in os.environ:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def patience(what: str) -> float:
+        # Where nothing hangs a machine may be as slow as it is.
+        return 10.0 if os.environ.get("FAKE_HANG", "\0").endswith(what) else 120.0
+
+    command._patience = patience
     command._measured, gpu.is_lost = one, is_lost
     return command.main()
 

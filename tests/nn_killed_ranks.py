@@ -32,7 +32,7 @@ from mmfast.nn import (
 
 RANKS = 4
 VICTIM = RANKS - 1
-HUNG = 120.0  # seconds after which a case has failed
+HUNG = 60.0  # seconds after which a case has failed
 DEAD = {"threshold_ema_dead_code": 2}
 KMEANS = {"kmeans_init": True}
 LEARNS = {"learnable_codebook": True, "ema_update": False}
@@ -153,7 +153,7 @@ def take_part(rank: int, folder: Path, case: Case) -> str:
     """One process of a case: what was wrong."""
     torch.manual_seed(rank)
     warnings.simplefilter("ignore")
-    timeout = datetime.timedelta(seconds=3 if case.stay else 10 * HUNG)
+    timeout = datetime.timedelta(seconds=10 if case.stay else 2 * HUNG)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timeout
     )

@@ -783,11 +783,13 @@ def test_histories_can_be_read_and_written() -> None:
 
 def _first_frames(scheduler: Any) -> None:
     """As pipelines do that go on with some frames of a video."""
-    for j, value in enumerate(scheduler.model_outputs):
+    past = scheduler.ets if hasattr(scheduler, "ets") else scheduler.model_outputs
+    for j, value in enumerate(past):
         if value is not None:
-            scheduler.model_outputs[j] = value[:, :, [0, -1]]
-    if getattr(scheduler, "last_sample", None) is not None:
-        scheduler.last_sample = scheduler.last_sample[:, :, [0, -1]]
+            past[j] = value[:, :, [0, -1]]
+    for name in ("last_sample", "sample", "cur_sample", "cur_model_output"):
+        if isinstance(value := getattr(scheduler, name, None), torch.Tensor):
+            setattr(scheduler, name, value[:, :, [0, -1]])
 
 
 @pytest.mark.parametrize(
@@ -801,9 +803,13 @@ def _first_frames(scheduler: Any) -> None:
         ("UniPCMultistepScheduler", {"predict_x0": False, "final_sigmas_type": "sigma_min"}),
         ("UniPCMultistepScheduler", {"solver_order": 3}),
         ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+        ("DPMSolverSinglestepScheduler", {}),
+        ("DPMSolverSinglestepScheduler", {"solver_order": 3}),
+        ("PNDMScheduler", {}),
+        ("PNDMScheduler", {"skip_prk_steps": True}),
     ],
 )
-@pytest.mark.parametrize("after", [1, 2, 5])
+@pytest.mark.parametrize("after", [1, 2, 3, 5])
 def test_a_run_goes_on_with_some_frames(name: str, options: dict[str, Any], after: int) -> None:
     results = []
     for library in (diffusers, drop_in):

@@ -266,13 +266,33 @@ def test_what_steps_do_not_keep_is_refused() -> None:
                     setattr(scheduler, name, torch.zeros(2, 3, 4))
 
     _run(drop_in.PNDMScheduler(skip_prk_steps=True), torch.float32, {}, change)
-    with pytest.raises(ValueError, match=r"shape of last_sample, \(2, 3, 4\), got \(3,\)"):
+    for name, other in (("last_noise", "last_sample"), ("last_sample", "last_noise")):
+        with pytest.raises(ValueError, match=rf"shape of {other}, \(2, 3, 4\), got \(3,\)"):
+            _run(
+                drop_in.SASolverScheduler(),
+                torch.float32,
+                {},
+                lambda scheduler, i, name=name: i and setattr(scheduler, name, torch.zeros(3)),
+            )
+    with pytest.raises(ValueError, match=r"remembers tensors of \(2, 3, 4\), \(7, 7\)"):
         _run(
-            drop_in.SASolverScheduler(),
+            drop_in.DPMSolverSinglestepScheduler(),
             torch.float32,
             {},
-            lambda scheduler, i: setattr(scheduler, "last_noise", torch.zeros(3)),
+            lambda scheduler, i: i == 1 and setattr(scheduler, "sample", torch.zeros(7, 7)),
         )
+
+
+@torch.no_grad()
+def test_copies_keep_the_dtype() -> None:
+    def at(scheduler: Any, i: int) -> None:
+        if i == 1:
+            for name in ("sample", "cur_sample"):
+                if hasattr(scheduler, name):
+                    assert getattr(copy.deepcopy(scheduler), name).dtype == torch.bfloat16
+
+    for scheduler in (drop_in.DPMSolverSinglestepScheduler(), drop_in.PNDMScheduler()):
+        _run(scheduler, torch.bfloat16, {}, at)
 
 
 @torch.no_grad()
@@ -280,7 +300,8 @@ def test_the_last_noise_is_that_of_the_kernel() -> None:
     def at(scheduler: Any, i: int) -> None:
         if i:
             want = mmfast.randn((2, 3, 4), seed=7, offset=i - 1)
-            torch.testing.assert_close(scheduler.last_noise, want, rtol=0, atol=0)
+            for each in (copy.deepcopy(scheduler), scheduler):
+                torch.testing.assert_close(each.last_noise, want, rtol=0, atol=0)
 
     scheduler = drop_in.SASolverScheduler()
     scheduler.use_philox(7)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,11 @@ def is_picture(path: Path) -> bool:
     return True
 
 
-def check_samples(reader: Reader, path: Path, count: int) -> None:
+def check_samples(reader: Callable[[], Reader], path: Path, count: int) -> None:
     """So many samples can be written to one file by :func:`write_samples`.
+
+    Args:
+        reader: gives that of their modality, which no picture is asked for.
 
     Raises:
         CommandError: they cannot.
@@ -148,7 +151,7 @@ def check_samples(reader: Reader, path: Path, count: int) -> None:
     if is_picture(path):
         check_out(path)
         return
-    check_format(reader, path)
+    check_format(reader(), path)
     if count > 1:
         raise CommandError(
             f"{path}: {count} samples go into a picture, such as .png, or each into a file of its "
@@ -156,12 +159,12 @@ def check_samples(reader: Reader, path: Path, count: int) -> None:
         )
 
 
-def write_samples(reader: Reader, values: Tensor, path: Path, columns: int) -> None:
+def write_samples(reader: Callable[[], Reader], values: Tensor, path: Path, columns: int) -> None:
     """Write samples ``(N, C, *sizes)`` as a picture of all, or the only one in its own format."""
     if is_picture(path):
         write_image(grid(as_images(values), columns=columns), path)
     else:
-        reader.write(values[0], path)
+        reader().write(values[0], path)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -153,7 +153,7 @@ class Maker(NamedTuple):
             if path.suffix.lower() != ".txt":
                 raise CommandError(f"{path}: the name of a file of {name} must end in .txt")
         else:
-            check_samples(self.readers[name], path, count)
+            check_samples(lambda: self.readers[name], path, count)
 
     def write(self, name: str, values: Tensor, path: Path) -> None:
         """Write samples ``(N, ...)`` of a modality as :meth:`check_file` allows: texts in a line
@@ -162,7 +162,7 @@ class Maker(NamedTuple):
             lines = [self.text_of(name, ids) for ids in values]
             write_whole(path, ("\n".join(lines) + "\n").encode())
         else:
-            write_samples(self.readers[name], values, path, min(len(values), 8))
+            write_samples(lambda: self.readers[name], values, path, min(len(values), 8))
 
     def write_each(self, drawn: Mapping[str, Tensor], folder: Path) -> None:
         """Write each sample of each modality as a file of its own."""

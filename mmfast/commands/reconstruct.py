@@ -150,7 +150,7 @@ def _reconstruct(
 def _written(reader: Reader, out: Path) -> list[Path]:
     """The files that are written for one, whose name without an ending is ``out``."""
     endings = dict.fromkeys((".png", SUFFIXES[reader.modality]))
-    return [out.with_name(out.name + ending) for ending in endings]
+    return [out.parent / (out.name + ending) for ending in endings]
 
 
 def _mean(numbers: Sequence[float]) -> float:

@@ -148,19 +148,19 @@ def _of_context(given: argparse.Namespace, drawer: Drawer) -> int:
 
 def _check_out(given: argparse.Namespace, drawer: Drawer, count: int) -> None:
     if given.out is not None:
-        check_samples(reader_of(drawer.about, drawer.vqvae), given.out, count)
+        check_samples(lambda: reader_of(drawer.about, drawer.vqvae), given.out, count)
 
 
 def _write(
     given: argparse.Namespace, drawer: Drawer, drawn: Tensor, columns: int, names: Sequence[str]
 ) -> int:
     said = []
-    reader = reader_of(drawer.about, drawer.vqvae)
     if given.out is not None:
         with told():
-            write_samples(reader, drawn, given.out, columns)
+            write_samples(lambda: reader_of(drawer.about, drawer.vqvae), drawn, given.out, columns)
         said.append(f"{given.out}: {_number(len(drawn))}")
     if given.each is not None:
+        reader = reader_of(drawer.about, drawer.vqvae)
         with told():
             given.each.mkdir(parents=True, exist_ok=True)
             for x, name in zip(drawn, names, strict=True):

@@ -43,13 +43,13 @@ def _kind_if_computed(norm: Any) -> str | None:
 
 def options(norm: Any, x: Tensor) -> dict[str, Any]:
     """What :func:`mmfast.layer_norm_modulate` is to be told of a norm, for ``x``."""
-    return _options(norm, kind_of(norm), x)
+    return _options(norm, kind_of(norm), x.dtype)
 
 
-def _options(norm: Any, kind: str | None, x: Tensor) -> dict[str, Any]:
+def _options(norm: Any, kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
     eps = norm.eps
     if eps is None:  # of the dtype that torch.rms_norm computes in
-        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     return {
         "norm": kind,
         "eps": eps,
@@ -71,7 +71,7 @@ def modulated(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | 
     """``norm(x) (1 + scale) + shift``, (B, L, C)."""
     kind = _kind_if_computed(norm)
     if kind is not None:
-        return mmfast.layer_norm_modulate(x, shift, scale, **_options(norm, kind, x))
+        return mmfast.layer_norm_modulate(x, shift, scale, **_options(norm, kind, x.dtype))
     return moved(norm(x), x.dtype, shift, scale)
 
 
@@ -100,6 +100,7 @@ def next_branch(
     """``r = x + gate y`` and ``norm(r) (1 + scale) + shift``, (B, L, C) both."""
     kind = _kind_if_computed(norm)
     if kind is not None:
-        return add_and_modulate(x, gate, y, shift, scale, **_options(norm, kind, x))
+        options = _options(norm, kind, torch.promote_types(x.dtype, y.dtype))
+        return add_and_modulate(x, gate, y, shift, scale, **options)
     x = add(x, gate, y)
     return x, modulated(norm, x, shift, scale)

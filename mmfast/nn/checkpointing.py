@@ -14,7 +14,7 @@ def check_not_repeated() -> None:
     """
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
         raise RuntimeError(
-            "a codebook that follows its vectors cannot be in what activation checkpointing runs "
-            "again in the backward, as it would move twice: leave the quantiser out of it, or "
-            "freeze the codebook"
+            "a quantiser cannot learn from its vectors inside of a backward, as where activation "
+            "checkpointing runs its forward again: what moved in the first would move twice. Leave "
+            "it out of what is checkpointed, or freeze the codebook and have affine_param=False"
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmfast.checks import check_codes, check_floating
+from mmfast.checks import INTEGERS, check_codes, check_floating
 from mmfast.nn.projections import check_last, projection, random_rotation
 from mmfast.ops.finite_scalar_quantize import finite_scalar_quantize
 
@@ -159,7 +159,7 @@ class FSQ(nn.Module):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """What ``forward`` made of the vectors with these indices, in its layout."""
-        check_codes("indices", indices, self.codebook_size)
+        check_codes("indices", indices, self.codebook_size, dtypes=INTEGERS)
         first = indices.dim() >= 3 + self.keep_num_codebooks_dim or self.channel_first
         codes = self._indices_to_codes(indices)
         if self.orthogonal_rotation:

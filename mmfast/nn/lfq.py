@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmfast.checks import check_codes, check_floating
+from mmfast.checks import INTEGERS, check_codes, check_floating
 from mmfast.nn.projections import check_last, projection, random_rotation, soft_clamp
 from mmfast.nn.ranks import add_up, several, total_of
 from mmfast.ops.lookup_free_quantize import (
@@ -206,7 +206,7 @@ class LFQ(nn.Module):
 
     def indices_to_codes(self, indices: Tensor, project_out: bool = True) -> Tensor:
         """What ``forward`` made of the vectors with these indices, in its layout."""
-        check_codes("indices", indices, self.codebook_size)
+        check_codes("indices", indices, self.codebook_size, dtypes=INTEGERS)
         first = self._is_first(indices.dim(), 3 + self.keep_num_codebooks_dim)
         codes = self.codes_of(indices)
         if self.keep_num_codebooks_dim:

@@ -95,7 +95,13 @@ class LastSample:
                 f"until the last step, got {'None' if value is None else 'a tensor after it'}; "
                 "call set_timesteps to begin anew"
             )
-        state.write(state.program.ring, value * factor + scheduler._noise_of_last(state))
+        noise = scheduler._noise_of_last(state)
+        if isinstance(noise, Tensor) and noise.shape != value.shape:
+            raise ValueError(
+                "last_sample must have the shape of last_noise, "
+                f"{tuple(noise.shape)}, got {tuple(value.shape)}"
+            )
+        state.write(state.program.ring, value * factor + noise)
 
     @staticmethod
     def _factor(state: State) -> float:

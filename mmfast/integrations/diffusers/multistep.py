@@ -122,6 +122,11 @@ class DPMSinglestep(DPM, Predicting):
 
     sample = Kept("sample")  # that the group of steps started from
 
+    def _looked_at(self, state: State) -> list[int]:
+        assert state.program is not None
+        orders = self.order_list[state.next : state.next + 1]  # type: ignore[attr-defined]
+        return [state.program.ring] if max(orders, default=1) > 1 else []
+
     def _kept(self, name: str) -> Tensor:
         state: State = vars(self)["_tabled"]
         assert state.program is not None
@@ -247,14 +252,18 @@ class SASolver(KeepsType, Corrected, CumulativeNoise, Predicting):
     def _called(
         self, state: State, index: Index, call: tuple[Tensor, ...], noise: Tensor | None
     ) -> None:
-        state.left = noise
+        ready = state.ready
+        assert ready is not None
+        state.left = (ready.shape, ready.seed, ready.device) if noise is None else noise
 
     def _kept(self, name: str) -> Tensor | None:
-        state: State = vars(self)["_tabled"]
-        ready = state.ready
-        if state.left is None and ready is not None and ready.seed is not None:
-            offset = _row(state)
-            state.left = randn(ready.shape, seed=ready.seed, offset=offset, device=ready.device)
+        noise = self._last_noise(vars(self)["_tabled"])
+        return None if noise is None else noise.clone()
+
+    def _last_noise(self, state: State) -> Tensor | None:
+        if isinstance(state.left, tuple):  # it was drawn in the kernel
+            shape, seed, device = state.left
+            state.left = randn(shape, seed=seed, offset=_row(state), device=device)
         noise: Tensor | None = state.left
         return noise
 
@@ -274,7 +283,7 @@ class SASolver(KeepsType, Corrected, CumulativeNoise, Predicting):
         state.left = value
 
     def _noise_of_last(self, state: State) -> Tensor | float:
-        noise = self._kept("last_noise")
+        noise = self._last_noise(state)
         assert state.program is not None
         return 0.0 if noise is None else state.program.noises[_row(state)] * noise
 

@@ -74,6 +74,12 @@ class PNDM(Fixed, Cumulative):
             return total if self.counter % 4 and self._starting() else None
         return first if self.counter == 1 or not self.config.skip_prk_steps else None
 
+    def _looked_at(self, state: State) -> list[int]:
+        starting = bool(self.counter % 4 and self._starting())
+        first = starting or (self.counter == 1 and self.config.skip_prk_steps)
+        ring = state.program.ring  # type: ignore[union-attr]
+        return [ring] * first + [ring + 1] * starting
+
     def _kept(self, name: str) -> Tensor | None:
         slot, state = self._slot(name), vars(self)["_tabled"]
         return None if slot is None else state.copied(slot)

@@ -54,6 +54,7 @@ class State:
         self.history: Tensor | None = None
         self.shown = False  # whether views of the history may be known outside
         self.resized: dict[int, Tensor] = {}  # what takes the place of slots, in another shape
+        self.dtype: torch.dtype | None = None  # of the samples
         self.left: Any = None  # what the last call leaves to be shown
         self._look()
 
@@ -93,7 +94,7 @@ class State:
 
     def copied(self, slot: int) -> Tensor:
         """A copy of what the history has in a slot, in the dtype of the samples."""
-        return self.slot(slot).to(None if self.ready is None else self.ready.dtype, copy=True)
+        return self.slot(slot).to(self.dtype, copy=True)
 
     def write(self, slot: int, value: Tensor) -> None:
         """Put a value into a slot; one of another shape waits for samples of its shape."""

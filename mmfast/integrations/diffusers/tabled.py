@@ -117,6 +117,7 @@ class Tabled(HandedOver):
             check_floating("sample", sample)
             _check_like("model_output", model_output, sample)
             ready = state.ready = Ready(self, state, program, sample, model_output)
+            state.dtype = sample.dtype
         if counted:
             row = index - state.begin
             if row == len(ready.rows) and self._twice:
@@ -243,13 +244,16 @@ class Tabled(HandedOver):
             increment_version(history)
         return history
 
+    def _looked_at(self, state: State) -> Iterable[int]:
+        """Slots after the ring of which the next step goes on."""
+        assert state.program is not None
+        return [state.program.ring] if state.program.factors else []
+
     def _resized(self, state: State, sample: Tensor) -> Tensor:
         """The history of values in another shape, which must all be the sample's."""
         assert state.program is not None
         assert state.history is not None
-        slots = set(self._pushed() or ())
-        if state.program.factors:
-            slots.add(state.program.ring)
+        slots = {*(self._pushed() or ()), *self._looked_at(state)}
         shapes = {tuple(state.slot(slot).shape) for slot in slots}
         if shapes != {tuple(sample.shape)}:
             raise ValueError(
