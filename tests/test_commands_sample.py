@@ -182,6 +182,14 @@ def test_classes_by_name(tmp_path, capsys):
         assert f"{twice[-1]!r} is named twice" in said
 
 
+def test_a_picture_of_a_model_that_says_nothing_of_its_data(tmp_path, capsys):
+    file, out = tmp_path / "m.safetensors", tmp_path / "a.png"
+    save_model(dit(), file, objective=Diffusion("flow").config, latents=None)
+    assert run(capsys, "sample", file, "--out", out, "--steps", 1, "--count", 1)[0] == 0
+    assert out.exists()
+    assert "its data" in refused(capsys, "sample", file, "--each", tmp_path, "--steps", 1)
+
+
 def test_one_sound(tmp_path, capsys):
     """It is written as such by a DiT, too; several are not."""
     soundfile = pytest.importorskip("soundfile")

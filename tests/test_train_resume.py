@@ -198,6 +198,16 @@ def test_a_broken_checkpoint_does_not_push_out_a_good_one(tmp_path):
     assert checkpoints(tmp_path) == [path_of(tmp_path, 4)]
 
 
+def test_a_checkpoint_of_another_version_stays(tmp_path):
+    write_checkpoint(tmp_path, 6, {"model": {"a": torch.zeros(1)}}, {}, 1)
+    file = path_of(tmp_path, 6) / "state.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    write_checkpoint(tmp_path, 4, {"model": {"a": torch.zeros(1)}}, {}, 1)
+    assert checkpoints(tmp_path) == [path_of(tmp_path, 4), path_of(tmp_path, 6)]
+    with pytest.warns(UserWarning, match="it is of format 2, this version reads 1"):
+        assert newest_checkpoint(tmp_path) == path_of(tmp_path, 4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

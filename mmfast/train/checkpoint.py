@@ -77,9 +77,19 @@ def write_checkpoint(
         (temporary / _STATE).write_text(json.dumps(whole, indent=1), "utf-8")
     there = checkpoints(folder)
     ours = there.index(target) + 1
-    for other in there[: max(0, ours - keep)] + there[ours:]:
+    for other in there[: max(0, ours - keep)] + [p for p in there[ours:] if _is_ours(p)]:
         remove_folder(other)
     return target
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a checkpoint is of this format, or damaged: not another version's, and in reach."""
+    try:
+        return bool(json.loads((path / _STATE).read_text("utf-8"))["format"] == _FORMAT)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return True
+    except OSError:
+        return False
 
 
 def checkpoints(folder: Path) -> list[Path]:
