@@ -312,6 +312,26 @@ def test_the_last_noise_is_that_of_the_kernel() -> None:
         x = scheduler.step(x, t, x, return_dict=False)[0]
 
 
+@pytest.mark.parametrize("name", ["SASolverScheduler", "DPMSolverMultistepScheduler"])
+@torch.no_grad()
+def test_noise_of_the_kernel_goes_on(name: str) -> None:
+    """It is that of a step's index, where a run is taken up in its middle too."""
+
+    def made(scheduler: Any, change: bool = False) -> Tensor:
+        scheduler.use_philox(7)
+        scheduler.set_timesteps(6)
+        x = torch.ones(2, 3, 4)
+        for i, t in enumerate(scheduler.timesteps):
+            if i == 4 and change:
+                scheduler.sigmas = scheduler.sigmas * 1.0
+            x = scheduler.step(x, t, x, return_dict=False)[0]
+        return x
+
+    options = {"algorithm_type": "sde-dpmsolver++"} if name.startswith("DPM") else {}
+    plain, changed = (made(getattr(drop_in, name)(**options), change) for change in (False, True))
+    torch.testing.assert_close(changed, plain, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_what_steps_leave_can_be_set_before_a_run() -> None:
     def change(scheduler: Any, i: int) -> None:

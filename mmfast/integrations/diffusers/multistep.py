@@ -263,7 +263,7 @@ class SASolver(KeepsType, Corrected, CumulativeNoise, Predicting):
     def _last_noise(self, state: State) -> Tensor | None:
         if isinstance(state.left, tuple):  # it was drawn in the kernel
             shape, seed, device = state.left
-            state.left = randn(shape, seed=seed, offset=_row(state), device=device)
+            state.left = randn(shape, seed=seed, offset=int(state.next) - 1, device=device)
         noise: Tensor | None = state.left
         return noise
 

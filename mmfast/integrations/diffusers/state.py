@@ -131,12 +131,13 @@ class State:
         return program
 
     def on(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        """The table and the numbers of its rows."""
+        """The table, each row at its index as noise is counted by that, and the rows' numbers."""
         found = self.coefficients.get(device)
         if found is None:
             assert self.program is not None
-            table = self.program.table.coefficients.to(device)
-            found = table, row_numbers(len(table), device)
+            rows = self.program.table.coefficients
+            table = torch.cat((rows.new_zeros(self.begin, rows.shape[1]), rows)).to(device)
+            found = table, row_numbers(len(table), device)[self.begin :]
             self.coefficients[device] = found
         return found
 

@@ -34,9 +34,9 @@ class Tabled(HandedOver):
     def use_philox(self, seed: int | Tensor | None) -> None:
         """Draw the noise of steps without a generator in the kernel, from this seed.
 
-        The noise of a step is that of :func:`mmfast.randn` with its number as offset, the same on
-        every device. By default, and again after ``use_philox(None)``, it comes from
-        torch's global generator.
+        The noise of a step is that of :func:`mmfast.randn` with its index among the timesteps as
+        offset, the same on every device. By default, and again after ``use_philox(None)``, it
+        comes from torch's global generator.
 
         Args:
             seed: an int, or an int64 tensor on the samples' device, with one per sample.
