@@ -290,7 +290,12 @@ def test_indices_of_quantisers(make):
     for name in (name for name in names if hasattr(module, name)):
         decode = getattr(module, name)
         decode(torch.full(shape, K - 1))
-        with pytest.raises(TypeError, match=r"^indices must be int64, int32, got float32$"):
+        small = name == "indices_to_codes" and isinstance(module, mmfast.nn.FSQ | mmfast.nn.LFQ)
+        if small:
+            indices = torch.randint(K, shape)
+            assert torch.equal(decode(indices.to(torch.uint8)), decode(indices))
+        known = "int64, int32, int16, int8, uint8" if small else "int64, int32"
+        with pytest.raises(TypeError, match=rf"^indices must be {known}, got float32$"):
             decode(zeros(*shape))
         with pytest.raises(ValueError, match=rf"^indices must be from -?\d to 15, got {K} to {K}$"):
             decode(torch.full(shape, K))
