@@ -296,7 +296,18 @@ def test_the_command(tmp_path, capsys):
         assert "--write needs a GPU" in capsys.readouterr().err
 
 
-def test_kernels_take_turns(monkeypatch, tmp_path):
+@pytest.fixture
+def path(monkeypatch, tmp_path):
+    """An empty table of what is tuned, for a GPU that is not there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(tuned, "device_kind", lambda: "sm_90")
+    path = tmp_path / "tuned.json"
+    path.write_text("{}")
+    return path
+
+
+def test_kernels_take_turns(monkeypatch, path):
     """Whoever cuts a search off has the first problem of each."""
     from mmfast.kernels import scaled_dot_product_attention as attention
 
@@ -312,12 +323,7 @@ def test_kernels_take_turns(monkeypatch, tmp_path):
 
     monkeypatch.setattr(nearest_code, "tuning", kernel("a", 3))
     monkeypatch.setattr(attention, "tuning", [kernel("b", 1), kernel("c", 2)])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
-    monkeypatch.setattr(tuned, "device_kind", lambda: "sm_90")
     monkeypatch.setattr(tuned, "fastest", fastest)
-    path = tmp_path / "tuned.json"
-    path.write_text("{}")
     turns = ["{'a': 0}", "{'b': 0}", "{'c': 0}", "{'a': 1}", "{'c': 1}", "{'a': 2}"]
     monkeypatch.setattr(tuned, "_seconds", len)
     for words, times in ((["--write"], 1), (["--write"], 1), (["--write", "--again"], 2)):
@@ -327,7 +333,7 @@ def test_kernels_take_turns(monkeypatch, tmp_path):
         assert held == {"a": turns[:1] + turns[3::2], "b": turns[1:2], "c": turns[2::2]}
 
 
-def test_one_kernel_that_never_works_keeps_no_others(monkeypatch, tmp_path, capsys):
+def test_one_kernel_that_never_works_keeps_no_others(monkeypatch, path, capsys):
     from mmfast.kernels import scaled_dot_product_attention as attention
 
     def kernel(name: str):
@@ -341,12 +347,7 @@ def test_one_kernel_that_never_works_keeps_no_others(monkeypatch, tmp_path, caps
 
     monkeypatch.setattr(nearest_code, "tuning", kernel("a"))
     monkeypatch.setattr(attention, "tuning", [kernel("b"), kernel("c")])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
-    monkeypatch.setattr(tuned, "device_kind", lambda: "sm_90")
     monkeypatch.setattr(tuned, "fastest", fastest)
-    path = tmp_path / "tuned.json"
-    path.write_text("{}")
     assert tuned.main(["--write", "--only", "a|b", "--table", str(path)]) == 0
     assert "none of its configurations works" in capsys.readouterr().out
     assert tuned.load(path).keys() == {"b"}

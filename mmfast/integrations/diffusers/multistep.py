@@ -21,7 +21,7 @@ from mmfast.integrations.diffusers.families import (
 )
 from mmfast.integrations.diffusers.handover import filled
 from mmfast.integrations.diffusers.history import History, Kept, LastSample, Shown
-from mmfast.integrations.diffusers.state import Index, State
+from mmfast.integrations.diffusers.state import Index, Made, State
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables import solvers
 from mmfast.integrations.diffusers.tables.program import Program
@@ -249,11 +249,10 @@ class SASolver(KeepsType, Corrected, CumulativeNoise, Predicting):
     this_predictor_order = Shown("this_predictor_order")
     this_corrector_order = Shown("this_corrector_order")
 
-    def _called(
-        self, state: State, index: Index, call: tuple[Tensor, ...], noise: Tensor | None
-    ) -> None:
+    def _called(self, state: State, index: Index, call: Made) -> None:
         ready = state.ready
         assert ready is not None
+        noise = call[-1]
         state.left = (ready.shape, ready.seed, ready.device) if noise is None else noise
 
     def _kept(self, name: str) -> Tensor | None:

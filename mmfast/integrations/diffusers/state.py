@@ -15,6 +15,8 @@ from mmfast.schedule.table import row_numbers
 _PROGRAMS = 8  # that a scheduler remembers: of other numbers of steps, begins and options
 
 Index = int | Tensor
+# Of a call: its sample, model output, result and noise.
+Made = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 class State:

@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from mmfast import backends, library, philox
 from mmfast.checks import check_beside, check_floating
 from mmfast.integrations.diffusers.handover import HandedOver
-from mmfast.integrations.diffusers.state import Index, Ready, State
+from mmfast.integrations.diffusers.state import Index, Made, Ready, State
 from mmfast.integrations.diffusers.tables.program import Options, Program
 from mmfast.memory import empty_like, new_empty
 from mmfast.ops.dynamic_threshold import dynamic_threshold
@@ -176,7 +176,7 @@ class Tabled(HandedOver):
             threshold, out, history, second, None,
         )  # fmt: skip
         if self._leaves:
-            self._called(state, index, (sample, model_output, out), noise)
+            self._called(state, index, (sample, model_output, out, noise))
         self._advance(index)
         state.next = index + 1 if counted else self.__dict__.get("_step_index", -1)
         if second is None:
@@ -204,14 +204,8 @@ class Tabled(HandedOver):
         values = (out,) if ready.outputs == 1 else (out, second)
         return made(ready.kind, ready.fields, values) if return_dict else values
 
-    def _called(
-        self,
-        state: State,
-        index: Index,
-        call: tuple[Tensor, Tensor, Tensor],
-        noise: Tensor | None,
-    ) -> None:
-        """Remember of a call, its sample, model output, result and noise, what is to be shown."""
+    def _called(self, state: State, index: Index, call: Made) -> None:
+        """Remember of a call what is to be shown."""
 
     def _history(self, state: State, ready: Ready, sample: Tensor, goes_on: bool) -> Tensor:
         history = state.history

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfast.integrations.diffusers.state import Index, State
+from mmfast.integrations.diffusers.state import Index, Made, State
 from mmfast.integrations.diffusers.tabled import Tabled
 from mmfast.integrations.diffusers.tables.program import Options, Program
 
@@ -92,20 +92,14 @@ class TwoCalls(Tabled):
         assert name == "sample"
         return call.sample
 
-    def _called(
-        self,
-        state: State,
-        index: Index,
-        call: tuple[Tensor, Tensor, Tensor],
-        noise: Tensor | None,
-    ) -> None:
+    def _called(self, state: State, index: Index, call: Made) -> None:
         between = state.left is not None
         if isinstance(index, int):
             between = (index - state.begin) % 2 == 1
         if between:
             state.left = None
         else:
-            state.left = Call(index, *call, state.key[1], state.options)
+            state.left = Call(index, *call[:3], state.key[1], state.options)
 
     def _recalled(self) -> tuple[int, Sequence[Tensor | None]]:
         return 0 if vars(self).get("sample") is None else 1, []
