@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from mmfast import library
+
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX = (torch.int64, torch.int32)
 INTEGERS = (*INDEX, torch.int16, torch.int8, torch.uint8)
@@ -55,9 +57,7 @@ def check_codes(
     check_dtype(name, indices, dtypes)
     if indices.device.type != "cpu" or not indices.numel():
         return
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_fake(indices):
-        return
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if library.traced() or torch._C._len_torch_dispatch_stack() or is_fake(indices):
         return
     low, high = indices.aminmax()
     if low < least or high >= num_codes:

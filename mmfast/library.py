@@ -237,7 +237,7 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
         return kernel(*args)
     if forward_ad._current_level >= 0:
         check_underived(op, args)
-    if _traced():
+    if traced():
         if _differentiated():
             return differentiable(op, lambda *args: run(op, args))(*args)
         return kernel(*args)
@@ -247,7 +247,7 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
     return (_functions[op.name] if _simple(args) else kernel)(*args)
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Whether a compiler or a transform of torch.func looks on."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -263,7 +263,7 @@ def _simple(args: tuple[Any, ...]) -> bool:
 
 def unwatched(args: tuple[Any, ...]) -> bool:
     """Whether nothing but autograd wants to know of a call: no tracer, transform, mode or class."""
-    return not _traced() and _simple(args)
+    return not traced() and _simple(args)
 
 
 def derived(args: tuple[Any, ...]) -> bool:
@@ -307,7 +307,7 @@ def untracked(args: tuple[Any, ...]) -> bool:
 
     Inside torch.func's transforms that can't be known: gradients may be asked for further down.
     """
-    return not _traced() and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+    return not traced() and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
 
 
 def tracked(*tensors: torch.Tensor | None) -> bool:

@@ -47,7 +47,8 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint into a run's folder, and remove all but the newest ``keep``.
 
-    Those of later steps go too: they are broken, and the run has passed over them.
+    Those of later steps go too, but for another version's: they are broken, and the run has passed
+    over them.
 
     Args:
         folder: of the run.
