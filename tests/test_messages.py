@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import mmfast
 import mmfast.nn
@@ -419,3 +420,12 @@ def test_a_model_without_parameters_is_sampled():
 
     made = Diffusion("flow").sample(Still(), (2, 3), steps=1, progress=False)
     assert made.shape == (2, 3)
+
+
+def test_indices_under_transforms_are_not_looked_at():
+    quantiser = mmfast.nn.FSQ([4, 4], dim=8).eval()
+    indices = torch.arange(12).view(3, 4)
+    want = quantiser.indices_to_codes(indices)
+    torch.testing.assert_close(torch.vmap(quantiser.indices_to_codes)(indices), want)
+    traced = make_fx(lambda given: quantiser.indices_to_codes(given))(indices)
+    torch.testing.assert_close(traced(indices), want)
